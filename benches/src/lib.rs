@@ -1,0 +1,1 @@
+//! Benchmarks of the LoRA toolkit; see the files named `*.rs` beside `src/`.

@@ -1,0 +1,1 @@
+//! Image and caption folders as Stable Diffusion trainers keep them.

@@ -1,0 +1,1 @@
+//! Programs made of the toolkit; each file beside `src/` is one.
