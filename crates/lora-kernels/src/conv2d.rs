@@ -27,7 +27,12 @@ pub struct Conv2dParams {
 
 impl Default for Conv2dParams {
     fn default() -> Self {
-        Self { stride: 1, padding: 0, dilation: 1, groups: 1 }
+        Self {
+            stride: 1,
+            padding: 0,
+            dilation: 1,
+            groups: 1,
+        }
     }
 }
 
@@ -36,9 +41,15 @@ impl Default for Conv2dParams {
 ///
 /// # Errors
 /// When the shapes do not fit.
-pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, params: Conv2dParams) -> Result<Tensor> {
+pub fn conv2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    params: Conv2dParams,
+) -> Result<Tensor> {
     let y = if fast(&[x, weight]) {
-        x.contiguous()?.apply_op2(&weight.contiguous()?, Conv2d(params))?
+        x.contiguous()?
+            .apply_op2(&weight.contiguous()?, Conv2d(params))?
     } else {
         plain::conv2d(x, weight, None, params)?
     };
@@ -72,13 +83,30 @@ impl Geometry {
         let (o, ci, kh, kw) = weight.dims4()?;
         let size = |len: usize, k: usize| {
             let window = p.dilation * (k.max(1) - 1) + 1;
-            (len + 2 * p.padding).checked_sub(window).map(|room| room / p.stride.max(1) + 1)
+            (len + 2 * p.padding)
+                .checked_sub(window)
+                .map(|room| room / p.stride.max(1) + 1)
         };
         match (size(h, kh), size(w, kw)) {
-            (Some(oh), Some(ow)) if p.groups > 0 && p.stride > 0 && ci * p.groups == c && o % p.groups == 0 => {
-                Ok(Self { n, c, h, w, o, kh, kw, oh, ow, p })
+            (Some(oh), Some(ow))
+                if p.groups > 0 && p.stride > 0 && ci * p.groups == c && o % p.groups == 0 =>
+            {
+                Ok(Self {
+                    n,
+                    c,
+                    h,
+                    w,
+                    o,
+                    kh,
+                    kw,
+                    oh,
+                    ow,
+                    p,
+                })
             }
-            _ => candle_core::bail!("conv2d: input {x:?} does not fit weight {weight:?} with {p:?}"),
+            _ => {
+                candle_core::bail!("conv2d: input {x:?} does not fit weight {weight:?} with {p:?}")
+            }
         }
     }
 
@@ -109,24 +137,28 @@ impl Geometry {
 
     /// Input position of tap `k` for output position `out`, if inside.
     fn source(&self, out: usize, k: usize, len: usize) -> Option<usize> {
-        (out * self.p.stride + k * self.p.dilation).checked_sub(self.p.padding).filter(|&i| i < len)
+        (out * self.p.stride + k * self.p.dilation)
+            .checked_sub(self.p.padding)
+            .filter(|&i| i < len)
     }
 
     /// Lays out the patches of output rows `rows` of one group: `[patch, rows * ow]`.
     fn unfold(&self, x: &[f32], rows: std::ops::Range<usize>, col: &mut [f32]) {
         let pixels = rows.len() * self.ow;
         let taps = self.kh * self.kw;
-        col.par_chunks_mut(pixels).enumerate().for_each(|(row, out)| {
-            let (channel, tap) = (row / taps, row % taps);
-            let (ky, kx) = (tap / self.kw, tap % self.kw);
-            let plane = &x[channel * self.h * self.w..][..self.h * self.w];
-            for (line, oy) in out.chunks_mut(self.ow).zip(rows.clone()) {
-                match self.source(oy, ky, self.h) {
-                    Some(iy) => self.unfold_line(&plane[iy * self.w..][..self.w], kx, line),
-                    None => line.fill(0.0),
+        col.par_chunks_mut(pixels)
+            .enumerate()
+            .for_each(|(row, out)| {
+                let (channel, tap) = (row / taps, row % taps);
+                let (ky, kx) = (tap / self.kw, tap % self.kw);
+                let plane = &x[channel * self.h * self.w..][..self.h * self.w];
+                for (line, oy) in out.chunks_mut(self.ow).zip(rows.clone()) {
+                    match self.source(oy, ky, self.h) {
+                        Some(iy) => self.unfold_line(&plane[iy * self.w..][..self.w], kx, line),
+                        None => line.fill(0.0),
+                    }
                 }
-            }
-        });
+            });
     }
 
     fn unfold_line(&self, input: &[f32], kx: usize, line: &mut [f32]) {
@@ -134,7 +166,9 @@ impl Geometry {
             // Inside the border the line is a shifted copy.
             let shift = kx * self.p.dilation;
             let first = self.p.padding.saturating_sub(shift).min(line.len());
-            let last = (self.w + self.p.padding).saturating_sub(shift).clamp(first, line.len());
+            let last = (self.w + self.p.padding)
+                .saturating_sub(shift)
+                .clamp(first, line.len());
             line[..first].fill(0.0);
             line[last..].fill(0.0);
             let from = first + shift - self.p.padding.min(first + shift);
@@ -150,21 +184,25 @@ impl Geometry {
     fn fold(&self, col: &[f32], rows: std::ops::Range<usize>, dx: &mut [f32]) {
         let pixels = rows.len() * self.ow;
         let taps = self.kh * self.kw;
-        dx.par_chunks_mut(self.h * self.w).enumerate().for_each(|(channel, plane)| {
-            for tap in 0..taps {
-                let (ky, kx) = (tap / self.kw, tap % self.kw);
-                let patch = &col[(channel * taps + tap) * pixels..][..pixels];
-                for (line, oy) in patch.chunks(self.ow).zip(rows.clone()) {
-                    let Some(iy) = self.source(oy, ky, self.h) else { continue };
-                    let target = &mut plane[iy * self.w..][..self.w];
-                    for (ox, value) in line.iter().enumerate() {
-                        if let Some(ix) = self.source(ox, kx, self.w) {
-                            target[ix] += value;
+        dx.par_chunks_mut(self.h * self.w)
+            .enumerate()
+            .for_each(|(channel, plane)| {
+                for tap in 0..taps {
+                    let (ky, kx) = (tap / self.kw, tap % self.kw);
+                    let patch = &col[(channel * taps + tap) * pixels..][..pixels];
+                    for (line, oy) in patch.chunks(self.ow).zip(rows.clone()) {
+                        let Some(iy) = self.source(oy, ky, self.h) else {
+                            continue;
+                        };
+                        let target = &mut plane[iy * self.w..][..self.w];
+                        for (ox, value) in line.iter().enumerate() {
+                            if let Some(ix) = self.source(ox, kx, self.w) {
+                                target[ix] += value;
+                            }
                         }
                     }
                 }
-            }
-        });
+            });
     }
 
     /// Calls `body(image, group, output rows)` for every strip, in a fixed order.
@@ -193,7 +231,12 @@ impl Geometry {
 
     fn weight<'a>(&self, w: &'a [f32], group: usize) -> View<'a> {
         let len = self.og() * self.patch();
-        View::rows(&w[group * len..][..len], self.og(), self.patch(), self.patch())
+        View::rows(
+            &w[group * len..][..len],
+            self.og(),
+            self.patch(),
+            self.patch(),
+        )
     }
 
     fn forward(&self, x: &[f32], w: &[f32]) -> Vec<f32> {
@@ -223,10 +266,21 @@ impl Geometry {
         let mut col = Vec::new();
         self.each_strip(|image, group, rows| {
             let pixels = rows.len() * self.ow;
-            let dy = View::rows(&dy[self.output(image, group, rows.start)..], self.og(), pixels, plane);
+            let dy = View::rows(
+                &dy[self.output(image, group, rows.start)..],
+                self.og(),
+                pixels,
+                plane,
+            );
             let target = &mut dx[self.input(image, group)];
             if self.pointwise() {
-                multiply(&mut target[rows.start * self.ow..], plane, false, self.weight(w, group).t(), dy);
+                multiply(
+                    &mut target[rows.start * self.ow..],
+                    plane,
+                    false,
+                    self.weight(w, group).t(),
+                    dy,
+                );
             } else {
                 col.resize(self.patch() * pixels, 0.0);
                 multiply(&mut col, pixels, false, self.weight(w, group).t(), dy);
@@ -243,7 +297,12 @@ impl Geometry {
         let mut col = Vec::new();
         self.each_strip(|image, group, rows| {
             let pixels = rows.len() * self.ow;
-            let dy = View::rows(&dy[self.output(image, group, rows.start)..], self.og(), pixels, plane);
+            let dy = View::rows(
+                &dy[self.output(image, group, rows.start)..],
+                self.og(),
+                pixels,
+                plane,
+            );
             let input = &x[self.input(image, group)];
             let target = &mut dw[group * len..][..len];
             if self.pointwise() {
@@ -252,7 +311,13 @@ impl Geometry {
             } else {
                 col.resize(self.patch() * pixels, 0.0);
                 self.unfold(input, rows, &mut col);
-                multiply(target, self.patch(), true, dy, View::rows(&col, self.patch(), pixels, pixels).t());
+                multiply(
+                    target,
+                    self.patch(),
+                    true,
+                    dy,
+                    View::rows(&col, self.patch(), pixels, pixels).t(),
+                );
             }
         });
         dw
@@ -267,17 +332,37 @@ impl CustomOp2 for Conv2d {
         "conv2d"
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let g = Geometry::new(l1.shape(), l2.shape(), self.0)?;
         let y = g.forward(values(s1, l1)?, values(s2, l2)?);
         Ok((CpuStorage::F32(y), (g.n, g.o, g.oh, g.ow).into()))
     }
 
-    fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let g = Geometry::new(x.shape(), w.shape(), self.0)?;
         let dy = dy.detach().contiguous()?;
-        let dx = if x.track_op() { Some(w.detach().apply_op2_no_bwd(&dy, &InputGradient(g))?) } else { None };
-        let dw = if w.track_op() { Some(x.detach().apply_op2_no_bwd(&dy, &WeightGradient(g))?) } else { None };
+        let dx = if x.track_op() {
+            Some(w.detach().apply_op2_no_bwd(&dy, &InputGradient(g))?)
+        } else {
+            None
+        };
+        let dw = if w.track_op() {
+            Some(x.detach().apply_op2_no_bwd(&dy, &WeightGradient(g))?)
+        } else {
+            None
+        };
         Ok((dx, dw))
     }
 }
@@ -289,7 +374,13 @@ impl CustomOp2 for InputGradient {
     fn name(&self) -> &'static str {
         "conv2d_input_gradient"
     }
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let g = self.0;
         let dx = g.input_gradient(values(s1, l1)?, values(s2, l2)?);
         Ok((CpuStorage::F32(dx), (g.n, g.c, g.h, g.w).into()))
@@ -303,7 +394,13 @@ impl CustomOp2 for WeightGradient {
     fn name(&self) -> &'static str {
         "conv2d_weight_gradient"
     }
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let g = self.0;
         let dw = g.weight_gradient(values(s1, l1)?, values(s2, l2)?);
         Ok((CpuStorage::F32(dw), (g.o, g.cg(), g.kh, g.kw).into()))

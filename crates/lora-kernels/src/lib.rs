@@ -63,7 +63,10 @@ fn values<'a>(
     match (storage, layout.contiguous_offsets()) {
         (candle_core::CpuStorage::F32(v), Some((start, end))) => Ok(&v[start..end]),
         (candle_core::CpuStorage::F32(_), None) => {
-            candle_core::bail!("operand must be contiguous, got strides {:?}", layout.stride())
+            candle_core::bail!(
+                "operand must be contiguous, got strides {:?}",
+                layout.stride()
+            )
         }
         _ => candle_core::bail!("operand must be f32"),
     }

@@ -27,7 +27,13 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 struct Linear;
 
 impl Linear {
-    fn forward(x: &[f32], xl: &Layout, w: &[f32], wl: &Layout, bias: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
+    fn forward(
+        x: &[f32],
+        xl: &Layout,
+        w: &[f32],
+        wl: &Layout,
+        bias: Option<&[f32]>,
+    ) -> Result<(CpuStorage, Shape)> {
         let (o, i) = wl.shape().dims2()?;
         let dims = xl.dims();
         if dims.last() != Some(&i) || bias.is_some_and(|b| b.len() != o) {
@@ -38,7 +44,13 @@ impl Linear {
         if let Some(bias) = bias {
             fill_rows(&mut y, bias);
         }
-        multiply(&mut y, o, bias.is_some(), View::rows(x, rows, i, i), View::rows(w, o, i, i).t());
+        multiply(
+            &mut y,
+            o,
+            bias.is_some(),
+            View::rows(x, rows, i, i),
+            View::rows(w, o, i, i).t(),
+        );
         let mut out = dims.to_vec();
         if let Some(last) = out.last_mut() {
             *last = o;
@@ -50,7 +62,10 @@ impl Linear {
         let (o, i) = w.dims2()?;
         let dy = dy.detach().contiguous()?.reshape(((), o))?;
         let dx = if x.track_op() {
-            Some(dy.apply_op2_no_bwd(&w.detach(), &Product)?.reshape(x.shape())?)
+            Some(
+                dy.apply_op2_no_bwd(&w.detach(), &Product)?
+                    .reshape(x.shape())?,
+            )
         } else {
             None
         };
@@ -67,10 +82,22 @@ impl CustomOp2 for Linear {
     fn name(&self) -> &'static str {
         "linear"
     }
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         Self::forward(values(s1, l1)?, l1, values(s2, l2)?, l2, None)
     }
-    fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         Self::backward(x, w, dy)
     }
 }
@@ -88,7 +115,13 @@ impl CustomOp3 for Linear {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Self::forward(values(s1, l1)?, l1, values(s2, l2)?, l2, Some(values(s3, l3)?))
+        Self::forward(
+            values(s1, l1)?,
+            l1,
+            values(s2, l2)?,
+            l2,
+            Some(values(s3, l3)?),
+        )
     }
     fn bwd(
         &self,
@@ -100,7 +133,12 @@ impl CustomOp3 for Linear {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (dx, dw) = Self::backward(x, w, dy)?;
         let db = if b.track_op() {
-            Some(dy.detach().contiguous()?.reshape(((), b.elem_count()))?.sum(0)?)
+            Some(
+                dy.detach()
+                    .contiguous()?
+                    .reshape(((), b.elem_count()))?
+                    .sum(0)?,
+            )
         } else {
             None
         };
@@ -115,11 +153,23 @@ impl CustomOp2 for Product {
     fn name(&self) -> &'static str {
         "product"
     }
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let ((m, k), (_, n)) = (l1.shape().dims2()?, l2.shape().dims2()?);
         let (a, b) = (values(s1, l1)?, values(s2, l2)?);
         let mut y = vec![0f32; m * n];
-        multiply(&mut y, n, false, View::rows(a, m, k, k), View::rows(b, k, n, n));
+        multiply(
+            &mut y,
+            n,
+            false,
+            View::rows(a, m, k, k),
+            View::rows(b, k, n, n),
+        );
         Ok((CpuStorage::F32(y), (m, n).into()))
     }
 }
@@ -131,11 +181,23 @@ impl CustomOp2 for ProductTn {
     fn name(&self) -> &'static str {
         "product_tn"
     }
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let ((k, m), (_, n)) = (l1.shape().dims2()?, l2.shape().dims2()?);
         let (a, b) = (values(s1, l1)?, values(s2, l2)?);
         let mut y = vec![0f32; m * n];
-        multiply(&mut y, n, false, View::rows(a, k, m, m).t(), View::rows(b, k, n, n));
+        multiply(
+            &mut y,
+            n,
+            false,
+            View::rows(a, k, m, m).t(),
+            View::rows(b, k, n, n),
+        );
         Ok((CpuStorage::F32(y), (m, n).into()))
     }
 }

@@ -15,7 +15,13 @@ pub(crate) struct View<'a> {
 impl<'a> View<'a> {
     /// `height` rows of `width` values, each row `stride` after the one before.
     pub(crate) fn rows(data: &'a [f32], height: usize, width: usize, stride: usize) -> Self {
-        let view = View { data, height, width, row_stride: stride, col_stride: 1 };
+        let view = View {
+            data,
+            height,
+            width,
+            row_stride: stride,
+            col_stride: 1,
+        };
         assert!(view.extent() <= data.len(), "matrix view exceeds its slice");
         view
     }
@@ -37,18 +43,34 @@ impl<'a> View<'a> {
 }
 
 fn extent(height: usize, width: usize, row_stride: usize, col_stride: usize) -> usize {
-    if height == 0 || width == 0 { 0 } else { (height - 1) * row_stride + (width - 1) * col_stride + 1 }
+    if height == 0 || width == 0 {
+        0
+    } else {
+        (height - 1) * row_stride + (width - 1) * col_stride + 1
+    }
 }
 
 /// `dst = a b`, or `dst += a b` with `accumulate`; `dst` is `a.height` rows of
 /// `b.width` values, each row `dst_stride` after the one before.
 ///
 /// The order of the sums depends on the sizes only, not on the number of threads.
-pub(crate) fn multiply(dst: &mut [f32], dst_stride: usize, accumulate: bool, a: View<'_>, b: View<'_>) {
+pub(crate) fn multiply(
+    dst: &mut [f32],
+    dst_stride: usize,
+    accumulate: bool,
+    a: View<'_>,
+    b: View<'_>,
+) {
     let (m, k, n) = (a.height, a.width, b.width);
     assert_eq!(k, b.height, "inner dimensions differ");
-    assert!(extent(m, n, dst_stride, 1) <= dst.len(), "product exceeds its slice");
-    assert!(a.extent() <= a.data.len() && b.extent() <= b.data.len(), "operand exceeds its slice");
+    assert!(
+        extent(m, n, dst_stride, 1) <= dst.len(),
+        "product exceeds its slice"
+    );
+    assert!(
+        a.extent() <= a.data.len() && b.extent() <= b.data.len(),
+        "operand exceeds its slice"
+    );
     if m == 0 || n == 0 {
         return;
     }

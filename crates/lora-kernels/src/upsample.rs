@@ -10,7 +10,11 @@ use crate::{fast, plain, values};
 /// # Errors
 /// When `x` does not have four dimensions.
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
-    if fast(&[x]) { x.contiguous()?.apply_op1(Double) } else { plain::upsample_nearest2x(x) }
+    if fast(&[x]) {
+        x.contiguous()?.apply_op1(Double)
+    } else {
+        plain::upsample_nearest2x(x)
+    }
 }
 
 struct Double;
@@ -36,7 +40,9 @@ impl CustomOp1 for Double {
         if !x.track_op() {
             return Ok(None);
         }
-        Ok(Some(dy.detach().contiguous()?.apply_op1_no_bwd(&SumSquares)?))
+        Ok(Some(
+            dy.detach().contiguous()?.apply_op1_no_bwd(&SumSquares)?,
+        ))
     }
 }
 

@@ -1,0 +1,132 @@
+//! The families: one file each, and the table that makes them known.
+
+mod lora;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use rand::RngCore;
+
+use crate::adapter::Adapter;
+use crate::{AdapterConfig, Error, Family, Result};
+
+pub use lora::Lora;
+
+/// What the rest of the crate needs to know of a family.
+pub(crate) struct Entry {
+    pub(crate) family: Family,
+    /// Whether these parts of one layer belong to the family.
+    pub(crate) detect: fn(&Parts<'_>) -> bool,
+    /// Builds the adapter from a file's parts.
+    pub(crate) read: fn(&mut Parts<'_>) -> Result<Arc<dyn Adapter>>,
+    /// Draws a fresh adapter for a layer whose weight has these dimensions.
+    pub(crate) create: fn(&Fresh<'_>, &mut dyn RngCore) -> Result<Arc<dyn Adapter>>,
+}
+
+/// Every family, in the order in which files are tested for it.
+pub(crate) const FAMILIES: &[Entry] = &[lora::ENTRY];
+
+/// The table's row of a family.
+pub(crate) fn entry(family: Family) -> &'static Entry {
+    FAMILIES
+        .iter()
+        .find(|e| e.family == family)
+        .unwrap_or(&lora::ENTRY)
+}
+
+/// The layer a fresh adapter is drawn for.
+pub(crate) struct Fresh<'a> {
+    pub(crate) layer: &'a str,
+    pub(crate) weight: &'a [usize],
+    pub(crate) rank: usize,
+    pub(crate) alpha: f64,
+    pub(crate) config: &'a AdapterConfig,
+    pub(crate) device: &'a candle_core::Device,
+}
+
+/// The tensors of one layer in a file, by suffix. What a family takes is consumed;
+/// what is left over is reported.
+pub(crate) struct Parts<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) layer: &'a str,
+    pub(crate) tensors: BTreeMap<String, Tensor>,
+}
+
+impl Parts<'_> {
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    pub(crate) fn take(&mut self, name: &str) -> Option<Tensor> {
+        self.tensors.remove(name)
+    }
+
+    pub(crate) fn require(&mut self, name: &'static str) -> Result<Tensor> {
+        self.take(name).ok_or_else(|| Error::MissingPart {
+            path: self.path.to_path_buf(),
+            layer: self.layer.to_string(),
+            missing: name,
+        })
+    }
+
+    /// `alpha`, a single number; absent means scale 1, that is `rank`.
+    pub(crate) fn take_alpha(&mut self, rank: usize) -> Result<f64> {
+        let Some(tensor) = self.take("alpha") else {
+            return Ok(rank as f64);
+        };
+        if tensor.elem_count() != 1 {
+            return Err(Error::ShapeMismatch {
+                layer: self.layer.to_string(),
+                tensor: "alpha".into(),
+                expected: "a single number".into(),
+                got: tensor.dims().to_vec(),
+            });
+        }
+        let alpha = tensor
+            .flatten_all()?
+            .to_dtype(candle_core::DType::F64)?
+            .get(0)?
+            .to_scalar::<f64>()?;
+        if !alpha.is_finite() {
+            return Err(self.bad_value("alpha", alpha, "expected a finite number"));
+        }
+        Ok(alpha)
+    }
+
+    pub(crate) fn bad_value(
+        &self,
+        name: &'static str,
+        value: f64,
+        expected: &'static str,
+    ) -> Error {
+        Error::BadValue {
+            layer: self.layer.to_string(),
+            name,
+            value: value.to_string(),
+            expected,
+        }
+    }
+
+    /// Builds the adapter and insists that every part was understood.
+    pub(crate) fn read(mut self) -> Result<Arc<dyn Adapter>> {
+        let Some(entry) = FAMILIES.iter().find(|e| (e.detect)(&self)) else {
+            return Err(self.unknown());
+        };
+        let adapter = (entry.read)(&mut self)?;
+        if self.tensors.is_empty() {
+            Ok(adapter)
+        } else {
+            Err(self.unknown())
+        }
+    }
+
+    fn unknown(self) -> Error {
+        Error::UnknownKeys {
+            path: self.path.to_path_buf(),
+            layer: self.layer.to_string(),
+            keys: self.tensors.into_keys().collect(),
+        }
+    }
+}
