@@ -159,7 +159,12 @@ impl Report {
             "{} of {} comparisons failed:\n{}",
             self.failures.len(),
             self.checked,
-            self.failures.join("\n")
+            self.failures
+                .iter()
+                .take(40)
+                .cloned()
+                .collect::<Vec<_>>()
+                .join("\n")
         );
         assert!(self.checked > 0, "no golden case was compared");
     }
