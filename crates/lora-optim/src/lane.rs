@@ -161,3 +161,14 @@ pub(crate) fn average<L: Lane>(m: L, x: L, one_minus_beta: f32) -> L {
 pub(crate) fn decay_into<L: Lane>(v: L, x: L, beta: f32, one_minus_beta: f32) -> L {
     v.times(beta) + x.times(one_minus_beta)
 }
+
+/// `a + weight * (b - a)`, in the order that keeps the nearer end exact.
+#[inline(always)]
+pub(crate) fn lerp<L: Lane>(a: L, b: L, weight: f32) -> L {
+    let difference = b.clone() - a.clone();
+    if weight < 0.5 {
+        a + difference.times(weight)
+    } else {
+        b - difference.times(1.0 - weight)
+    }
+}

@@ -132,6 +132,14 @@ impl ProdigyConfig {
 }
 
 impl RuleConfig for ProdigyConfig {
+    /// prodigyopt's defaults: betas (0.9, 0.999).
+    fn reference() -> Self {
+        Self {
+            betas: (0.9, 0.999),
+            ..Default::default()
+        }
+    }
+
     fn validate(&self) -> Result<()> {
         check_positive("lr", self.lr)?;
         check_beta("betas", self.betas.0)?;
@@ -209,6 +217,8 @@ struct Estimate {
     k: f64,
 }
 
+const MIXED: &str = "give every group the same lr and use ParamGroup::multiplier for the ratio, or set split_groups for one d per group";
+
 /// The update rule of [`Prodigy`].
 #[derive(Debug)]
 pub struct ProdigyRule {
@@ -223,19 +233,7 @@ impl ProdigyRule {
 
     /// The learning rate of each estimate; groups that share one must agree or be 0.
     fn shared_lrs(&self, config: &ProdigyConfig, table: &Table) -> Result<Vec<f64>> {
-        let mut lrs = vec![0.0f64; self.estimates.len()];
-        let of = |g| self.estimate_of(g);
         for g in 0..table.groups.len() {
-            lrs[of(g)] = lrs[of(g)].max(table.lr(g));
-        }
-        for g in 0..table.groups.len() {
-            let (lr, shared) = (table.lr(g), lrs[of(g)]);
-            if lr != 0.0 && lr != shared {
-                return Err(Error::Combination {
-                    what: format!("learning rates {lr} and {shared} under one d"),
-                    instead: "give every group the same lr and use ParamGroup::multiplier for the ratio, or set split_groups for one d per group",
-                });
-            }
             if table.numbers[g].lr == 0.0 && config.betas.0 == 0.0 {
                 return Err(Error::Combination {
                     what: "beta1 = 0 and a group with lr 0".into(),
@@ -243,7 +241,11 @@ impl ProdigyRule {
                 });
             }
         }
-        Ok(lrs)
+        let groups = 0..table.groups.len();
+        let members = |e| groups.clone().filter(move |g| self.estimate_of(*g) == e);
+        (0..self.estimates.len())
+            .map(|e| table.shared_lr(members(e), MIXED))
+            .collect()
     }
 }
 

@@ -25,6 +25,11 @@ pub trait RuleConfig:
     /// [`Error::Option`] naming the first bad one.
     fn validate(&self) -> Result<()>;
 
+    /// The reference implementation's defaults, where they differ from ours.
+    fn reference() -> Self {
+        Self::default()
+    }
+
     /// What groups get that do not say it themselves.
     fn defaults(&self) -> GroupDefaults;
 }
@@ -69,6 +74,11 @@ pub trait Rule: Debug + Send + Sized {
 
     /// The last raw estimate.
     fn d_hat(&self, _group: usize) -> Option<f64> {
+        None
+    }
+
+    /// The rate in force, for rules that choose it themselves.
+    fn shown_lr(&self, _group: usize) -> Option<f64> {
         None
     }
 
@@ -131,15 +141,8 @@ impl<R: Rule> Stepper<R> {
     /// missing parameters.
     pub fn new(groups: Vec<ParamGroup>, config: R::Config) -> Result<Self> {
         config.validate()?;
-        let mut table = Table::new(groups, config.defaults(), R::BUFFERS.len())?;
+        let table = Table::new(groups, config.defaults(), R::BUFFERS.len())?;
         let rule = R::new(&config, &table)?;
-        if R::HOST {
-            // Rules on host memory use slices wherever the parameter lives there.
-            table
-                .slots
-                .iter_mut()
-                .for_each(|s| s.plain = !matches!(s.var.device(), Device::Cpu));
-        }
         Ok(Self {
             table,
             rule,
@@ -347,7 +350,11 @@ impl<R: Rule> Optimizer for Stepper<R> {
     }
 
     fn effective_lr(&self, group: usize) -> f64 {
-        self.table.rate(group) * self.rule.d(group).unwrap_or(1.0)
+        let rate = self
+            .rule
+            .shown_lr(group)
+            .unwrap_or_else(|| self.table.rate(group));
+        rate * self.rule.d(group).unwrap_or(1.0)
     }
 
     fn report(&self) -> Result<Vec<GroupReport>> {
@@ -507,9 +514,9 @@ impl<R: Rule> Optimizer for Stepper<R> {
             let mut buffers = Vec::with_capacity(R::BUFFERS.len());
             for kind in R::BUFFERS {
                 let tensor = state.tensors.get(&format!("state.{}.{kind}", slot.name));
-                buffers.push(tensor.map(|t| from_tensor(t, slot)).transpose()?);
+                buffers.push(tensor.map(|t| from_tensor(t, slot, R::HOST)).transpose()?);
             }
-            slots.push((from_tensor(weight, slot)?, count, buffers));
+            slots.push((from_tensor(weight, slot, false)?, count, buffers));
         }
         for (slot, (weight, count, buffers)) in self.table.slots.iter_mut().zip(slots) {
             slot.master = None;
@@ -558,8 +565,8 @@ fn to_tensor(buffer: &Buffer, dims: &[usize]) -> Result<Tensor> {
     })
 }
 
-fn from_tensor(tensor: &Tensor, slot: &crate::slot::Slot) -> Result<Buffer> {
-    if slot.plain && tensor.dtype() == DType::F32 {
+fn from_tensor(tensor: &Tensor, slot: &crate::slot::Slot, host: bool) -> Result<Buffer> {
+    if slot.plain && !host && tensor.dtype() == DType::F32 && tensor.elem_count() == slot.numel() {
         return Ok(Buffer::Device(tensor.to_device(slot.var.device())?.copy()?));
     }
     let flat = tensor.flatten_all()?;

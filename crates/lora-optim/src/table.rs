@@ -107,6 +107,25 @@ impl Table {
         self.lr(group) * self.numbers[group].multiplier
     }
 
+    /// The learning rate that `groups` share; each must have it, or 0.
+    pub(crate) fn shared_lr(
+        &self,
+        groups: impl Iterator<Item = usize> + Clone,
+        instead: &'static str,
+    ) -> Result<f64> {
+        let shared = groups.clone().map(|g| self.lr(g)).fold(0.0, f64::max);
+        match groups
+            .map(|g| self.lr(g))
+            .find(|lr| *lr != 0.0 && *lr != shared)
+        {
+            None => Ok(shared),
+            Some(lr) => Err(Error::Combination {
+                what: format!("learning rates {lr} and {shared} under one d"),
+                instead,
+            }),
+        }
+    }
+
     /// For each group the value of `f`.
     pub(crate) fn per_group<T>(&self, f: impl Fn(usize, &GroupNumbers) -> T) -> Vec<T> {
         self.numbers
