@@ -1,1 +1,47 @@
 //! AdamW, Prodigy and their peers for candle, with exact resume, parameter groups and learning-rate schedules.
+
+mod adafactor;
+mod adamw;
+mod adamw8bit;
+mod came;
+mod dadapt;
+mod dadapt_preprint;
+mod error;
+mod factored;
+mod group;
+mod lane;
+mod lion;
+mod lion8bit;
+mod number;
+mod optimizer;
+mod prodigy;
+pub mod quantize;
+mod rounding;
+pub mod schedule;
+mod schedule_free;
+mod sgd;
+mod slot;
+mod state;
+mod stepper;
+mod table;
+
+pub use adafactor::{Adafactor, AdafactorConfig, AdafactorRule};
+pub use adamw::{AdamW, AdamWConfig, AdamWRule};
+pub use adamw8bit::{AdamW8bit, AdamW8bitConfig, AdamW8bitRule};
+pub use came::{Came, CameConfig, CameRule};
+pub use dadapt::{DAdaptAdam, DAdaptConfig, DAdaptRule};
+pub use dadapt_preprint::{DAdaptAdamPreprint, DAdaptPreprintRule};
+pub use error::{Error, Result};
+pub use group::{GradSource, ParamGroup};
+pub use lion::{Lion, LionConfig, LionRule};
+pub use lion8bit::{Lion8bit, Lion8bitRule};
+pub use optimizer::{GroupReport, Optimizer, StepOptions, StepReport, WeightChange};
+pub use prodigy::{Prodigy, ProdigyConfig, ProdigyRule};
+pub use rounding::{Stream, stochastic_bf16, stochastic_round_bf16};
+pub use schedule::LrSchedule;
+pub use schedule_free::{ScheduleFree, ScheduleFreeBase, ScheduleFreeConfig, ScheduleFreeRule};
+pub use sgd::{Sgd, SgdConfig, SgdRule};
+pub use slot::{Buffer, HalfPrecision, Slot};
+pub use state::{ChangedOption, OnChange, OptimizerState};
+pub use stepper::{Rule, RuleConfig, Stepper};
+pub use table::{GroupDefaults, GroupNumbers, Table};

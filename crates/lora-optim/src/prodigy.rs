@@ -1,0 +1,794 @@
+//! Prodigy (Mishchenko and Defazio 2024): Adam that estimates its own step size.
+//!
+//! `d` is a lower bound on the distance from the start x0 to the solution; the step is
+//! `d * lr`, so `lr` is a pure multiplier and normally 1. With `bc = 1` (or the bias
+//! correction `sqrt(1 - b2^(k+1)) / (1 - b1^(k+1))`), `dlr = d * lr * bc` and d as it was
+//! before the step:
+//!
+//! 1. `g = g + wd * p` (only without `decouple`)
+//! 2. `delta += d / d0 * dlr * sum(g * (x0 - p))`
+//! 3. `m = b1 * m + d * (1 - b1) * g`, `v = b2 * v + d^2 * (1 - b2) * g^2`
+//! 4. `s = b3 * s + d / d0 * dlr * g` (with `safeguard_warmup`: `d` in place of `dlr`), `den += sum |s|`
+//! 5. `den == 0`: the step ends here. Otherwise `num = b3 * num + delta`,
+//!    `d_hat = d_coef * num / den`; `d` becomes the largest `d_hat` so far, growing by no
+//!    more than `growth_rate` per step
+//! 6. `p = p * (1 - wd * dlr)`; `p = p - dlr * m / (sqrt(v) + d * eps)` with the new d in the last term
+//!
+//! State: `exp_avg` m, `exp_avg_sq` v, `s`, `p0` the start (a single 0 for tensors that
+//! start at zero). Follows `prodigyopt` 1.1.2 number by number; beyond it: one d per group
+//! (`split_groups`), [`crate::ParamGroup::multiplier`] under a shared d, `d_limit`,
+//! `freeze_d_after`, `limit_first_jump`, `init_d`, `exact_displacement`.
+//! <https://arxiv.org/abs/2306.06101>
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result, check, check_beta, check_not_negative, check_positive};
+use crate::lane::{Lane, decay_into};
+use crate::slot::{Buffer, Kernel, Slot, Source};
+use crate::stepper::{Rule, RuleConfig, Stepper};
+use crate::table::{GroupDefaults, Table};
+
+/// Options of [`Prodigy`].
+///
+/// | name | default | meaning | range |
+/// |---|---|---|---|
+/// | `lr` | 1 | multiplier of d; tune `d_coef` instead | above 0 |
+/// | `betas` | (0.9, 0.99) | what users of diffusion models settled on; the reference has (0.9, 0.999), which inflates the first steps up to 6.6 times | [0, 1) |
+/// | `beta3` | none | decay of the statistics; none is `sqrt(b2)` | [0, 1) |
+/// | `eps` | 1e-8 | | above 0 |
+/// | `weight_decay` | 0 | | 0 or more |
+/// | `decouple` | true | decay as in AdamW | |
+/// | `use_bias_correction` | false | | |
+/// | `safeguard_warmup` | false | keep small warm-up rates out of the denominator of d; set it with warm-up or restarts | |
+/// | `d0` | 1e-6 | first d; 1e-5 or 1e-4 when d does not move within 100 steps | above 0 |
+/// | `init_d` | none | start from the d of an earlier run, `d0` staying the unit of the sums | above 0 |
+/// | `d_coef` | 1 | factor on the estimate, usually 0.5 to 2 | above 0 |
+/// | `growth_rate` | infinite | most that d grows per step | 1 or more |
+/// | `limit_first_jump` | false | `growth_rate` also limits the jump away from d0 (not in the reference) | |
+/// | `d_limit` | infinite | d never exceeds this | above 0 |
+/// | `freeze_d_after` | none | d stays as it is after so many steps | |
+/// | `slice_p` | 1 | statistics from every n-th value only: less memory | 1 or more |
+/// | `split_groups` | false | one d per group | |
+/// | `exact_displacement` | false | sum up the displacement itself instead of subtracting rounded weights; closer to exact arithmetic than the reference | |
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ProdigyConfig {
+    /// Multiplier of d.
+    pub lr: f64,
+    /// Decay rates of the two moments.
+    pub betas: (f64, f64),
+    /// Decay rate of the statistics behind d.
+    pub beta3: Option<f64>,
+    /// Added to the denominator, times d.
+    pub eps: f64,
+    /// Weight decay.
+    pub weight_decay: f64,
+    /// Decay apart from the gradient.
+    pub decouple: bool,
+    /// Adam's bias correction on the step size.
+    pub use_bias_correction: bool,
+    /// Leave the learning rate out of the denominator of d.
+    pub safeguard_warmup: bool,
+    /// First d.
+    pub d0: f64,
+    /// d to start from, if not `d0`.
+    pub init_d: Option<f64>,
+    /// Factor on the estimate.
+    pub d_coef: f64,
+    /// Largest growth of d per step.
+    #[serde(with = "crate::number")]
+    pub growth_rate: f64,
+    /// Apply `growth_rate` to the first jump too.
+    pub limit_first_jump: bool,
+    /// Upper bound of d.
+    #[serde(with = "crate::number")]
+    pub d_limit: f64,
+    /// Number of steps after which d stays.
+    pub freeze_d_after: Option<u64>,
+    /// Stride of the values that the statistics use.
+    pub slice_p: usize,
+    /// One d per group.
+    pub split_groups: bool,
+    /// Keep the displacement instead of the start.
+    pub exact_displacement: bool,
+}
+
+impl Default for ProdigyConfig {
+    fn default() -> Self {
+        Self {
+            lr: 1.0,
+            betas: (0.9, 0.99),
+            beta3: None,
+            eps: 1e-8,
+            weight_decay: 0.0,
+            decouple: true,
+            use_bias_correction: false,
+            safeguard_warmup: false,
+            d0: 1e-6,
+            init_d: None,
+            d_coef: 1.0,
+            growth_rate: f64::INFINITY,
+            limit_first_jump: false,
+            d_limit: f64::INFINITY,
+            freeze_d_after: None,
+            slice_p: 1,
+            split_groups: false,
+            exact_displacement: false,
+        }
+    }
+}
+
+impl ProdigyConfig {
+    /// The authors' recommendation for diffusion models: weight decay 0.01, bias
+    /// correction and the warm-up safeguard. Slow to start and steady.
+    pub fn recommended() -> Self {
+        Self {
+            weight_decay: 0.01,
+            use_bias_correction: true,
+            safeguard_warmup: true,
+            ..Default::default()
+        }
+    }
+}
+
+impl RuleConfig for ProdigyConfig {
+    /// prodigyopt's defaults: betas (0.9, 0.999).
+    fn reference() -> Self {
+        Self {
+            betas: (0.9, 0.999),
+            ..Default::default()
+        }
+    }
+
+    fn validate(&self) -> Result<()> {
+        check_positive("lr", self.lr)?;
+        check_beta("betas", self.betas.0)?;
+        check_beta("betas", self.betas.1)?;
+        if let Some(beta3) = self.beta3 {
+            check_beta("beta3", beta3)?;
+        }
+        check_positive("eps", self.eps)?;
+        check_not_negative("weight_decay", self.weight_decay)?;
+        check_positive("d0", self.d0)?;
+        if let Some(d) = self.init_d {
+            check_positive("init_d", d)?;
+        }
+        check_positive("d_coef", self.d_coef)?;
+        check(
+            self.growth_rate >= 1.0,
+            "growth_rate",
+            self.growth_rate,
+            "1 or more",
+        )?;
+        check(self.d_limit > 0.0, "d_limit", self.d_limit, "above 0")?;
+        check(self.slice_p > 0, "slice_p", self.slice_p, "1 or more")?;
+        if self.exact_displacement && self.slice_p > 1 {
+            return Err(Error::Combination {
+                what: "exact_displacement and slice_p > 1".into(),
+                instead: "the displacement needs every value; choose one of the two",
+            });
+        }
+        Ok(())
+    }
+
+    fn defaults(&self) -> GroupDefaults {
+        GroupDefaults {
+            lr: self.lr,
+            weight_decay: self.weight_decay,
+            betas: None,
+            eps: Some(self.eps),
+        }
+    }
+}
+
+/// Prodigy: `lr` 1 and no learning rate to tune.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor, Var};
+/// use lora_optim::{Optimizer, ParamGroup, Prodigy, ProdigyConfig};
+/// let x = Var::zeros(3, DType::F32, &Device::Cpu)?;
+/// let target = Tensor::new(&[1f32, -2., 3.], &Device::Cpu)?;
+/// let groups = vec![ParamGroup::new("x", vec![("x".into(), x.clone())])];
+/// let mut prodigy = Prodigy::new(groups, ProdigyConfig::default())?;
+/// for _ in 0..200 {
+///     let loss = (x.as_tensor() - &target)?.sqr()?.sum_all()?;
+///     prodigy.step(&loss.backward()?)?;
+/// }
+/// let distance = (x.as_tensor() - &target)?.sqr()?.sum_all()?.to_scalar::<f32>()?;
+/// assert!(distance < 0.01 && prodigy.effective_lr(0) > 1e-3);
+/// # Ok::<(), lora_optim::Error>(())
+/// ```
+pub type Prodigy = Stepper<ProdigyRule>;
+
+const M: usize = 0;
+const V: usize = 1;
+const S: usize = 2;
+const P0: usize = 3;
+const U: usize = 4;
+
+/// The estimate of d: one for all groups, or one for each.
+#[derive(Debug, Clone, Copy)]
+struct Estimate {
+    d: f64,
+    d_max: f64,
+    d_hat: f64,
+    numerator: f64,
+    denominator: f64,
+    k: f64,
+}
+
+const MIXED: &str = "give every group the same lr and use ParamGroup::multiplier for the ratio, or set split_groups for one d per group";
+
+/// The update rule of [`Prodigy`].
+#[derive(Debug)]
+pub struct ProdigyRule {
+    estimates: Vec<Estimate>,
+    split: bool,
+}
+
+impl ProdigyRule {
+    fn estimate_of(&self, group: usize) -> usize {
+        if self.split { group } else { 0 }
+    }
+
+    /// The learning rate of each estimate; groups that share one must agree or be 0.
+    fn shared_lrs(&self, config: &ProdigyConfig, table: &Table) -> Result<Vec<f64>> {
+        for g in 0..table.groups.len() {
+            if table.numbers[g].lr == 0.0 && config.betas.0 == 0.0 {
+                return Err(Error::Combination {
+                    what: "beta1 = 0 and a group with lr 0".into(),
+                    instead: "leave the group out of the optimizer, or use beta1 > 0 (its first step would divide by d * eps)",
+                });
+            }
+        }
+        let groups = 0..table.groups.len();
+        let members = |e| groups.clone().filter(move |g| self.estimate_of(*g) == e);
+        (0..self.estimates.len())
+            .map(|e| table.shared_lr(members(e), MIXED))
+            .collect()
+    }
+}
+
+/// Numbers of one group's step.
+#[derive(Debug, Clone, Copy)]
+struct GroupStep {
+    estimate: usize,
+    active: bool,
+    d: f64,
+    dlr: f64,
+    decay: f64,
+    eps: f64,
+    multiplier: f64,
+}
+
+impl Rule for ProdigyRule {
+    type Config = ProdigyConfig;
+    const NAME: &'static str = "Prodigy";
+    const BUFFERS: &'static [&'static str] = &["exp_avg", "exp_avg_sq", "s", "p0", "displacement"];
+
+    fn new(config: &ProdigyConfig, table: &Table) -> Result<Self> {
+        let d = config.init_d.unwrap_or(config.d0);
+        let fresh = Estimate {
+            d,
+            d_max: d,
+            d_hat: f64::NAN,
+            numerator: 0.0,
+            denominator: f64::NAN,
+            k: 0.0,
+        };
+        let count = if config.split_groups {
+            table.groups.len()
+        } else {
+            1
+        };
+        let rule = Self {
+            estimates: vec![fresh; count],
+            split: config.split_groups,
+        };
+        rule.shared_lrs(config, table)?;
+        Ok(rule)
+    }
+
+    fn update(&mut self, config: &ProdigyConfig, table: &mut Table) -> Result<()> {
+        let lrs = self.shared_lrs(config, table)?;
+        let (b1, b2) = config.betas;
+        let b3 = config.beta3.unwrap_or_else(|| b2.sqrt());
+        let steps = table.per_group(|g, n| {
+            let e = self.estimate_of(g);
+            let Estimate { d, k, .. } = self.estimates[e];
+            let t = k as i32 + 1;
+            let correction = if config.use_bias_correction {
+                (1.0 - b2.powi(t)).sqrt() / (1.0 - b1.powi(t))
+            } else {
+                1.0
+            };
+            GroupStep {
+                estimate: e,
+                active: table.lr(g) > 0.0,
+                d,
+                dlr: d * lrs[e] * correction,
+                decay: n.weight_decay,
+                eps: n.eps,
+                multiplier: n.multiplier,
+            }
+        });
+        let frozen: Vec<bool> = self
+            .estimates
+            .iter()
+            .map(|e| config.freeze_d_after.is_some_and(|n| e.k >= n as f64))
+            .collect();
+
+        table.for_each_sum(|slot| {
+            let step = &steps[slot.group];
+            prepare(config, slot)?;
+            if step.active {
+                gather(config, b3, step, frozen[step.estimate], slot)
+            } else {
+                Ok(())
+            }
+        })?;
+
+        let mut delta = vec![0.0; self.estimates.len()];
+        let mut denominator = vec![0.0; self.estimates.len()];
+        for slot in table.active() {
+            let step = &steps[slot.group];
+            if step.active {
+                delta[step.estimate] += step.d / config.d0 * step.dlr * slot.sums[0];
+                denominator[step.estimate] += step.multiplier * slot.sums[1];
+            }
+        }
+        for (e, estimate) in self.estimates.iter_mut().enumerate() {
+            if !frozen[e] && denominator[e] != 0.0 {
+                estimate.update(config, b3 * estimate.numerator + delta[e], denominator[e]);
+            }
+        }
+
+        let estimates = &self.estimates;
+        let moves: Vec<bool> = (0..estimates.len())
+            .map(|e| frozen[e] || denominator[e] != 0.0)
+            .collect();
+        table.for_each(|slot| {
+            let step = &steps[slot.group];
+            if moves[step.estimate] {
+                apply(config, step, estimates[step.estimate].d, slot)
+            } else {
+                Ok(())
+            }
+        })?;
+        for (estimate, moved) in self.estimates.iter_mut().zip(moves) {
+            estimate.k += f64::from(u8::from(moved));
+        }
+        Ok(())
+    }
+
+    fn scalars(&self) -> Vec<(&'static str, Vec<f64>)> {
+        let each = |f: fn(&Estimate) -> f64| self.estimates.iter().map(f).collect::<Vec<_>>();
+        vec![
+            ("d", each(|e| e.d)),
+            ("d_max", each(|e| e.d_max)),
+            ("d_hat", each(|e| e.d_hat)),
+            ("d_numerator", each(|e| e.numerator)),
+            ("d_denom", each(|e| e.denominator)),
+            ("k", each(|e| e.k)),
+        ]
+    }
+
+    fn set_scalars(&mut self, values: &[Vec<f64>]) {
+        for (e, estimate) in self.estimates.iter_mut().enumerate() {
+            let at = |i: usize| values[i][e];
+            *estimate = Estimate {
+                d: at(0),
+                d_max: at(1),
+                d_hat: at(2),
+                numerator: at(3),
+                denominator: at(4),
+                k: at(5),
+            };
+        }
+    }
+
+    fn d(&self, group: usize) -> Option<f64> {
+        Some(self.estimates[self.estimate_of(group)].d)
+    }
+
+    fn d_hat(&self, group: usize) -> Option<f64> {
+        Some(self.estimates[self.estimate_of(group)].d_hat)
+    }
+
+    fn distance(&self, slot: &Slot) -> Result<Option<f64>> {
+        let square = |values: &mut dyn Iterator<Item = f32>| {
+            values.map(|x| f64::from(x) * f64::from(x)).sum::<f64>()
+        };
+        Ok(match (&slot.buffers[U], &slot.buffers[P0]) {
+            (Some(Buffer::Device(u)), _) => {
+                Some(f64::from(u.sqr()?.sum_all()?.to_scalar::<f32>()?))
+            }
+            (Some(u), _) => Some(square(&mut u.f32().iter().copied())),
+            (None, Some(Buffer::Device(p0))) => {
+                let p = match slot.weights()? {
+                    Buffer::Device(p) => p,
+                    other => candle_core::Tensor::from_slice(
+                        other.f32(),
+                        slot.dims(),
+                        slot.var.device(),
+                    )?,
+                };
+                Some(f64::from((p0 - p)?.sqr()?.sum_all()?.to_scalar::<f32>()?))
+            }
+            (None, Some(p0)) => {
+                let p = slot.weights()?;
+                let (p, p0) = (p.f32(), p0.f32());
+                match p0.len() {
+                    n if n == p.len() => Some(square(&mut p.iter().zip(p0).map(|(a, b)| b - a))),
+                    1 => Some(square(&mut p.iter().copied())),
+                    _ => None,
+                }
+            }
+            (None, None) => None,
+        })
+    }
+
+    /// Scaling moves the start along, so that x0 - x stays what the optimizer itself
+    /// did; replacing starts anew.
+    fn weights_changed(
+        &mut self,
+        config: &ProdigyConfig,
+        slot: &mut Slot,
+        factor: Option<f64>,
+    ) -> Result<()> {
+        if slot.buffers[S].is_none() {
+            return Ok(());
+        }
+        let factor = factor.filter(|f| *f != 0.0);
+        if config.exact_displacement {
+            if factor.is_none() {
+                slot.buffers[U] = Some(slot.zeros()?);
+            }
+            return Ok(());
+        }
+        let (Some(factor), Some(p0)) = (factor, slot.buffers[P0].clone()) else {
+            slot.buffers[P0] = Some(start(config.slice_p, slot)?);
+            return Ok(());
+        };
+        let share = 1.0 - 1.0 / factor;
+        slot.buffers[P0] = Some(match (slot.weights()?, p0) {
+            (Buffer::Device(p), Buffer::Device(p0)) => {
+                Buffer::Device((p0 + p.affine(share, 0.0)?)?)
+            }
+            (p, p0) => {
+                let p0 = p0.f32();
+                let whole = |i: usize| if p0.len() == 1 { p0[0] } else { p0[i] };
+                let moved = p.f32().iter().step_by(config.slice_p).enumerate();
+                Buffer::F32(moved.map(|(i, p)| whole(i) + p * share as f32).collect())
+            }
+        });
+        Ok(())
+    }
+}
+
+impl Estimate {
+    fn update(&mut self, config: &ProdigyConfig, numerator: f64, denominator: f64) {
+        self.numerator = numerator;
+        self.denominator = denominator;
+        self.d_hat = config.d_coef * numerator / denominator;
+        if self.d == config.d0 && !config.limit_first_jump {
+            self.d = self.d.max(self.d_hat);
+        }
+        self.d_max = self.d_max.max(self.d_hat);
+        self.d = self
+            .d_max
+            .min(self.d * config.growth_rate)
+            .min(config.d_limit);
+    }
+}
+
+/// Creates the state at a parameter's first gradient.
+fn prepare(config: &ProdigyConfig, slot: &mut Slot) -> Result<()> {
+    if slot.buffers[V].is_some() {
+        return Ok(());
+    }
+    if config.betas.0 > 0.0 {
+        slot.ensure_zeros(M)?;
+    }
+    slot.ensure_zeros(V)?;
+    if config.slice_p > 1 {
+        slot.buffers[S] = Some(Buffer::F32(vec![
+            0.0;
+            slot.numel().div_ceil(config.slice_p)
+        ]));
+    } else {
+        slot.ensure_zeros(S)?;
+    }
+    if config.exact_displacement {
+        slot.ensure_zeros(U)
+    } else {
+        slot.buffers[P0] = Some(start(config.slice_p, slot)?);
+        Ok(())
+    }
+}
+
+/// The weights as they are, every `stride`-th; one zero for a tensor of zeros.
+fn start(stride: usize, slot: &Slot) -> Result<Buffer> {
+    Ok(match slot.weights()? {
+        Buffer::Device(tensor) if stride == 1 => Buffer::Device(tensor),
+        Buffer::Device(tensor) => Buffer::F32(
+            tensor
+                .flatten_all()?
+                .to_vec1::<f32>()?
+                .into_iter()
+                .step_by(stride)
+                .collect(),
+        ),
+        host if host.f32().iter().all(|x| *x == 0.0) => Buffer::F32(vec![0.0]),
+        host if stride == 1 => host,
+        host => Buffer::F32(host.f32().iter().copied().step_by(stride).collect()),
+    })
+}
+
+/// First pass: moments and statistics.
+fn gather(
+    config: &ProdigyConfig,
+    b3: f64,
+    step: &GroupStep,
+    frozen: bool,
+    slot: &mut Slot,
+) -> Result<()> {
+    let (b1, b2) = config.betas;
+    let GroupStep { d, dlr, .. } = *step;
+    let coupled = if config.decouple {
+        0.0
+    } else {
+        step.decay as f32
+    };
+    let moments = Moments {
+        coupled,
+        b1: b1 as f32,
+        m_new: (d * (1.0 - b1)) as f32,
+        b2: b2 as f32,
+        v_new: (d * d * (1.0 - b2)) as f32,
+    };
+    let gain = d / config.d0 * if config.safeguard_warmup { d } else { dlr };
+    let stats = Statistics {
+        coupled,
+        b3: b3 as f32,
+        gain: gain as f32,
+    };
+    let (m, v, s) = (Source::State(M), Source::State(V), Source::State(S));
+    let (g, p) = (Source::Grad, Source::Param);
+    let zero_start = !slot.plain
+        && slot.buffers[P0]
+            .as_ref()
+            .is_some_and(|p0| p0.f32().len() == 1);
+    if b1 > 0.0 && config.slice_p == 1 && !config.exact_displacement && !frozen {
+        let both = Both { moments, stats };
+        return if zero_start {
+            slot.run([m, v, s], [g, p], &both)
+        } else {
+            slot.run([m, v, s], [g, p, Source::State(P0)], &both)
+        };
+    }
+    // The statistics come first: they overwrite nothing that the moments read.
+    let sums = if frozen {
+        [0.0; 2]
+    } else if config.slice_p > 1 {
+        slot.sums = [0.0; 4];
+        stats.sliced(config.slice_p, slot)?
+    } else if config.exact_displacement {
+        slot.run([s], [g, p, Source::State(U)], &WithDisplacement(stats))?;
+        [slot.sums[0], slot.sums[1]]
+    } else if zero_start {
+        slot.run([s], [g, p], &stats)?;
+        [slot.sums[0], slot.sums[1]]
+    } else {
+        slot.run([s], [g, p, Source::State(P0)], &stats)?;
+        [slot.sums[0], slot.sums[1]]
+    };
+    let kept = slot.keep_device_sums();
+    if b1 > 0.0 {
+        slot.run([m, v], [g, p], &moments)?
+    } else {
+        slot.run([v], [g, p], &moments)?
+    }
+    slot.restore_device_sums(kept);
+    slot.sums[..2].copy_from_slice(&sums);
+    Ok(())
+}
+
+/// Second pass: the step itself, with the new d.
+fn apply(config: &ProdigyConfig, step: &GroupStep, d: f64, slot: &mut Slot) -> Result<()> {
+    let dlr = step.dlr * step.multiplier;
+    let decay = if config.decouple {
+        step.decay * dlr
+    } else {
+        0.0
+    };
+    let (p, m, v, u) = (
+        Source::Param,
+        Source::State(M),
+        Source::State(V),
+        Source::State(U),
+    );
+    let mut kernel = Apply {
+        decay: decay as f32,
+        coupled: 0.0,
+        step: dlr as f32,
+        eps: (d * step.eps) as f32,
+    };
+    let source = if config.betas.0 > 0.0 {
+        m
+    } else {
+        // Without a first moment the gradient takes its place, with the new d.
+        kernel.step = (dlr * d) as f32;
+        kernel.coupled = if config.decouple {
+            0.0
+        } else {
+            step.decay as f32
+        };
+        Source::Grad
+    };
+    if config.exact_displacement {
+        slot.run([p, u], [source, v], &kernel)
+    } else {
+        slot.run([p], [source, v], &kernel)
+    }
+}
+
+struct Moments {
+    coupled: f32,
+    b1: f32,
+    m_new: f32,
+    b2: f32,
+    v_new: f32,
+}
+
+impl Moments {
+    #[inline(always)]
+    fn second<L: Lane>(&self, v: &mut L, g: &L) {
+        *v = decay_into(v.clone(), g.clone() * g.clone(), self.b2, self.v_new);
+    }
+}
+
+impl Kernel<2, 2, 0> for Moments {
+    #[inline(always)]
+    fn element<L: Lane>(&self, [m, v]: &mut [L; 2], [g, p]: [L; 2]) -> [L; 0] {
+        let g = g + p.times(self.coupled);
+        *m = decay_into(m.clone(), g.clone(), self.b1, self.m_new);
+        self.second(v, &g);
+        []
+    }
+}
+
+impl Kernel<1, 2, 0> for Moments {
+    #[inline(always)]
+    fn element<L: Lane>(&self, [v]: &mut [L; 1], [g, p]: [L; 2]) -> [L; 0] {
+        self.second(v, &(g + p.times(self.coupled)));
+        []
+    }
+}
+
+struct Statistics {
+    coupled: f32,
+    b3: f32,
+    gain: f32,
+}
+
+impl Statistics {
+    /// Sums of `g * displacement` and `|s|`.
+    #[inline(always)]
+    fn sums<L: Lane>(&self, s: &mut L, g: L, displacement: L) -> [L; 2] {
+        *s = decay_into(s.clone(), g.clone(), self.b3, self.gain);
+        [g * displacement, s.clone().abs()]
+    }
+
+    /// The same over every `stride`-th value.
+    fn sliced(&self, stride: usize, slot: &mut Slot) -> Result<[f64; 2]> {
+        let scale = slot.grad_scale;
+        slot.on_host(|p, g, buffers| {
+            let (s, p0) = buffers.split_at_mut(P0);
+            let (Some(s), Some(p0)) = (&mut s[S], &p0[0]) else {
+                return Err(Error::state("s or p0 is missing"));
+            };
+            let p0 = p0.f32();
+            let mut total = [0.0f64; 2];
+            for (i, (s, (p, g))) in s
+                .f32_mut()
+                .iter_mut()
+                .zip(p.iter().zip(g).step_by(stride))
+                .enumerate()
+            {
+                let start = if p0.len() == 1 { p0[0] } else { p0[i] };
+                let [dot, abs] = self.sums(s, g * scale + p * self.coupled, start - p);
+                total[0] += f64::from(dot);
+                total[1] += f64::from(abs);
+            }
+            Ok(total)
+        })
+    }
+}
+
+impl Kernel<1, 3, 2> for Statistics {
+    #[inline(always)]
+    fn element<L: Lane>(&self, [s]: &mut [L; 1], [g, p, p0]: [L; 3]) -> [L; 2] {
+        self.sums(s, g + p.clone().times(self.coupled), p0 - p)
+    }
+}
+
+/// A parameter that started at zero.
+impl Kernel<1, 2, 2> for Statistics {
+    #[inline(always)]
+    fn element<L: Lane>(&self, [s]: &mut [L; 1], [g, p]: [L; 2]) -> [L; 2] {
+        self.sums(s, g + p.clone().times(self.coupled), -p)
+    }
+}
+
+struct WithDisplacement(Statistics);
+
+impl Kernel<1, 3, 2> for WithDisplacement {
+    #[inline(always)]
+    fn element<L: Lane>(&self, [s]: &mut [L; 1], [g, p, u]: [L; 3]) -> [L; 2] {
+        self.0.sums(s, g + p.times(self.0.coupled), u)
+    }
+}
+
+/// Moments and statistics in one walk.
+struct Both {
+    moments: Moments,
+    stats: Statistics,
+}
+
+impl Both {
+    #[inline(always)]
+    fn all<L: Lane>(&self, [m, v, s]: &mut [L; 3], g: L, displacement: L) -> [L; 2] {
+        *m = decay_into(m.clone(), g.clone(), self.moments.b1, self.moments.m_new);
+        self.moments.second(v, &g);
+        self.stats.sums(s, g, displacement)
+    }
+}
+
+impl Kernel<3, 3, 2> for Both {
+    #[inline(always)]
+    fn element<L: Lane>(&self, state: &mut [L; 3], [g, p, p0]: [L; 3]) -> [L; 2] {
+        self.all(state, g + p.clone().times(self.stats.coupled), p0 - p)
+    }
+}
+
+impl Kernel<3, 2, 2> for Both {
+    #[inline(always)]
+    fn element<L: Lane>(&self, state: &mut [L; 3], [g, p]: [L; 2]) -> [L; 2] {
+        self.all(state, g + p.clone().times(self.stats.coupled), -p)
+    }
+}
+
+struct Apply {
+    decay: f32,
+    coupled: f32,
+    step: f32,
+    eps: f32,
+}
+
+impl Apply {
+    /// What is subtracted from the parameter, apart from the decoupled decay.
+    #[inline(always)]
+    fn amount<L: Lane>(&self, p: &L, m: L, v: L) -> L {
+        (m + p.clone().times(self.coupled)).times(self.step) / v.sqrt().plus(self.eps)
+    }
+}
+
+impl Kernel<1, 2, 0> for Apply {
+    #[inline(always)]
+    fn element<L: Lane>(&self, [p]: &mut [L; 1], [m, v]: [L; 2]) -> [L; 0] {
+        let amount = self.amount(p, m, v);
+        *p = p.clone().times(1.0 - self.decay) - amount;
+        []
+    }
+}
+
+impl Kernel<2, 2, 0> for Apply {
+    #[inline(always)]
+    fn element<L: Lane>(&self, [p, u]: &mut [L; 2], [m, v]: [L; 2]) -> [L; 0] {
+        let amount = self.amount(p, m, v) + p.clone().times(self.decay);
+        *p = p.clone() - amount.clone();
+        *u = u.clone() + amount;
+        []
+    }
+}
