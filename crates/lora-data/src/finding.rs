@@ -44,7 +44,7 @@ pub enum FindingKind {
     OptionWithoutEffect,
     /// An entry of a metadata file without an image, or the other way round.
     Metadata,
-    /// Found by the [doctor](crate::doctor).
+    /// Found by the doctor.
     Doctor,
 }
 

@@ -1,7 +1,9 @@
 //! Captions: the files they come from and what is done to them at every draw.
 
+pub(crate) mod file;
 mod process;
 
+pub use file::CaptionSource;
 pub use process::{CaptionDraws, CaptionTime, process_caption};
 
 use serde::{Deserialize, Serialize};
