@@ -1,1 +1,34 @@
 //! Image and caption folders as Stable Diffusion trainers keep them.
+
+mod bucket;
+mod caption;
+mod config;
+mod dataset;
+mod error;
+mod face;
+mod finding;
+mod folder;
+mod mask;
+mod metadata;
+mod picture;
+mod plan;
+mod size;
+mod streams;
+
+pub use bucket::{BucketFit, BucketTable, crop_ltrb, side_limits};
+pub use caption::{CaptionConfig, CaptionDraws, CaptionSource, CaptionTime, process_caption};
+pub use config::{
+    DataConfig, DatasetConfig, DecodeCheck, Interpolation, SubsetConfig, Transparency,
+};
+pub use dataset::{
+    BucketCount, BucketInfo, Dataset, DatasetStats, ImageRecord, Pixels, Role, SubsetStats,
+    balance_regularization, split_sizes,
+};
+pub use error::{ConfigFault, Error, Result};
+pub use finding::{Finding, FindingKind, Severity};
+pub use folder::{FolderFound, Layout, SubsetsFound, find_subsets};
+pub use mask::shrink_mask;
+pub use picture::{DecodeOptions, Header, Picture, decode_file, read_header, resize};
+pub use plan::{BatchPlan, ColorShift, EpochPlan, PlanItem, StepCount};
+pub use size::Size;
+pub use streams::{Place, Purpose, Streams};
