@@ -100,11 +100,12 @@ pub trait Adapter: Debug + Send + Sync {
     fn trainable(&self) -> Result<Arc<dyn Adapter>>;
 
     /// Multiplies the delta by `ratio`, spread evenly over the factors in place; for
-    /// max-norm scaling. Does nothing to an adapter loaded for inference.
+    /// max-norm scaling. Does nothing to an adapter loaded for inference. Returns the
+    /// number each scaled factor was multiplied by.
     ///
     /// # Errors
     /// When a factor cannot be written.
-    fn rescale(&self, ratio: f64) -> Result<()>;
+    fn rescale(&self, ratio: f64) -> Result<f64>;
 }
 
 /// The variable behind a factor, if it is one.

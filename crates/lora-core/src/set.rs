@@ -80,10 +80,10 @@ impl AttachReport {
 }
 
 /// What [`AdapterSet::scale_norms`] did.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct NormReport {
-    /// How many layers were scaled down.
-    pub scaled: usize,
+    /// The layers that were scaled down, with the factor on each of their factors.
+    pub factors: Vec<(String, f64)>,
     /// Mean norm of the deltas afterwards.
     pub mean: f64,
     /// Largest norm afterwards.
@@ -380,19 +380,18 @@ impl AdapterSet {
     /// # Errors
     /// When a factor cannot be read or written.
     pub fn scale_norms(&self, max_norm: f64) -> Result<NormReport> {
-        let (mut scaled, mut norms) = (0, Vec::new());
-        for adapter in self.entries.values() {
+        let (mut factors, mut norms) = (Vec::new(), Vec::new());
+        for (name, adapter) in &self.entries {
             let norm = merge::delta_norm(adapter.as_ref())?.max(max_norm / 2.0);
             let ratio = norm.min(max_norm) / norm;
             if ratio < 1.0 {
-                adapter.rescale(ratio)?;
-                scaled += 1;
+                factors.push((name.clone(), adapter.rescale(ratio)?));
             }
             norms.push(norm * ratio);
         }
         let max = norms.iter().copied().fold(0.0, f64::max);
         let mean = norms.iter().sum::<f64>() / norms.len().max(1) as f64;
-        Ok(NormReport { scaled, mean, max })
+        Ok(NormReport { factors, mean, max })
     }
 
     /// Adds the deltas of the model's component to its base weights, for good:

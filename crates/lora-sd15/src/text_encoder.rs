@@ -72,6 +72,11 @@ impl TextEncoder {
         &self.config
     }
 
+    /// Where the weights are.
+    pub fn device(&self) -> &candle_core::Device {
+        self.token_embedding.device()
+    }
+
     /// Encodes `ids` `[n, tokens]` (u32, at most 77 tokens). `clip_skip` counts from
     /// the end as in A1111 and sd-scripts: 1 is the last layer, 2 the one before; the
     /// final norm is applied in every case.

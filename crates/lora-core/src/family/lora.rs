@@ -337,14 +337,15 @@ impl Adapter for Lora {
         }))
     }
 
-    fn rescale(&self, ratio: f64) -> Result<()> {
+    fn rescale(&self, ratio: f64) -> Result<f64> {
         // sd-scripts splits the ratio over up and down; a Tucker core stays.
+        let factor = ratio.sqrt();
         for (name, var) in self.vars() {
             if name != "lora_mid.weight" {
-                var.set(&(var.as_detached_tensor() * ratio.sqrt())?)?;
+                var.set(&(var.as_detached_tensor() * factor)?)?;
             }
         }
-        Ok(())
+        Ok(factor)
     }
 }
 

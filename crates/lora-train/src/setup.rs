@@ -1,0 +1,185 @@
+//! The steps before training: each checks one thing and builds it.
+
+use std::path::Path;
+
+use candle_core::Device;
+use lora_core::{Adaptable, AdapterSet, Component, Targets};
+use lora_data::{DataConfig, Dataset, Place, Purpose, Streams};
+use lora_optim::{KohyaOptimizer, KohyaSchedule, LrSchedule, Optimizer, ParamGroup};
+use lora_sd15::{Checkpoint, TextEncoder, UNet};
+
+use crate::config::TrainConfig;
+use crate::trainer::open_checkpoint;
+use crate::{Error, Plan, Result};
+
+/// Creates the output folder and proves that files can be written there.
+pub(crate) fn check_output(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let probe = folder.join(format!(".probe-{}.tmp", std::process::id()));
+    std::fs::write(&probe, b"probe").map_err(Error::io(folder))?;
+    std::fs::remove_file(&probe).map_err(Error::io(&probe))
+}
+
+/// Lists pictures and captions.
+pub(crate) fn dataset(config: &TrainConfig) -> Result<Dataset> {
+    let run = DataConfig {
+        prior_loss_weight: config.prior_loss_weight as f32,
+        masked_loss: config.masked_loss,
+        ..DataConfig::default()
+    };
+    let options = config.dataset_options()?;
+    let Some(train) = &config.train_data_dir else {
+        return Err(Error::Missing { name: "train_data_dir", what: "the folder with pictures and captions" });
+    };
+    Ok(Dataset::from_folders(train, config.reg_data_dir.as_deref(), &options, &run)?)
+}
+
+/// Opens and checks the checkpoint.
+pub(crate) fn checkpoint(config: &TrainConfig) -> Result<Checkpoint> {
+    let Some(path) = &config.pretrained_model_name_or_path else {
+        return Err(Error::Missing { name: "pretrained_model_name_or_path", what: "the checkpoint to train on" });
+    };
+    open_checkpoint(path, config.vae.as_deref())
+}
+
+/// The learning-rate schedule for the whole run.
+pub(crate) fn lr_schedule(config: &TrainConfig, plan: &Plan) -> Result<Box<dyn LrSchedule>> {
+    let total = plan.total_steps as u64;
+    let steps = |s: Option<crate::config::Steps>| s.map_or(0, |s| s.of(plan.total_steps));
+    let schedule = KohyaSchedule {
+        lr_scheduler: config.lr_scheduler.clone(),
+        lr_scheduler_args: config.lr_scheduler_args.clone(),
+        lr_warmup_steps: steps(config.lr_warmup_steps),
+        lr_decay_steps: steps(config.lr_decay_steps),
+        max_train_steps: total,
+        learning_rate: config.learning_rate(),
+        ..KohyaSchedule::default()
+    };
+    Ok(schedule.build()?)
+}
+
+/// Merges `base_weights` into the model.
+pub(crate) fn merge_base_weights(
+    config: &TrainConfig,
+    unet: &mut UNet,
+    text_encoder: &mut TextEncoder,
+    device: &Device,
+) -> Result<()> {
+    for (i, path) in config.base_weights.iter().enumerate() {
+        let multiplier = config.base_weights_multiplier.get(i).copied().unwrap_or(1.0);
+        let set = AdapterSet::load(path, device)?;
+        set.merge(unet, multiplier)?.strict()?;
+        set.merge(text_encoder, multiplier)?.strict()?;
+    }
+    Ok(())
+}
+
+/// Creates the adapters, loads `network_weights` into them and attaches them.
+pub(crate) fn adapters(
+    config: &TrainConfig,
+    unet: &mut UNet,
+    text_encoder: &mut TextEncoder,
+    streams: Streams,
+    warn: &mut dyn FnMut(&str),
+) -> Result<AdapterSet> {
+    let options = config.adapter()?;
+    let targets = if options.conv_rank.is_some() { Targets::attn_mlp_conv() } else { Targets::attn_mlp() };
+    let mut rng = |item| streams.stream(Purpose::ADAPTER_INIT, Place::item(item));
+    let parts: [(bool, &mut dyn Adaptable, u64); 2] = [
+        (!config.network_train_text_encoder_only, unet, 0),
+        (!config.network_train_unet_only, text_encoder, 1),
+    ];
+    let mut set: Option<AdapterSet> = None;
+    for (wanted, model, item) in parts {
+        if !wanted {
+            continue;
+        }
+        let part = AdapterSet::create(model, &options, &targets, &mut rng(item))?;
+        match &mut set {
+            None => set = Some(part),
+            Some(set) => set.extend(part),
+        }
+    }
+    let mut set = set.unwrap_or_default();
+    if let Some(path) = &config.network_weights {
+        load_weights(&mut set, path, config.network_alpha, warn)?;
+    }
+    set.attach(unet, 1.0)?.strict()?;
+    set.attach(text_encoder, 1.0)?.strict()?;
+    Ok(set)
+}
+
+/// Puts a file's adapters in place of the fresh ones.
+fn load_weights(set: &mut AdapterSet, path: &Path, alpha: f64, warn: &mut dyn FnMut(&str)) -> Result<()> {
+    let loaded = AdapterSet::load(path, &Device::Cpu)?.trainable()?;
+    let mut unused = Vec::new();
+    let mut other_alpha = 0;
+    for (name, adapter) in loaded.iter() {
+        let Some(fresh) = set.get(name) else {
+            unused.push(name.to_string());
+            continue;
+        };
+        if fresh.rank() != adapter.rank() {
+            return Err(Error::Config {
+                place: path.display().to_string(),
+                what: format!("{name} has rank {:?}, the run is set to {:?}: make network_dim equal", adapter.rank(), fresh.rank()),
+            });
+        }
+        other_alpha += usize::from(adapter.alpha().is_some_and(|a| a != alpha && alpha != 0.0));
+        set.insert(name.to_string(), adapter.clone());
+    }
+    if !unused.is_empty() {
+        return Err(lora_core::Error::UnmatchedLayers { layers: unused }.into());
+    }
+    if other_alpha > 0 {
+        warn(&format!("{}: {other_alpha} layers keep the alpha of the file, not network_alpha {alpha}", path.display()));
+    }
+    if loaded.len() < set.len() {
+        warn(&format!("{}: has {} of {} layers; the others start fresh", path.display(), loaded.len(), set.len()));
+    }
+    Ok(())
+}
+
+/// sd-scripts' groups: text encoder, then UNet; with LoRA+ each is split into the
+/// rest and "plus" (all up weights). A group with learning rate 0 is left out.
+///
+/// # Errors
+/// [`Error::Config`] when nothing is left to train.
+pub fn param_groups(config: &TrainConfig, adapters: &AdapterSet) -> Result<Vec<ParamGroup>> {
+    let (text_plus, unet_plus) = config.network()?.loraplus();
+    let parts = [
+        ("textencoder", Component::TextEncoder, config.text_learning_rate(), text_plus),
+        ("unet", Component::Unet, config.unet_learning_rate(), unet_plus),
+    ];
+    let mut groups = Vec::new();
+    for (name, component, lr, plus) in parts {
+        if lr == 0.0 {
+            continue;
+        }
+        let params: Vec<_> = adapters.params().into_iter().filter(|(n, _)| component.owns(n)).collect();
+        let (up, rest): (Vec<_>, Vec<_>) =
+            params.into_iter().partition(|(n, _)| plus.is_some() && n.contains("lora_up"));
+        for (name, params, lr) in [(name.to_string(), rest, lr), (format!("{name} plus"), up, lr * plus.unwrap_or(1.0))] {
+            if !params.is_empty() {
+                groups.push(ParamGroup { lr: Some(lr), ..ParamGroup::new(name, params) });
+            }
+        }
+    }
+    if groups.is_empty() {
+        let what = "nothing is trained: all learning rates are 0".into();
+        return Err(Error::Config { place: "settings".into(), what });
+    }
+    Ok(groups)
+}
+
+/// The optimizer by sd-scripts' name and arguments. Prodigy without `betas` gets
+/// (0.9, 0.99) here.
+pub(crate) fn optimizer(config: &TrainConfig, groups: Vec<ParamGroup>) -> Result<Box<dyn Optimizer>> {
+    let optimizer = KohyaOptimizer {
+        optimizer_type: config.optimizer_type.clone(),
+        optimizer_args: config.optimizer_args.clone(),
+        learning_rate: config.learning_rate(),
+        prodigy_betas: (0.9, 0.99),
+    };
+    Ok(optimizer.build(groups)?)
+}
