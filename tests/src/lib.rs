@@ -53,7 +53,11 @@ pub fn values(tensor: &Tensor) -> Vec<f64> {
     let flat = tensor.flatten_all().expect("flatten");
     match flat.dtype() {
         DType::F64 => flat.to_vec1::<f64>().expect("f64 values"),
-        _ => flat.to_dtype(DType::F64).expect("as f64").to_vec1::<f64>().expect("f64 values"),
+        _ => flat
+            .to_dtype(DType::F64)
+            .expect("as f64")
+            .to_vec1::<f64>()
+            .expect("f64 values"),
     }
 }
 
@@ -77,7 +81,11 @@ impl Report {
     /// Compares a tensor with the wanted one: shape and every element.
     pub fn tensor(&mut self, case: &str, name: &str, got: &Tensor, want: &Tensor, tol: Tolerance) {
         if got.dims() != want.dims() {
-            self.fail(case, name, format_args!("shape {:?}, wanted {:?}", got.dims(), want.dims()));
+            self.fail(
+                case,
+                name,
+                format_args!("shape {:?}, wanted {:?}", got.dims(), want.dims()),
+            );
             return;
         }
         self.slice(case, name, &values(got), &values(want), tol);
@@ -87,7 +95,11 @@ impl Report {
     pub fn slice(&mut self, case: &str, name: &str, got: &[f64], want: &[f64], tol: Tolerance) {
         self.checked += 1;
         if got.len() != want.len() {
-            self.fail(case, name, format_args!("{} values, wanted {}", got.len(), want.len()));
+            self.fail(
+                case,
+                name,
+                format_args!("{} values, wanted {}", got.len(), want.len()),
+            );
             return;
         }
         let mut worst = (0.0f64, 0usize);
@@ -119,7 +131,13 @@ impl Report {
     }
 
     /// Compares two values that must be the same.
-    pub fn equal<T: PartialEq + std::fmt::Debug>(&mut self, case: &str, name: &str, got: &T, want: &T) {
+    pub fn equal<T: PartialEq + std::fmt::Debug>(
+        &mut self,
+        case: &str,
+        name: &str,
+        got: &T,
+        want: &T,
+    ) {
         self.checked += 1;
         if got != want {
             self.fail(case, name, format_args!("got {got:?}, wanted {want:?}"));
