@@ -1,0 +1,7 @@
+//! The words of sd-scripts (kohya): `optimizer_type`, `optimizer_args`, `lr_scheduler`.
+
+mod literal;
+mod optimizer;
+
+pub use literal::parse_args;
+pub use optimizer::{KohyaOptimizer, OPTIMIZER_TYPES, from_kohya};
