@@ -2,6 +2,8 @@
 
 mod literal;
 mod optimizer;
+mod scheduler;
 
 pub use literal::parse_args;
 pub use optimizer::{KohyaOptimizer, OPTIMIZER_TYPES, from_kohya};
+pub use scheduler::{KohyaScheduler, SCHEDULERS};
