@@ -13,17 +13,17 @@ use serde_json::Value;
 
 use super::{Suite, expected, number, text};
 
-pub const QUANTIZATION: &str =
+pub(crate) const QUANTIZATION: &str =
     "blockwise 8-bit quantization, block 256 (the last block is all zeros; unsigned input is |x|)";
-pub const CLIPPING: &str = "clip_grad_norm";
-pub const ROUNDING: &str = "bf16 = top 16 bits of (f32 bits + r), r uniform in 0..65535";
-pub const EMA: &str = "EMA of weights";
-pub const SCHEDULE: &str = "lr schedule";
+pub(crate) const CLIPPING: &str = "clip_grad_norm";
+pub(crate) const ROUNDING: &str = "bf16 = top 16 bits of (f32 bits + r), r uniform in 0..65535";
+pub(crate) const EMA: &str = "EMA of weights";
+pub(crate) const SCHEDULE: &str = "lr schedule";
 /// All algorithms that this module tests.
-pub const KNOWN: [&str; 5] = [QUANTIZATION, CLIPPING, ROUNDING, EMA, SCHEDULE];
+pub(crate) const KNOWN: [&str; 5] = [QUANTIZATION, CLIPPING, ROUNDING, EMA, SCHEDULE];
 
 /// Runs every case of one algorithm.
-pub fn run(algorithm: &str, check: fn(&Suite, &Value, &mut Report)) {
+pub(crate) fn run(algorithm: &str, check: fn(&Suite, &Value, &mut Report)) {
     let suite = Suite::load();
     let mut report = Report::default();
     for case in suite.cases().iter().filter(|c| c["algorithm"] == algorithm) {
@@ -36,7 +36,7 @@ fn floats(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().expect("flat").to_vec1().expect("f32")
 }
 
-pub fn quantization(suite: &Suite, case: &Value, report: &mut Report) {
+pub(crate) fn quantization(suite: &Suite, case: &Value, report: &mut Report) {
     let name = text(&case["name"]);
     let exact = Tolerance::default();
     for (kind, table) in [("signed", &*SIGNED), ("unsigned", &*UNSIGNED)] {
@@ -99,7 +99,7 @@ fn quantized(table: &CodeTable, x: &[f32]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     (codes, largest, restored)
 }
 
-pub fn clipping(suite: &Suite, case: &Value, report: &mut Report) {
+pub(crate) fn clipping(suite: &Suite, case: &Value, report: &mut Report) {
     let name = text(&case["name"]);
     let tol = Tolerance {
         atol: 0.0,
@@ -132,7 +132,7 @@ pub fn clipping(suite: &Suite, case: &Value, report: &mut Report) {
     }
 }
 
-pub fn rounding(suite: &Suite, case: &Value, report: &mut Report) {
+pub(crate) fn rounding(suite: &Suite, case: &Value, report: &mut Report) {
     let name = text(&case["name"]);
     let x = floats(suite.tensor(case, &format!("{name}/x")));
     let r = suite
@@ -157,7 +157,7 @@ pub fn rounding(suite: &Suite, case: &Value, report: &mut Report) {
     }
 }
 
-pub fn ema(suite: &Suite, case: &Value, report: &mut Report) {
+pub(crate) fn ema(suite: &Suite, case: &Value, report: &mut Report) {
     let name = text(&case["name"]);
     let var = Var::from_tensor(suite.tensor(case, &format!("{name}/init"))).expect("var");
     let config: EmaConfig =
@@ -206,7 +206,7 @@ pub fn ema(suite: &Suite, case: &Value, report: &mut Report) {
     }
 }
 
-pub fn schedule(suite: &Suite, case: &Value, report: &mut Report) {
+pub(crate) fn schedule(suite: &Suite, case: &Value, report: &mut Report) {
     let name = text(&case["name"]);
     let schedule = named_schedule(&name, &case["config"]);
     let base = case["config"]
