@@ -141,6 +141,13 @@ pub trait Optimizer: Debug + Send {
     /// Sets the schedule's factor for the following steps.
     fn set_lr_factor(&mut self, factor: f64);
 
+    /// Sets the schedule's factor of one group (see [`crate::LrSchedule::apply`]); a group
+    /// that does not exist is ignored.
+    fn set_group_lr_factor(&mut self, group: usize, factor: f64);
+
+    /// One group's learning rate before the schedule's factor.
+    fn base_lr(&self, group: usize) -> f64;
+
     /// Replaces one group's learning rate.
     ///
     /// # Errors

@@ -103,15 +103,17 @@ impl CodeTable {
     }
 }
 
-/// Point `i` of the even division of [0.1, 1] into `parts`, counted from the nearer end
-/// as PyTorch's `linspace` does.
+/// Point `i` of the even division of [0.1, 1] into `parts`, bit for bit as PyTorch's
+/// `linspace`: an f32 step, counted from the nearer end, rounded once.
 fn tenth_to_one(i: usize, parts: usize) -> f32 {
-    let step = (1.0f32 - 0.1) / parts as f32;
-    if i < parts.div_ceil(2) {
-        0.1 + step * i as f32
+    let start = f64::from(0.1f32);
+    let step = f64::from((1.0f32 - 0.1) / parts as f32);
+    let point = if i < parts.div_ceil(2) {
+        start + step * i as f64
     } else {
-        1.0 - step * (parts - i) as f32
-    }
+        1.0 - step * (parts - i) as f64
+    };
+    point as f32
 }
 
 #[cfg(test)]

@@ -338,7 +338,17 @@ impl<R: Rule> Optimizer for Stepper<R> {
     }
 
     fn set_lr_factor(&mut self, factor: f64) {
-        self.table.lr_factor = factor;
+        self.table.lr_factors.fill(factor);
+    }
+
+    fn set_group_lr_factor(&mut self, group: usize, factor: f64) {
+        if let Some(present) = self.table.lr_factors.get_mut(group) {
+            *present = factor;
+        }
+    }
+
+    fn base_lr(&self, group: usize) -> f64 {
+        self.table.numbers[group].lr
     }
 
     fn set_group_lr(&mut self, group: usize, lr: f64) -> Result<()> {

@@ -44,7 +44,7 @@ pub struct Table {
     pub(crate) groups: Vec<ParamGroup>,
     pub(crate) numbers: Vec<GroupNumbers>,
     pub(crate) slots: Vec<Slot>,
-    pub(crate) lr_factor: f64,
+    pub(crate) lr_factors: Vec<f64>,
     /// Steps taken, skipped ones not counted.
     pub(crate) steps: u64,
 }
@@ -89,17 +89,17 @@ impl Table {
             }
         }
         Ok(Self {
+            lr_factors: vec![1.0; groups.len()],
             groups,
             numbers,
             slots,
-            lr_factor: 1.0,
             steps: 0,
         })
     }
 
     /// The group's learning rate now: its own, times the schedule's factor.
     pub(crate) fn lr(&self, group: usize) -> f64 {
-        self.numbers[group].lr * self.lr_factor
+        self.numbers[group].lr * self.lr_factors[group]
     }
 
     /// Learning rate times the group's multiplier.

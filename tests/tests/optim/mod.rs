@@ -1,7 +1,7 @@
 //! Running the golden optimizer cases.
 
-pub mod compare;
-pub mod utilities;
+pub(crate) mod compare;
+pub(crate) mod utilities;
 
 use std::collections::BTreeMap;
 
@@ -11,13 +11,13 @@ use lora_tests::{Report, golden_json, golden_tensors, values};
 use serde_json::Value;
 
 /// The index and all tensor files.
-pub struct Suite {
+pub(crate) struct Suite {
     index: Value,
     files: BTreeMap<String, BTreeMap<String, Tensor>>,
 }
 
 impl Suite {
-    pub fn load() -> Self {
+    pub(crate) fn load() -> Self {
         let index = golden_json("optim", "index.json");
         let mut names: Vec<String> = index["cases"]
             .as_array()
@@ -35,12 +35,12 @@ impl Suite {
         Self { index, files }
     }
 
-    pub fn cases(&self) -> &[Value] {
+    pub(crate) fn cases(&self) -> &[Value] {
         self.index["cases"].as_array().expect("cases")
     }
 
     /// A tensor of a case's file.
-    pub fn tensor(&self, case: &Value, name: &str) -> &Tensor {
+    pub(crate) fn tensor(&self, case: &Value, name: &str) -> &Tensor {
         let file = text(&case["file"]);
         self.files[&file]
             .get(name)
@@ -48,7 +48,7 @@ impl Suite {
     }
 
     /// A tensor of a case's problem.
-    pub fn problem(&self, case: &Value, what: &str) -> &Tensor {
+    pub(crate) fn problem(&self, case: &Value, what: &str) -> &Tensor {
         let name = format!("{}/{what}", text(&case["problem"]));
         self.files["problems.safetensors"]
             .get(&name)
@@ -56,27 +56,27 @@ impl Suite {
     }
 }
 
-pub fn text(value: &Value) -> String {
+pub(crate) fn text(value: &Value) -> String {
     value
         .as_str()
         .unwrap_or_else(|| panic!("{value} is not a text"))
         .to_string()
 }
 
-pub fn number(value: &Value) -> f64 {
+pub(crate) fn number(value: &Value) -> f64 {
     value
         .as_f64()
         .unwrap_or_else(|| panic!("{value} is not a number"))
 }
 
-pub fn integers(value: &Value) -> Vec<usize> {
+pub(crate) fn integers(value: &Value) -> Vec<usize> {
     value
         .as_array()
         .map(|a| a.iter().map(|v| number(v) as usize).collect())
         .unwrap_or_default()
 }
 
-pub fn expected(case: &Value) -> Vec<String> {
+pub(crate) fn expected(case: &Value) -> Vec<String> {
     case["expected"]
         .as_array()
         .expect("expected")
@@ -86,15 +86,15 @@ pub fn expected(case: &Value) -> Vec<String> {
 }
 
 /// One case being run: parameters by name, and the optimizer over them.
-pub struct Run<'a> {
+pub(crate) struct Run<'a> {
     suite: &'a Suite,
     case: &'a Value,
-    pub vars: BTreeMap<String, Var>,
-    pub optimizer: Box<dyn Optimizer>,
+    pub(crate) vars: BTreeMap<String, Var>,
+    pub(crate) optimizer: Box<dyn Optimizer>,
 }
 
 impl<'a> Run<'a> {
-    pub fn new(suite: &'a Suite, case: &'a Value) -> Self {
+    pub(crate) fn new(suite: &'a Suite, case: &'a Value) -> Self {
         let name = text(&case["name"]);
         let mut vars = BTreeMap::new();
         let mut groups = Vec::new();
@@ -147,7 +147,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         text(&self.case["name"])
     }
 
@@ -237,13 +237,13 @@ impl<'a> Run<'a> {
 
 /// What a trajectory left behind, keyed like the golden tensors without `NAME/f32/`.
 #[derive(Default)]
-pub struct Trace {
+pub(crate) struct Trace {
     /// Tensors at every checkpoint.
-    pub rows: BTreeMap<String, Vec<Tensor>>,
+    pub(crate) rows: BTreeMap<String, Vec<Tensor>>,
     /// Scalars after every step, one row of groups after the other.
-    pub scalars: BTreeMap<String, Vec<f64>>,
+    pub(crate) scalars: BTreeMap<String, Vec<f64>>,
     /// The saved state after every step.
-    pub states: Vec<OptimizerState>,
+    pub(crate) states: Vec<OptimizerState>,
 }
 
 fn trace(run: &mut Run<'_>) -> Trace {
@@ -364,7 +364,7 @@ fn resume(run: &mut Run<'_>, report: &mut Report) {
 }
 
 /// Runs every trajectory of one algorithm.
-pub fn trajectories(algorithm: &str) {
+pub(crate) fn trajectories(algorithm: &str) {
     let suite = Suite::load();
     let mut report = Report::default();
     for case in suite.cases().iter().filter(|c| c["algorithm"] == algorithm) {
