@@ -292,7 +292,7 @@ fn missing_captions(
 /// The first few file names of a long list.
 pub(super) fn some_names<'a>(paths: impl Iterator<Item = &'a Path>) -> String {
     const SHOWN: usize = 5;
-    let mut names: Vec<String> = paths.take(SHOWN + 1).map(|p| base_name(p)).collect();
+    let mut names: Vec<String> = paths.take(SHOWN + 1).map(base_name).collect();
     if names.len() > SHOWN {
         names[SHOWN] = "...".to_owned();
     }
