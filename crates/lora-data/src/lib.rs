@@ -3,6 +3,7 @@
 mod bucket;
 mod caption;
 mod config;
+mod config_file;
 mod dataset;
 mod error;
 mod face;
@@ -20,6 +21,7 @@ pub use caption::{CaptionConfig, CaptionDraws, CaptionSource, CaptionTime, proce
 pub use config::{
     DataConfig, DatasetConfig, DecodeCheck, Interpolation, SubsetConfig, Transparency,
 };
+pub use config_file::{ConfigFile, ConfigSyntax};
 pub use dataset::{
     BucketCount, BucketInfo, Dataset, DatasetStats, ImageRecord, Pixels, Role, SubsetStats,
     balance_regularization, split_sizes,

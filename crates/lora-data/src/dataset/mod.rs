@@ -8,6 +8,7 @@ mod split;
 mod stats;
 
 pub use balance::balance_regularization;
+pub(crate) use build::build;
 pub use load::Pixels;
 pub(crate) use load::crop;
 pub use split::split_sizes;

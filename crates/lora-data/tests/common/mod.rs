@@ -1,5 +1,5 @@
 //! A folder of small files for one test.
-#![allow(dead_code)] // each test file uses a part
+#![allow(dead_code, clippy::unwrap_used)] // each test file uses a part
 
 use std::fs;
 use std::path::Path;
