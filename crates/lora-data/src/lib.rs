@@ -1,6 +1,8 @@
 //! Image and caption folders as Stable Diffusion trainers keep them.
 
+mod atomic;
 mod bucket;
+mod cache;
 mod caption;
 mod config;
 mod config_file;
@@ -9,6 +11,7 @@ mod error;
 mod face;
 mod finding;
 mod folder;
+mod loader;
 mod mask;
 mod metadata;
 mod picture;
@@ -17,6 +20,10 @@ mod size;
 mod streams;
 
 pub use bucket::{BucketFit, BucketTable, crop_ltrb, side_limits};
+pub use cache::{
+    CacheConfig, CachedLatents, EncoderError, LatentCache, LatentEncoder, Latents, TextCache,
+    TextEncoder, TextOutput,
+};
 pub use caption::{CaptionConfig, CaptionDraws, CaptionSource, CaptionTime, process_caption};
 pub use config::{
     DataConfig, DatasetConfig, DecodeCheck, Interpolation, SubsetConfig, Transparency,
@@ -29,6 +36,7 @@ pub use dataset::{
 pub use error::{ConfigFault, Error, Result};
 pub use finding::{Finding, FindingKind, Severity};
 pub use folder::{FolderFound, Layout, SubsetsFound, find_subsets};
+pub use loader::{LoadedBatch, Loader, LoaderConfig};
 pub use mask::shrink_mask;
 pub use picture::{DecodeOptions, Header, Picture, decode_file, read_header, resize};
 pub use plan::{BatchPlan, ColorShift, EpochPlan, PlanItem, StepCount};
