@@ -6,7 +6,9 @@ mod cache;
 mod caption;
 mod config;
 mod config_file;
+mod contact_sheet;
 mod dataset;
+pub mod doctor;
 mod error;
 mod face;
 mod finding;
@@ -16,6 +18,7 @@ mod mask;
 mod metadata;
 mod picture;
 mod plan;
+mod report;
 mod size;
 mod streams;
 
@@ -29,6 +32,7 @@ pub use config::{
     DataConfig, DatasetConfig, DecodeCheck, Interpolation, SubsetConfig, Transparency,
 };
 pub use config_file::{ConfigFile, ConfigSyntax};
+pub use contact_sheet::{ContactSheetConfig, write_contact_sheet};
 pub use dataset::{
     BucketCount, BucketInfo, Dataset, DatasetStats, ImageRecord, Pixels, Role, SubsetStats,
     balance_regularization, split_sizes,
@@ -40,5 +44,6 @@ pub use loader::{LoadedBatch, Loader, LoaderConfig};
 pub use mask::shrink_mask;
 pub use picture::{DecodeOptions, Header, Picture, decode_file, read_header, resize};
 pub use plan::{BatchPlan, ColorShift, EpochPlan, PlanItem, StepCount};
+pub use report::{DatasetLines, DatasetReport, ReportConfig, RunLength};
 pub use size::Size;
 pub use streams::{Place, Purpose, Streams};

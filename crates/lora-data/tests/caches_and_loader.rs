@@ -62,7 +62,7 @@ fn dataset(folder: &Folder) -> Arc<Dataset> {
         },
         ..Default::default()
     };
-    Arc::new(Dataset::from_folder(folder.path(), &options).unwrap())
+    Arc::new(Dataset::from_folder(folder.path(), &options).expect("a dataset"))
 }
 
 fn photos() -> Folder {
