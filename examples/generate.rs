@@ -90,6 +90,7 @@ fn main() {
 }
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    lora_kernels::keep_freed_memory();
     let device = device(&arguments.device)?;
     let mut request = request(arguments)?;
     let (_, tags, _) = extract_tags(&request.prompt);

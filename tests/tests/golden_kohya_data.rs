@@ -9,9 +9,9 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use lora_data::{
-    BucketTable, CaptionConfig, CaptionDraws, CaptionTime, DataConfig, Dataset, DatasetConfig,
-    Interpolation, Picture, Role, Size, StepCount, crop_ltrb, process_caption, resize, side_limits,
-    split_sizes,
+    BucketTable, CaptionConfig, CaptionDraws, CaptionTime, ConfigFile, ConfigSyntax, DataConfig,
+    Dataset, DatasetConfig, Interpolation, Picture, Role, Size, StepCount, crop_ltrb,
+    process_caption, resize, side_limits, split_sizes,
 };
 use lora_tests::{Report, Tolerance, golden_json, golden_tensors, values};
 use serde_json::{Value, json};
@@ -713,4 +713,166 @@ fn golden_kohya_split_is_disjoint() {
         report.equal("split", "validation images trained", &held_back, &0);
     }
     report.finish();
+}
+
+// ---------------------------------------------------------------- dataset config
+
+/// Options given on sd-scripts' command line, over its defaults.
+fn command_line(words: &[Value]) -> DatasetConfig {
+    let mut options = serde_json::to_value(DatasetConfig::sd_scripts()).expect("options as JSON");
+    let mut words = words.iter().filter_map(Value::as_str).peekable();
+    while let Some(flag) = words.next() {
+        let name = match flag.trim_start_matches("--") {
+            "train_batch_size" => "batch_size",
+            "dataset_repeats" => "num_repeats",
+            name => name,
+        };
+        let value = words.next_if(|word| !word.starts_with("--"));
+        let value = value.map_or(json!(true), |text| {
+            text.parse().map_or(json!(text), Value::Number)
+        });
+        let slots = ["", "/subset", "/subset/captions"].map(|level| format!("{level}/{name}"));
+        let slot = slots.iter().find(|slot| options.pointer(slot).is_some());
+        let slot = slot.unwrap_or_else(|| panic!("no option for `{flag}`"));
+        *options.pointer_mut(slot).expect("found just now") = value;
+    }
+    serde_json::from_value(options).expect("options of the right types")
+}
+
+/// The options of a dataset or subset under the reference's names.
+fn flat(options: impl serde::Serialize) -> serde_json::Map<String, Value> {
+    let mut flat = serde_json::to_value(options).expect("options as JSON");
+    let mut flat = flat.as_object_mut().map(std::mem::take).expect("an object");
+    if let Some(Value::Object(captions)) = flat.remove("captions") {
+        flat.extend(captions);
+    }
+    flat
+}
+
+fn check_options(
+    report: &mut Report,
+    case: &str,
+    got: &serde_json::Map<String, Value>,
+    wanted: &Value,
+    others: &[&str],
+) {
+    for (key, wanted) in wanted.as_object().expect("options") {
+        if others.contains(&key.as_str()) {
+            continue;
+        }
+        match got.get(key) {
+            // 1 and 1.0 are the same value.
+            Some(got) if got.as_f64().is_some() => {
+                report.equal(case, key, &got.as_f64(), &wanted.as_f64())
+            }
+            Some(got) => report.equal(case, key, got, wanted),
+            None => report.fail(case, key, "this option is not known"),
+        }
+    }
+}
+
+#[test]
+fn golden_kohya_dataset_config() {
+    let golden = golden_json("kohya", "dataset_config.json");
+    let mut report = Report::default();
+    check_keys(
+        &mut report,
+        "dataset_config",
+        &golden,
+        &["toml", "command_line", "resolved", "validation"],
+    );
+    let fallback = command_line(list(&golden, "command_line"));
+    let run = DataConfig::default();
+    let parse = |text: &str, syntax, fallback: &DatasetConfig| {
+        ConfigFile::parse(text, syntax, Path::new("golden"), fallback, &run)
+    };
+    let file = parse(
+        golden["toml"].as_str().expect("toml"),
+        ConfigSyntax::Toml,
+        &fallback,
+    )
+    .expect("a valid file");
+    report.equal(
+        "resolved",
+        "datasets",
+        &file.config.datasets.len(),
+        &list(&golden, "resolved").len(),
+    );
+    for (i, (got, wanted)) in file
+        .config
+        .datasets
+        .iter()
+        .zip(list(&golden, "resolved"))
+        .enumerate()
+    {
+        check_dataset_options(&mut report, &format!("dataset {i}"), got, wanted);
+    }
+    for case in list(&golden, "validation") {
+        let name = case["name"].as_str().expect("a name");
+        check_keys(&mut report, name, case, &["name", "config", "ok", "error"]);
+        let result = parse(
+            &case["config"].to_string(),
+            ConfigSyntax::Json,
+            &DatasetConfig::sd_scripts(),
+        );
+        match (&result, case["ok"].as_bool().expect("ok")) {
+            (Ok(_), true) | (Err(_), false) => report.equal(name, "ok", &true, &true),
+            (Ok(_), false) => report.fail(
+                name,
+                "ok",
+                format!("accepted, wanted the error {}", case["error"]),
+            ),
+            (Err(error), true) => {
+                report.fail(name, "ok", format!("got the error {error}, wanted none"))
+            }
+        }
+    }
+    report.finish();
+}
+
+fn check_dataset_options(report: &mut Report, name: &str, got: &DatasetConfig, wanted: &Value) {
+    check_keys(
+        report,
+        name,
+        wanted,
+        &["is_dreambooth", "params", "subsets"],
+    );
+    // No part of a dataset here: run-wide, without effect in the reference, or for debugging.
+    let others = ["network_multiplier", "debug_dataset", "prior_loss_weight"];
+    check_options(report, name, &flat(got), &wanted["params"], &others);
+    let is_folders = got
+        .subsets
+        .iter()
+        .all(|subset| subset.metadata_file.is_none());
+    report.equal(
+        name,
+        "is_dreambooth",
+        &json!(is_folders),
+        &wanted["is_dreambooth"],
+    );
+    report.equal(
+        name,
+        "subsets",
+        &got.subsets.len(),
+        &list(wanted, "subsets").len(),
+    );
+    for (j, (got, wanted)) in got.subsets.iter().zip(list(wanted, "subsets")).enumerate() {
+        let name = format!("{name} subset {j}");
+        let mut subset = flat(got);
+        let preserve = json!({ "diff_output_preservation": true });
+        let attributes = if got.diff_output_preservation {
+            preserve
+        } else {
+            Value::Null
+        };
+        subset.insert("custom_attributes".into(), attributes);
+        // Validation belongs to the dataset here; the listing cache does not exist.
+        check_options(
+            report,
+            &name,
+            &subset,
+            wanted,
+            &["validation_seed", "validation_split", "cache_info"],
+        );
+    }
 }

@@ -180,6 +180,11 @@ impl AdapterSet {
         self.entries.insert(name.into(), adapter);
     }
 
+    /// Keeps the adapters whose layer name passes the test.
+    pub fn retain(&mut self, mut keep: impl FnMut(&str) -> bool) {
+        self.entries.retain(|name, _| keep(name));
+    }
+
     /// Takes over another set's adapters, for example the text encoder's.
     pub fn extend(&mut self, other: Self) {
         self.entries.extend(other.entries);

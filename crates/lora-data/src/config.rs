@@ -111,7 +111,7 @@ pub enum DecodeCheck {
 /// | `bucket_no_upscale` | false | never enlarge an image | |
 /// | `resize_interpolation` | area down, Lanczos up | one filter for both | |
 /// | `validation_split` | 0 | part held back for validation | 0 to below 1 |
-/// | `validation_seed` | the run's seed | decides which part | |
+/// | `validation_seed` | 0 | decides which part | |
 /// | `subset` | | options of folders found by [`Dataset::from_folder`](crate::Dataset::from_folder) | |
 /// | `subsets` | empty | folders given one by one | |
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -135,7 +135,7 @@ pub struct DatasetConfig {
     pub resize_interpolation: Option<Interpolation>,
     /// Part of each training folder that is held back for validation.
     pub validation_split: f64,
-    /// Seed that decides which images are held back; none means the run's seed.
+    /// Seed that decides which images are held back; none means 0, so that all runs hold back the same.
     pub validation_seed: Option<u64>,
     /// Options of the folders that [`Dataset::from_folder`](crate::Dataset::from_folder) finds.
     pub subset: SubsetConfig,
@@ -183,14 +183,16 @@ impl DatasetConfig {
             ));
         }
         let Size { width, height } = self.resolution;
-        if width == 0 || height == 0 || width % 8 != 0 || height % 8 != 0 {
+        if width == 0 || height == 0 || !width.is_multiple_of(8) || !height.is_multiple_of(8) {
             let what = format!(
                 "{} has a side that is not a multiple of 8 pixels",
                 self.resolution
             );
             return Err(Error::option("resolution", what));
         }
-        if self.enable_bucket && (self.bucket_reso_steps == 0 || self.bucket_reso_steps % 8 != 0) {
+        if self.enable_bucket
+            && (self.bucket_reso_steps == 0 || !self.bucket_reso_steps.is_multiple_of(8))
+        {
             let what = format!(
                 "{} is not a multiple of 8 pixels (64 is usual)",
                 self.bucket_reso_steps

@@ -44,8 +44,31 @@ pub enum FindingKind {
     OptionWithoutEffect,
     /// An entry of a metadata file without an image, or the other way round.
     Metadata,
-    /// Found by the doctor.
-    Doctor,
+    // From the doctor.
+    /// Many images have the same caption file text.
+    IdenticalCaptions,
+    /// The trigger word is not first or not everywhere.
+    Trigger,
+    /// The trigger word is spelt in several ways.
+    TriggerSpelling,
+    /// Tags of one kind mix underscores and spaces.
+    TagSpelling,
+    /// Nearly every caption has the same background tag.
+    CommonBackground,
+    /// A caption is longer than the text encoder reads at once.
+    LongCaption,
+    /// Pictures that look the same.
+    NearDuplicates,
+    /// Pictures that are enlarged a lot.
+    Enlarged,
+    /// Pictures that lose a lot at the edges.
+    Cropped,
+    /// Few pictures.
+    FewImages,
+    /// Repeats that do not look intended.
+    Repeats,
+    /// Regularization images and training images do not fit together.
+    Regularization,
 }
 
 /// One thing noticed: what, where, and what to do about it.

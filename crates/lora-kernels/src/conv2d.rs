@@ -146,9 +146,7 @@ impl Geometry {
     fn unfold(&self, x: &[f32], rows: std::ops::Range<usize>, col: &mut [f32]) {
         let pixels = rows.len() * self.ow;
         let taps = self.kh * self.kw;
-        col.par_chunks_mut(pixels)
-            .enumerate()
-            .for_each(|(row, out)| {
+        each_chunk(col, pixels, |row, out| {
                 let (channel, tap) = (row / taps, row % taps);
                 let (ky, kx) = (tap / self.kw, tap % self.kw);
                 let plane = &x[channel * self.h * self.w..][..self.h * self.w];
@@ -184,9 +182,7 @@ impl Geometry {
     fn fold(&self, col: &[f32], rows: std::ops::Range<usize>, dx: &mut [f32]) {
         let pixels = rows.len() * self.ow;
         let taps = self.kh * self.kw;
-        dx.par_chunks_mut(self.h * self.w)
-            .enumerate()
-            .for_each(|(channel, plane)| {
+        each_chunk(dx, self.h * self.w, |channel, plane| {
                 for tap in 0..taps {
                     let (ky, kx) = (tap / self.kw, tap % self.kw);
                     let patch = &col[(channel * taps + tap) * pixels..][..pixels];
@@ -321,6 +317,17 @@ impl Geometry {
             }
         });
         dw
+    }
+}
+
+/// Calls `body(number, chunk)` for each chunk, on several threads when there is enough
+/// to do. Chunks are independent, so the result is the same.
+fn each_chunk(data: &mut [f32], size: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
+    const PARALLEL_VALUES: usize = 1 << 17;
+    if data.len() < PARALLEL_VALUES {
+        data.chunks_mut(size).enumerate().for_each(|(i, chunk)| body(i, chunk));
+    } else {
+        data.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| body(i, chunk));
     }
 }
 

@@ -27,11 +27,13 @@
 //! ```
 
 // The only crate of the family that may contain `unsafe`: calls of the gemm
-// kernel, each behind a function that checks the extents first.
+// kernel, behind a function that checks the extents first, and one setting of the
+// C allocator.
 #![allow(unsafe_code)]
 
 mod conv2d;
 mod linear;
+mod memory;
 mod matrix;
 pub mod plain;
 mod upsample;
@@ -42,6 +44,7 @@ use candle_core::{DType, Tensor};
 
 pub use conv2d::{Conv2dParams, conv2d};
 pub use linear::linear;
+pub use memory::keep_freed_memory;
 pub use upsample::upsample_nearest2x;
 
 /// Whether the fast path applies to these operands: all f32, on a CPU, and not

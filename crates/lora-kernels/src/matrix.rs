@@ -2,6 +2,9 @@
 
 use gemm::Parallelism;
 
+/// Products with fewer multiplications run on the calling thread.
+const PARALLEL_PRODUCTS: usize = 1 << 20;
+
 /// A read-only matrix inside a slice: element `(i, j)` lies at `i * rows + j * cols`.
 #[derive(Clone, Copy)]
 pub(crate) struct View<'a> {
@@ -74,6 +77,8 @@ pub(crate) fn multiply(
     if m == 0 || n == 0 {
         return;
     }
+    // Waking other threads costs more than a small product.
+    let parallelism = if m * n * k < PARALLEL_PRODUCTS { Parallelism::None } else { Parallelism::Rayon(0) };
     // SAFETY: the three assertions above keep every element that the kernel
     // touches inside the slices; `dst` is borrowed exclusively, so it cannot
     // overlap the operands.
@@ -97,7 +102,7 @@ pub(crate) fn multiply(
             false,
             false,
             false,
-            Parallelism::Rayon(0),
+            parallelism,
         );
     }
 }

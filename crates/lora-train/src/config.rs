@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::DType;
 use lora_core::{AdapterConfig, Dropout, Family};
 use lora_data::{CaptionConfig, DatasetConfig, Interpolation, Size, SubsetConfig};
+use lora_optim::kohya::GroupOptions;
 use lora_sd15::{NoiseSchedule, TIMESTEPS};
 use serde::{Deserialize, Serialize};
 
@@ -207,6 +208,9 @@ pub struct TrainConfig {
     pub text_encoder_lr: Vec<f64>,
     /// Learning-rate schedule.
     pub lr_scheduler: String,
+    /// Class name of the schedule, instead of `lr_scheduler`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub lr_scheduler_type: String,
     /// `key=value` options of the schedule.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub lr_scheduler_args: Vec<String>,
@@ -406,6 +410,7 @@ impl Default for TrainConfig {
             unet_lr: None,
             text_encoder_lr: Vec::new(),
             lr_scheduler: "constant".into(),
+            lr_scheduler_type: String::new(),
             lr_scheduler_args: Vec::new(),
             lr_warmup_steps: None,
             lr_decay_steps: None,
@@ -470,12 +475,8 @@ pub struct NetworkArgs {
     pub rank_dropout: f64,
     /// Dropout of whole layers.
     pub module_dropout: f64,
-    /// LoRA+: learning-rate factor of all `lora_up` weights.
-    pub loraplus_lr_ratio: Option<f64>,
-    /// The same for the UNet only.
-    pub loraplus_unet_lr_ratio: Option<f64>,
-    /// The same for the text encoder only.
-    pub loraplus_text_encoder_lr_ratio: Option<f64>,
+    /// What concerns learning rates: LoRA+ ratios, block weights.
+    pub groups: GroupOptions,
 }
 
 fn bad<T>(what: impl Into<String>) -> Result<T> {
@@ -501,24 +502,13 @@ impl NetworkArgs {
                 "conv_alpha" => parsed.conv_alpha = Some(number()?),
                 "rank_dropout" => parsed.rank_dropout = number()?,
                 "module_dropout" => parsed.module_dropout = number()?,
-                "loraplus_lr_ratio" => parsed.loraplus_lr_ratio = Some(number()?),
-                "loraplus_unet_lr_ratio" => parsed.loraplus_unet_lr_ratio = Some(number()?),
-                "loraplus_text_encoder_lr_ratio" => parsed.loraplus_text_encoder_lr_ratio = Some(number()?),
-                other => {
-                    return bad(format!(
-                        "network_args: {other:?} is not supported; known are conv_dim, conv_alpha, rank_dropout, \
-                         module_dropout, loraplus_lr_ratio, loraplus_unet_lr_ratio, loraplus_text_encoder_lr_ratio"
-                    ));
+                "block_dims" | "block_alphas" | "conv_block_dims" | "conv_block_alphas" => {
+                    return bad(format!("network_args: {key}: ranks per block are not supported; use one network_dim"));
                 }
+                key => parsed.groups.set_network_arg(key, value.trim())?,
             }
         }
         Ok(parsed)
-    }
-
-    /// LoRA+'s factors for text encoder and UNet, if given.
-    pub fn loraplus(&self) -> (Option<f64>, Option<f64>) {
-        let pick = |own: Option<f64>| own.filter(|r| *r != 0.0).or(self.loraplus_lr_ratio).filter(|r| *r != 0.0);
-        (pick(self.loraplus_text_encoder_lr_ratio), pick(self.loraplus_unet_lr_ratio))
     }
 }
 
@@ -802,6 +792,7 @@ impl TrainConfig {
                 random_crop: self.random_crop,
                 face_crop_aug_range: self.face_crop()?,
                 alpha_mask: self.alpha_mask,
+                conditioning_data_dir: self.conditioning_data_dir.clone(),
                 ..SubsetConfig::default()
             },
             ..DatasetConfig::default()

@@ -2,7 +2,6 @@
 //! values are Python's `str()` of the setting.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
 use lora_core::format::{model_hash_of_file, sha256_of_file};
@@ -331,11 +330,6 @@ impl Writer {
     fn option<T: ToString>(&mut self, key: &str, value: Option<T>) {
         self.text(key, value.map_or("None".into(), |v| v.to_string()));
     }
-}
-
-/// Whether a path is inside a folder; for messages.
-pub(crate) fn file_name(path: &Path) -> String {
-    path.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_string()
 }
 
 #[cfg(test)]

@@ -139,7 +139,7 @@ pub const OPTIONS: &[OptionRow] = &[
     row("lr_scheduler_num_cycles", Kind::Integer, &[], Status::Used),
     row("lr_scheduler_power", Kind::Number, &[], Status::Used),
     row("lr_scheduler_timescale", Kind::Integer, &[], Status::Used),
-    row("lr_scheduler_type", Kind::Text, &[], Status::Refused("Python classes cannot be loaded; use lr_scheduler")),
+    row("lr_scheduler_type", Kind::Text, &[], Status::Used),
     row("lr_warmup_steps", Kind::Steps, &[], Status::Used),
     row("masked_loss", Kind::Switch, &[], Status::Used),
     row("max_bucket_reso", Kind::Integer, &[], Status::Used),

@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use candle_core::Device;
-use lora_core::{Adaptable, AdapterSet, Component, Targets};
-use lora_data::{DataConfig, Dataset, Place, Purpose, Streams};
-use lora_optim::kohya::KohyaOptimizer;
+use lora_core::{Adaptable, AdapterSet, Targets};
+use lora_data::{ConfigFile, DataConfig, Dataset, DatasetConfig, Finding, Place, Purpose, Streams};
+use lora_optim::kohya::{GroupOptions, KohyaOptimizer, KohyaScheduler, block_index};
 use lora_optim::{LrSchedule, Optimizer, ParamGroup};
 use lora_sd15::{Checkpoint, TextEncoder, UNet};
 
-use crate::config::TrainConfig;
+use crate::config::{Steps, TrainConfig};
 use crate::trainer::open_checkpoint;
 use crate::{Error, Plan, Result};
 
@@ -21,18 +21,29 @@ pub(crate) fn check_output(folder: &Path) -> Result<()> {
     std::fs::remove_file(&probe).map_err(Error::io(&probe))
 }
 
-/// Lists pictures and captions.
-pub(crate) fn dataset(config: &TrainConfig) -> Result<Dataset> {
+/// Lists pictures and captions; also returns what the dataset config noticed.
+pub(crate) fn dataset(config: &TrainConfig) -> Result<(Dataset, Vec<Finding>)> {
     let run = DataConfig {
         prior_loss_weight: config.prior_loss_weight as f32,
         masked_loss: config.masked_loss,
         ..DataConfig::default()
     };
     let options = config.dataset_options()?;
+    if let Some(path) = &config.dataset_config {
+        let file = ConfigFile::read(path, &options, &run)?;
+        return Ok((Dataset::load(file.config)?, file.findings));
+    }
+    if let Some(json) = &config.in_json {
+        let mut subset = options.subset.clone();
+        subset.metadata_file = Some(json.clone());
+        subset.image_dir = config.train_data_dir.clone();
+        let options = DatasetConfig { subsets: vec![subset], ..options };
+        return Ok((Dataset::load(DataConfig { datasets: vec![options], ..run })?, Vec::new()));
+    }
     let Some(train) = &config.train_data_dir else {
         return Err(Error::Missing { name: "train_data_dir", what: "the folder with pictures and captions" });
     };
-    Ok(Dataset::from_folders(train, config.reg_data_dir.as_deref(), &options, &run)?)
+    Ok((Dataset::from_folders(train, config.reg_data_dir.as_deref(), &options, &run)?, Vec::new()))
 }
 
 /// Opens and checks the checkpoint.
@@ -45,15 +56,22 @@ pub(crate) fn checkpoint(config: &TrainConfig) -> Result<Checkpoint> {
 
 /// The learning-rate schedule for the whole run.
 pub(crate) fn lr_schedule(config: &TrainConfig, plan: &Plan) -> Result<Box<dyn LrSchedule>> {
-    let _ = (config, plan);
-    #[derive(Debug)]
-    struct Constant;
-    impl LrSchedule for Constant {
-        fn factor(&self, _: u64) -> f64 {
-            1.0
-        }
-    }
-    Ok(Box::new(Constant))
+    // Shares become counts here: a share of 1.0 is the whole run, a count of 1 one step.
+    let steps = |s: Option<Steps>| s.map_or(0.0, |s| s.of(plan.total_steps) as f64);
+    let schedule = KohyaScheduler {
+        lr_scheduler: config.lr_scheduler.clone(),
+        lr_scheduler_type: config.lr_scheduler_type.clone(),
+        lr_scheduler_args: config.lr_scheduler_args.clone(),
+        max_train_steps: plan.total_steps as u64,
+        lr_warmup_steps: steps(config.lr_warmup_steps),
+        lr_decay_steps: steps(config.lr_decay_steps),
+        lr_scheduler_num_cycles: f64::from(config.lr_scheduler_num_cycles),
+        lr_scheduler_power: config.lr_scheduler_power,
+        lr_scheduler_timescale: config.lr_scheduler_timescale.map(|t| t as f64),
+        lr_scheduler_min_lr_ratio: config.lr_scheduler_min_lr_ratio,
+        learning_rate: config.learning_rate(),
+    };
+    Ok(schedule.build()?)
 }
 
 /// Merges `base_weights` into the model.
@@ -99,6 +117,11 @@ pub(crate) fn adapters(
         }
     }
     let mut set = set.unwrap_or_default();
+    if let Some(weights) = config.network()?.groups.block_weights.filter(|w| w.is_set()) {
+        // A block with weight 0 gets no adapters at all.
+        let weights = weights.all();
+        set.retain(|name| block_index(name).and_then(|i| weights.get(i)) != Some(&0.0));
+    }
     if let Some(path) = &config.network_weights {
         load_weights(&mut set, path, config.network_alpha, warn)?;
     }
@@ -138,31 +161,19 @@ fn load_weights(set: &mut AdapterSet, path: &Path, alpha: f64, warn: &mut dyn Fn
     Ok(())
 }
 
-/// sd-scripts' groups: text encoder, then UNet; with LoRA+ each is split into the
-/// rest and "plus" (all up weights). A group with learning rate 0 is left out.
+/// sd-scripts' parameter groups: text encoder, then UNet, split further by LoRA+ and
+/// block weights. A group with learning rate 0 is left out.
 ///
 /// # Errors
 /// [`Error::Config`] when nothing is left to train.
 pub fn param_groups(config: &TrainConfig, adapters: &AdapterSet) -> Result<Vec<ParamGroup>> {
-    let (text_plus, unet_plus) = config.network()?.loraplus();
-    let parts = [
-        ("textencoder", Component::TextEncoder, config.text_learning_rate(), text_plus),
-        ("unet", Component::Unet, config.unet_learning_rate(), unet_plus),
-    ];
-    let mut groups = Vec::new();
-    for (name, component, lr, plus) in parts {
-        if lr == 0.0 {
-            continue;
-        }
-        let params: Vec<_> = adapters.params().into_iter().filter(|(n, _)| component.owns(n)).collect();
-        let (up, rest): (Vec<_>, Vec<_>) =
-            params.into_iter().partition(|(n, _)| plus.is_some() && n.contains("lora_up"));
-        for (name, params, lr) in [(name.to_string(), rest, lr), (format!("{name} plus"), up, lr * plus.unwrap_or(1.0))] {
-            if !params.is_empty() {
-                groups.push(ParamGroup { lr: Some(lr), ..ParamGroup::new(name, params) });
-            }
-        }
-    }
+    let options = GroupOptions {
+        learning_rate: config.learning_rate(),
+        text_encoder_lr: config.text_encoder_lr.first().copied(),
+        unet_lr: config.unet_lr,
+        ..config.network()?.groups
+    };
+    let groups = options.groups(adapters.params())?;
     if groups.is_empty() {
         let what = "nothing is trained: all learning rates are 0".into();
         return Err(Error::Config { place: "settings".into(), what });

@@ -93,8 +93,8 @@ impl Trainer {
             observer.event(&Event::Warning(&warning));
         }
         setup::check_output(config.output_dir())?;
-        let dataset = setup::dataset(&config)?;
-        for finding in dataset.findings() {
+        let (dataset, noticed) = setup::dataset(&config)?;
+        for finding in noticed.iter().chain(dataset.findings()) {
             observer.event(&Event::Warning(&finding.to_string()));
         }
         let checkpoint = setup::checkpoint(&config)?;

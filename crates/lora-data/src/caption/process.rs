@@ -106,7 +106,7 @@ fn is_dropped(
     // The number is drawn only when it is needed, as in the reference.
     let by_chance = rate > 0.0 && draws.unit() < rate;
     let every = config.caption_dropout_every_n_epochs;
-    by_chance || (every > 0 && epoch % every == 0)
+    by_chance || (every > 0 && epoch.is_multiple_of(every))
 }
 
 fn first_line(text: &str) -> &str {

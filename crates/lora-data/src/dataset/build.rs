@@ -17,8 +17,14 @@ use crate::{
     Result, Size,
 };
 
-pub(super) fn build(config: DataConfig, findings: Vec<Finding>) -> Result<Dataset> {
+pub(crate) fn build(config: DataConfig, findings: Vec<Finding>) -> Result<Dataset> {
     config.validate()?;
+    if config.datasets.is_empty() {
+        return Err(Error::option(
+            "datasets",
+            "no dataset is given; add [[datasets]] with [[datasets.subsets]]",
+        ));
+    }
     let pool = ThreadPoolBuilder::new()
         .num_threads(config.threads)
         .build()

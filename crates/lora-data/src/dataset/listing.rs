@@ -290,16 +290,16 @@ fn missing_captions(
 }
 
 /// The first few file names of a long list.
-pub(super) fn some_names<'a>(paths: impl Iterator<Item = &'a Path>) -> String {
+pub(crate) fn some_names<'a>(paths: impl Iterator<Item = &'a Path>) -> String {
     const SHOWN: usize = 5;
-    let mut names: Vec<String> = paths.take(SHOWN + 1).map(|p| base_name(p)).collect();
+    let mut names: Vec<String> = paths.take(SHOWN + 1).map(base_name).collect();
     if names.len() > SHOWN {
         names[SHOWN] = "...".to_owned();
     }
     names.join(", ")
 }
 
-pub(super) fn base_name(path: &Path) -> String {
+pub(crate) fn base_name(path: &Path) -> String {
     path.file_name().map_or_else(
         || path.display().to_string(),
         |name| name.to_string_lossy().into_owned(),

@@ -8,6 +8,8 @@ mod split;
 mod stats;
 
 pub use balance::balance_regularization;
+pub(crate) use build::build;
+pub(crate) use listing::{base_name, some_names};
 pub use load::Pixels;
 pub(crate) use load::crop;
 pub use split::split_sizes;

@@ -57,52 +57,63 @@ fn mix<const C: usize>(pixels: &[[f32; C]], taps: &Taps) -> [f32; C] {
 
 fn axis(source: u32, target: u32, kernel: Kernel) -> Vec<Taps> {
     let scale = f64::from(source) / f64::from(target);
-    (0..target)
-        .map(|i| taps(f64::from(i), scale, source, kernel))
-        .collect()
-}
-
-fn taps(i: f64, scale: f64, source: u32, kernel: Kernel) -> Taps {
     // Beyond the border the border pixel is repeated.
     let inside = |x: f64| x.clamp(0.0, f64::from(source) - 1.0) as usize;
-    let center = (i + 0.5) * scale - 0.5;
-    let (start, fraction) = (center.floor(), (center - center.floor()) as f32);
-    match kernel {
-        Kernel::Nearest => vec![(inside(nearest(i, scale, source)), 1.0)],
-        Kernel::Bilinear => vec![
+    let two = |start: f64, fraction: f64| {
+        let fraction = fraction as f32;
+        vec![
             (inside(start), 1.0 - fraction),
             (inside(start + 1.0), fraction),
-        ],
+        ]
+    };
+    let center = |i: u32| (f64::from(i) + 0.5) * scale - 0.5;
+    let each = 0..target;
+    match kernel {
+        Kernel::Nearest => nearest(source, target),
+        Kernel::Bilinear => each
+            .map(center)
+            .map(|x| two(x.floor(), x - x.floor()))
+            .collect(),
         Kernel::Bicubic => {
-            let weights = cubic(fraction);
-            (-1..=2)
-                .zip(weights)
-                .map(|(offset, w)| (inside(start + f64::from(offset)), w))
-                .collect()
+            let four = |x: f64| {
+                let weights = cubic((x - x.floor()) as f32);
+                (-1..=2)
+                    .zip(weights)
+                    .map(|(step, w)| (inside(x.floor() + f64::from(step)), w))
+                    .collect()
+            };
+            each.map(center).map(four).collect()
         }
         Kernel::EnlargeArea => {
-            let start = (i * scale).floor();
-            let fraction = (i + 1.0) - (start + 1.0) / scale;
-            let fraction = if fraction <= 0.0 {
-                0.0
-            } else {
-                (fraction - fraction.floor()) as f32
+            let taps = |i: u32| {
+                let start = (f64::from(i) * scale).floor();
+                let fraction = f64::from(i + 1) - (start + 1.0) / scale;
+                two(
+                    start,
+                    if fraction <= 0.0 {
+                        0.0
+                    } else {
+                        fraction - fraction.floor()
+                    },
+                )
             };
-            vec![
-                (inside(start), 1.0 - fraction),
-                (inside(start + 1.0), fraction),
-            ]
+            each.map(taps).collect()
         }
     }
 }
 
-/// The pixel below the centre of target pixel `i`, in OpenCV's fixed-point numbers: they
-/// decide where the centre falls between two pixels.
-fn nearest(i: f64, scale: f64, source: u32) -> f64 {
-    const ONE: f64 = 65_536.0;
-    let step = (scale * ONE + 0.5).floor();
-    let first = (step / 2.0).floor() - f64::from(source % 2);
-    ((step * i + first) / ONE).floor()
+/// The pixel under the centre of each target pixel.
+///
+/// OpenCV adds up the step, and its rounding errors decide where a centre lies exactly
+/// between two pixels. So this adds up too instead of multiplying.
+fn nearest(source: u32, target: u32) -> Vec<Taps> {
+    let step = f64::from(source) / f64::from(target);
+    let centers = std::iter::successors(Some(step * 0.5), |center| Some(center + step));
+    let last = source.saturating_sub(1) as usize;
+    centers
+        .take(target as usize)
+        .map(|center| vec![((center as usize).min(last), 1.0)])
+        .collect()
 }
 
 /// Weights of the four pixels around a point, for OpenCV's parameter -0.75.
