@@ -18,7 +18,9 @@ use lora_core::AdapterSet;
 use lora_core::format::sha256_of_file;
 use lora_examples::{demo_model, device, peak_memory_mb};
 use lora_sd15::prompt::extract_tags;
-use lora_sd15::{Checkpoint, NoiseSource, SamplerKind, StableDiffusion, Txt2Img, find_adapter, infotext};
+use lora_sd15::{
+    Checkpoint, NoiseSource, SamplerKind, StableDiffusion, Txt2Img, find_adapter, infotext,
+};
 
 /// Draws pictures from text with Stable Diffusion 1.5 and LoRAs.
 #[derive(Parser)]
@@ -96,9 +98,15 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let (_, tags, _) = extract_tags(&request.prompt);
     let loras: Vec<(String, PathBuf)> = tags
         .iter()
-        .map(|tag| Ok((tag.name.clone(), find_adapter(&arguments.lora_dir, &tag.name)?)))
+        .map(|tag| {
+            Ok((
+                tag.name.clone(),
+                find_adapter(&arguments.lora_dir, &tag.name)?,
+            ))
+        })
         .collect::<Result<_, lora_sd15::Error>>()?;
-    std::fs::create_dir_all(&arguments.output).map_err(|e| format!("{}: {e}", arguments.output.display()))?;
+    std::fs::create_dir_all(&arguments.output)
+        .map_err(|e| format!("{}: {e}", arguments.output.display()))?;
 
     let model = arguments.model.clone().unwrap_or_else(demo_model);
     let hash = model_hash(&model);
@@ -106,7 +114,10 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let mut lora_hashes = Vec::new();
     for (name, path) in &loras {
         let set = AdapterSet::load(path, &device)?;
-        let hash = set.metadata().get("sshs_model_hash").map(|h| h.chars().take(12).collect::<String>());
+        let hash = set
+            .metadata()
+            .get("sshs_model_hash")
+            .map(|h| h.chars().take(12).collect::<String>());
         lora_hashes.push(format!("{name}: {}", hash.unwrap_or_default()));
         sd.add_adapter(name, set);
     }
@@ -114,7 +125,9 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let started = Instant::now();
     for batch in 0..arguments.batch_count {
         let bar = ProgressBar::new(request.steps as u64);
-        bar.set_style(ProgressStyle::with_template("batch {msg} {bar:30} {pos}/{len} [{elapsed}<{eta}, {per_sec}]")?);
+        bar.set_style(ProgressStyle::with_template(
+            "batch {msg} {bar:30} {pos}/{len} [{elapsed}<{eta}, {per_sec}]",
+        )?);
         bar.set_message(format!("{}/{}", batch + 1, arguments.batch_count));
         let images = sd.txt2img(&request, &mut |step| {
             bar.set_length(step.total as u64);
@@ -123,7 +136,14 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         })?;
         bar.finish_and_clear();
         for (i, image) in images.iter().enumerate() {
-            let text = parameters(&request, i, arguments, &model, hash.as_deref(), &lora_hashes);
+            let text = parameters(
+                &request,
+                i,
+                arguments,
+                &model,
+                hash.as_deref(),
+                &lora_hashes,
+            );
             let path = free_name(&arguments.output, request.seed + i as u64);
             image.save_png(&path, Some(&text))?;
             println!("{}", path.display());
@@ -132,8 +152,13 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     }
     let seconds = started.elapsed().as_secs_f64();
     let steps = arguments.batch_count as f64 * request.steps as f64;
-    let memory = peak_memory_mb().map(|mb| format!(", peak memory {mb} MB")).unwrap_or_default();
-    eprintln!("{seconds:.1} s, {:.2} s per step with decoding{memory}", seconds / steps);
+    let memory = peak_memory_mb()
+        .map(|mb| format!(", peak memory {mb} MB"))
+        .unwrap_or_default();
+    eprintln!(
+        "{seconds:.1} s, {:.2} s per step with decoding{memory}",
+        seconds / steps
+    );
     Ok(())
 }
 
@@ -161,7 +186,11 @@ fn request(arguments: &Arguments) -> Result<Txt2Img, Box<dyn Error>> {
     Ok(request)
 }
 
-fn load(model: &Path, vae: Option<&Path>, device: &Device) -> Result<StableDiffusion, lora_sd15::Error> {
+fn load(
+    model: &Path,
+    vae: Option<&Path>,
+    device: &Device,
+) -> Result<StableDiffusion, lora_sd15::Error> {
     let mut checkpoint = Checkpoint::open(model)?;
     if let Some(vae) = vae {
         checkpoint = checkpoint.with_vae(vae)?;
@@ -173,7 +202,11 @@ fn load(model: &Path, vae: Option<&Path>, device: &Device) -> Result<StableDiffu
 fn model_hash(model: &Path) -> std::thread::JoinHandle<Option<String>> {
     let model = model.to_path_buf();
     std::thread::spawn(move || {
-        let hash = if model.is_file() { sha256_of_file(&model).ok()? } else { return None };
+        let hash = if model.is_file() {
+            sha256_of_file(&model).ok()?
+        } else {
+            return None;
+        };
         Some(hash.chars().take(10).collect())
     })
 }
@@ -190,9 +223,22 @@ fn parameters(
     if let Some(hash) = hash {
         list.push(("Model hash", hash.to_string()));
     }
-    list.push(("Model", model.file_stem().and_then(|s| s.to_str()).unwrap_or_default().to_string()));
+    list.push((
+        "Model",
+        model
+            .file_stem()
+            .and_then(|s| s.to_str())
+            .unwrap_or_default()
+            .to_string(),
+    ));
     if let Some(vae) = &arguments.vae {
-        list.push(("VAE", vae.file_name().and_then(|s| s.to_str()).unwrap_or_default().to_string()));
+        list.push((
+            "VAE",
+            vae.file_name()
+                .and_then(|s| s.to_str())
+                .unwrap_or_default()
+                .to_string(),
+        ));
     }
     if request.clip_skip > 1 {
         list.push(("Clip skip", request.clip_skip.to_string()));

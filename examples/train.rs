@@ -51,16 +51,24 @@ fn run() -> Result<(), Box<dyn Error>> {
 
 /// Removes `--name VALUE` from the arguments.
 fn take(arguments: &mut Vec<String>, name: &str) -> Result<Option<String>, String> {
-    let Some(at) = arguments.iter().position(|a| a == name) else { return Ok(None) };
+    let Some(at) = arguments.iter().position(|a| a == name) else {
+        return Ok(None);
+    };
     arguments.remove(at);
-    if at < arguments.len() { Ok(Some(arguments.remove(at))) } else { Err(format!("{name} needs a value")) }
+    if at < arguments.len() {
+        Ok(Some(arguments.remove(at)))
+    } else {
+        Err(format!("{name} needs a value"))
+    }
 }
 
 /// Config file below, command line on top.
 fn settings(arguments: &[String]) -> Result<Settings, Box<dyn Error>> {
     let (line, rest) = Settings::from_arguments(arguments)?;
     if let Some(word) = rest.first() {
-        return Err(format!("unexpected argument {word:?}; options start with --, see --help").into());
+        return Err(
+            format!("unexpected argument {word:?}; options start with --, see --help").into(),
+        );
     }
     let mut settings = match line.get("config_file").and_then(|v| v.as_str()) {
         Some(file) => Settings::from_toml(Path::new(file))?,
@@ -84,7 +92,9 @@ fn train(config: TrainConfig, device: &Device) -> Result<Outcome, Box<dyn Error>
         eprintln!("\nstopping after this batch and saving; press again to quit at once");
     })?;
     let mut display = Display::default();
-    let mut trainer = Trainer::new(config, device, &mut |event: &Event<'_>| display.event(event))?;
+    let mut trainer = Trainer::new(config, device, &mut |event: &Event<'_>| {
+        display.event(event)
+    })?;
     let outcome = trainer.run(&mut |event: &Event<'_>| display.event(event), &stop)?;
     display.finish(&outcome);
     Ok(outcome)
@@ -103,7 +113,9 @@ impl Display {
         match event {
             Event::Warning(text) => self.line(&format!("warning: {text}")),
             Event::Planned(plan) => self.line(&plan.to_string()),
-            Event::Encoding { done, total } => self.bar(*total, "encoding").set_position(*done as u64),
+            Event::Encoding { done, total } => {
+                self.bar(*total, "encoding").set_position(*done as u64)
+            }
             Event::EpochStarted { .. } | Event::EpochFinished { .. } => {}
             Event::Batch(report) => self.batch(report),
             Event::Skipped { what, .. } => self.line(&format!("skipped a batch: {what}")),
@@ -122,14 +134,20 @@ impl Display {
     }
 
     fn bar(&mut self, total: usize, what: &str) -> &ProgressBar {
-        let fresh = self.bar.as_ref().is_none_or(|b| b.length() != Some(total as u64) || b.prefix() != what);
+        let fresh = self
+            .bar
+            .as_ref()
+            .is_none_or(|b| b.length() != Some(total as u64) || b.prefix() != what);
         if fresh {
             if let Some(old) = self.bar.take() {
                 old.finish_and_clear();
             }
             let bar = ProgressBar::new(total as u64).with_prefix(what.to_string());
             let template = "{prefix} {bar:30} {pos}/{len} [{elapsed}<{eta}] {msg}";
-            bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_style(
+                ProgressStyle::with_template(template)
+                    .unwrap_or_else(|_| ProgressStyle::default_bar()),
+            );
             self.bar = Some(bar);
         }
         self.bar.get_or_insert_with(ProgressBar::hidden)
@@ -137,17 +155,25 @@ impl Display {
 
     fn batch(&mut self, report: &BatchReport) {
         self.batch_times.push(report.elapsed.as_secs_f64());
-        let rates: Vec<String> =
-            report.learning_rates.iter().map(|(name, _, effective)| format!("{name} {effective:.2e}")).collect();
+        let rates: Vec<String> = report
+            .learning_rates
+            .iter()
+            .map(|(name, _, effective)| format!("{name} {effective:.2e}"))
+            .collect();
         let message = format!("loss {:.4}, lr {}", report.average_loss, rates.join(", "));
         let bar = self.bar(report.total_steps, "training");
         bar.set_message(message.clone());
         bar.set_position(report.step as u64);
         let hidden = bar.is_hidden();
-        let due = self.last_line.is_none_or(|t| t.elapsed() > Duration::from_secs(10));
+        let due = self
+            .last_line
+            .is_none_or(|t| t.elapsed() > Duration::from_secs(10));
         if hidden && (due || report.step == report.total_steps) {
             self.last_line = Some(Instant::now());
-            eprintln!("epoch {}, step {}/{}: {message}", report.epoch, report.step, report.total_steps);
+            eprintln!(
+                "epoch {}, step {}/{}: {message}",
+                report.epoch, report.step, report.total_steps
+            );
         }
     }
 
@@ -157,14 +183,18 @@ impl Display {
         }
         self.batch_times.sort_by(f64::total_cmp);
         if let Some(median) = self.batch_times.get(self.batch_times.len() / 2) {
-            let memory = peak_memory_mb().map(|mb| format!(", peak memory {mb} MB")).unwrap_or_default();
+            let memory = peak_memory_mb()
+                .map(|mb| format!(", peak memory {mb} MB"))
+                .unwrap_or_default();
             eprintln!("median time per batch {median:.3} s{memory}");
         }
         match outcome {
             Outcome::Finished(path) => {
                 println!("{}", path.display());
                 if let Some(name) = path.file_stem().and_then(|s| s.to_str()) {
-                    eprintln!("copy it to models/Lora of the web UI and write <lora:{name}:0.8> in a prompt");
+                    eprintln!(
+                        "copy it to models/Lora of the web UI and write <lora:{name}:0.8> in a prompt"
+                    );
                 }
             }
             Outcome::Stopped(path) => println!("stopped; what there was is in {}", path.display()),
@@ -195,15 +225,27 @@ fn demonstration(device: &Device) -> Result<(), Box<dyn Error>> {
         seed: Some(1),
         ..TrainConfig::default()
     };
-    let Outcome::Finished(file) = train(config, device)? else { return Ok(()) };
+    let Outcome::Finished(file) = train(config, device)? else {
+        return Ok(());
+    };
 
     let mut sd = StableDiffusion::load(demo_model(), DType::F32, device)?;
     sd.add_adapter("zoe", AdapterSet::load(&file, device)?);
     let mut rows = Vec::new();
-    for prompt in ["zoe, smile", "zoe, glasses, blue background", "zoe, red hat"] {
+    for prompt in [
+        "zoe, smile",
+        "zoe, glasses, blue background",
+        "zoe, red hat",
+    ] {
         let mut row = Vec::new();
         for tag in ["", " <lora:zoe:1>"] {
-            let request = Txt2Img { prompt: format!("{prompt}{tag}"), width: 128, height: 128, seed: 1, ..Txt2Img::default() };
+            let request = Txt2Img {
+                prompt: format!("{prompt}{tag}"),
+                width: 128,
+                height: 128,
+                seed: 1,
+                ..Txt2Img::default()
+            };
             row.extend(sd.txt2img(&request, &mut |_| true)?);
         }
         rows.push(row);
@@ -216,7 +258,10 @@ fn demonstration(device: &Device) -> Result<(), Box<dyn Error>> {
 
 /// Pictures of one size side by side.
 fn grid(rows: &[Vec<Image>]) -> Image {
-    let (width, height) = rows.first().and_then(|r| r.first()).map_or((0, 0), |i| (i.width, i.height));
+    let (width, height) = rows
+        .first()
+        .and_then(|r| r.first())
+        .map_or((0, 0), |i| (i.width, i.height));
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let mut rgb = Vec::with_capacity(3 * columns * width * rows.len() * height);
     for row in rows {
@@ -226,12 +271,20 @@ fn grid(rows: &[Vec<Image>]) -> Image {
             }
         }
     }
-    Image { width: columns * width, height: rows.len() * height, rgb }
+    Image {
+        width: columns * width,
+        height: rows.len() * height,
+        rgb,
+    }
 }
 
 fn print_help() {
-    println!("usage: train [--config_file FILE.toml] [--OPTION VALUE ...] [--device auto|cpu|cuda:0|metal]");
-    println!("without options: a demonstration on the bundled miniature\n\noptions (as in sd-scripts):");
+    println!(
+        "usage: train [--config_file FILE.toml] [--OPTION VALUE ...] [--device auto|cpu|cuda:0|metal]"
+    );
+    println!(
+        "without options: a demonstration on the bundled miniature\n\noptions (as in sd-scripts):"
+    );
     for option in OPTIONS {
         let takes = match option.kind {
             Kind::Switch => "",

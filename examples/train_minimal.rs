@@ -7,7 +7,8 @@ use lora_data::{CaptionTime, Dataset, DatasetConfig, Place, Purpose, Size, Strea
 use lora_optim::{Optimizer, ParamGroup, Prodigy, ProdigyConfig};
 use lora_sd15::{NoiseSchedule, StableDiffusion};
 use lora_train::{
-    Captions, LatentCache, LossConfig, NoiseConfig, SampleWeights, StepDraws, TextConfig, diffusion_loss, make_noise,
+    Captions, LatentCache, LossConfig, NoiseConfig, SampleWeights, StepDraws, TextConfig,
+    diffusion_loss, make_noise,
 };
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -15,17 +16,36 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut sd = StableDiffusion::load(lora_examples::demo_model(), DType::F32, &device)?;
 
     // What is trained.
-    let config = AdapterConfig { rank: 4, alpha: 4.0, ..Default::default() };
+    let config = AdapterConfig {
+        rank: 4,
+        alpha: 4.0,
+        ..Default::default()
+    };
     let mut rng = streams.stream(Purpose::ADAPTER_INIT, Place::default());
     let mut adapters = AdapterSet::create(&mut sd.unet, &config, &Targets::attn_mlp(), &mut rng)?;
     adapters.attach(&mut sd.unet, 1.0)?;
 
     // On what: folders named `10_name`, captions in .txt files beside the images.
-    let resolution = Size { width: 128, height: 128 };
-    let options = DatasetConfig { resolution, min_bucket_reso: 64, batch_size: 2, ..Default::default() };
+    let resolution = Size {
+        width: 128,
+        height: 128,
+    };
+    let options = DatasetConfig {
+        resolution,
+        min_bucket_reso: 64,
+        batch_size: 2,
+        ..Default::default()
+    };
     let dataset = Dataset::from_folder(lora_examples::demo_pictures(), &options)?;
     let mut latents = LatentCache::new(false);
-    let mut captions = Captions::new(TextConfig { chunks: 1, clip_skip: 1, weighted: false }, true);
+    let mut captions = Captions::new(
+        TextConfig {
+            chunks: 1,
+            clip_skip: 1,
+            weighted: false,
+        },
+        true,
+    );
 
     // How.
     let groups = vec![ParamGroup::new("unet", adapters.params())];
@@ -37,19 +57,41 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for batch in dataset.epoch(epoch, 42).batches {
             step += 1;
             adapters.begin_step(step);
-            let time = CaptionTime { epoch, step: step as usize, max_train_steps: 0 };
-            let texts: Vec<_> = batch.items.iter().map(|item| dataset.caption(item, time, streams)).collect();
+            let time = CaptionTime {
+                epoch,
+                step: step as usize,
+                max_train_steps: 0,
+            };
+            let texts: Vec<_> = batch
+                .items
+                .iter()
+                .map(|item| dataset.caption(item, time, streams))
+                .collect();
             let context = captions.encode(&texts, &sd.text_encoder)?;
-            let x0 = latents.batch(&dataset, &batch, &sd.vae, streams, step, &device)?.latents;
+            let x0 = latents
+                .batch(&dataset, &batch, &sd.vae, streams, step, &device)?
+                .latents;
             let mut draws = StepDraws::new(streams, step, &device);
             let noise = make_noise(&x0, &NoiseConfig::default(), &schedule, &mut draws)?;
             let t: Vec<f32> = noise.timesteps.iter().map(|t| *t as f32).collect();
-            let pred = sd.unet.forward(&noise.noisy, &Tensor::new(t, &device)?, &context)?;
+            let pred = sd
+                .unet
+                .forward(&noise.noisy, &Tensor::new(t, &device)?, &context)?;
             let weights = SampleWeights::default();
-            let loss =
-                diffusion_loss(&pred, &noise.noise, &noise.timesteps, &weights, &LossConfig::default(), &schedule)?;
+            let loss = diffusion_loss(
+                &pred,
+                &noise.noise,
+                &noise.timesteps,
+                &weights,
+                &LossConfig::default(),
+                &schedule,
+            )?;
             optimizer.step(&loss.backward()?)?;
-            println!("step {step}: loss {:.4}, lr {:.2e}", loss.to_scalar::<f32>()?, optimizer.effective_lr(0));
+            println!(
+                "step {step}: loss {:.4}, lr {:.2e}",
+                loss.to_scalar::<f32>()?,
+                optimizer.effective_lr(0)
+            );
         }
     }
     std::fs::create_dir_all("out")?;

@@ -14,7 +14,9 @@ type Tensors = BTreeMap<String, Tensor>;
 
 fn unet() -> UNet {
     let checkpoint = Checkpoint::open(golden_path("sd15", "mini_ldm.safetensors")).unwrap();
-    let vb = checkpoint.var_builder(Part::Unet, DType::F32, &Device::Cpu).unwrap();
+    let vb = checkpoint
+        .var_builder(Part::Unet, DType::F32, &Device::Cpu)
+        .unwrap();
     UNet::new(&checkpoint.config().unet, vb).unwrap()
 }
 
@@ -22,7 +24,10 @@ fn unet() -> UNet {
 fn paths(net: &mut UNet) -> BTreeMap<String, String> {
     let mut names = BTreeMap::new();
     net.visit_layers(&mut |layer| {
-        names.insert(Component::Unet.layer_name(layer.path()), layer.path().to_string());
+        names.insert(
+            Component::Unet.layer_name(layer.path()),
+            layer.path().to_string(),
+        );
         Ok(())
     })
     .unwrap();
@@ -32,18 +37,30 @@ fn paths(net: &mut UNet) -> BTreeMap<String, String> {
 fn adapters(t: &Tensors, config: &Value) -> AdapterSet {
     let mut set = AdapterSet::default();
     for (key, down) in t {
-        let Some(module) = key.strip_prefix("init.").and_then(|k| k.strip_suffix(".lora_down.weight")) else {
+        let Some(module) = key
+            .strip_prefix("init.")
+            .and_then(|k| k.strip_suffix(".lora_down.weight"))
+        else {
             continue;
         };
         let up = match t.get(&format!("init.{module}.lora_up.weight")) {
             Some(up) => up.clone(),
             None => {
                 assert_eq!(config["lora_up_init"], "zero");
-                t[&format!("after1.{module}.lora_up.weight")].zeros_like().unwrap()
+                t[&format!("after1.{module}.lora_up.weight")]
+                    .zeros_like()
+                    .unwrap()
             }
         };
         let name = Component::Unet.layer_name(module);
-        let lora = Lora::new(&name, down.clone(), None, up, config["alpha"].as_f64().unwrap()).unwrap();
+        let lora = Lora::new(
+            &name,
+            down.clone(),
+            None,
+            up,
+            config["alpha"].as_f64().unwrap(),
+        )
+        .unwrap();
         set.insert(name, Arc::new(lora));
     }
     set.trainable().unwrap()
@@ -64,7 +81,10 @@ fn follow(group: &str) {
         set.attach(&mut net, 1.0).unwrap().strict().unwrap();
         let options = AdamWConfig {
             lr: number("lr"),
-            betas: (config["betas"][0].as_f64().unwrap(), config["betas"][1].as_f64().unwrap()),
+            betas: (
+                config["betas"][0].as_f64().unwrap(),
+                config["betas"][1].as_f64().unwrap(),
+            ),
             eps: number("eps"),
             weight_decay: number("weight_decay"),
             ..Default::default()
@@ -76,7 +96,10 @@ fn follow(group: &str) {
         let mut losses = Vec::new();
         for step in 0..steps {
             let pick = |key: &str| t[key].get(step).unwrap();
-            let timesteps: Vec<usize> = values(&pick("timesteps")).iter().map(|v| *v as usize).collect();
+            let timesteps: Vec<usize> = values(&pick("timesteps"))
+                .iter()
+                .map(|v| *v as usize)
+                .collect();
             let (x0, noise) = (pick("x0"), pick("noise"));
             let noisy = schedule.add_noise(&x0, &noise, &timesteps).unwrap();
             let context = t["contexts"].get(step % contexts).unwrap();
@@ -86,7 +109,10 @@ fn follow(group: &str) {
             optimizer.step(&loss.backward().unwrap()).unwrap();
             compare_factors(&mut report, case, &t, &set, &names, step + 1);
         }
-        let tol = Tolerance { atol: case["atol"].as_f64().unwrap(), rtol: 0.0 };
+        let tol = Tolerance {
+            atol: case["atol"].as_f64().unwrap(),
+            rtol: 0.0,
+        };
         report.slice(name, "losses", &losses, &values(&t["losses"]), tol);
     }
     report.finish();
@@ -109,7 +135,9 @@ fn compare_factors(
     let (mut total, mut off, mut worst) = (0usize, 0usize, 0f64);
     for (param, var) in set.params() {
         let (layer, suffix) = param.split_once('.').unwrap();
-        let Some(want) = t.get(&format!("after{step}.{}.{suffix}", names[layer])) else { continue };
+        let Some(want) = t.get(&format!("after{step}.{}.{suffix}", names[layer])) else {
+            continue;
+        };
         for (g, w) in values(&var).iter().zip(values(want)) {
             total += 1;
             off += usize::from((g - w).abs() > atol);
@@ -117,7 +145,9 @@ fn compare_factors(
         }
     }
     if total > 0 && (off * 100 > total || worst > 2.0 * lr * step as f64) {
-        let what = format!("{off} of {total} factor values off by more than {atol:.1e}, largest {worst:.3e}");
+        let what = format!(
+            "{off} of {total} factor values off by more than {atol:.1e}, largest {worst:.3e}"
+        );
         report.fail(name, &format!("factors after step {step}"), what);
     }
 }

@@ -53,3 +53,8 @@ pub use layer::{Adaptable, BaseLayer, Layer, LayerOp};
 pub use lora_kernels::Conv2dParams;
 pub use set::{AdapterSet, AttachReport, NormReport};
 pub use targets::Targets;
+
+/// The README's programs, compiled and run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct ReadmeDoctests;

@@ -387,8 +387,9 @@ impl AdapterSet {
     pub fn scale_norms(&self, max_norm: f64) -> Result<NormReport> {
         let (mut factors, mut norms) = (Vec::new(), Vec::new());
         for (name, adapter) in &self.entries {
-            let norm = merge::delta_norm(adapter.as_ref())?.max(max_norm / 2.0);
-            let ratio = norm.min(max_norm) / norm;
+            let norm = merge::delta_norm(adapter.as_ref())?;
+            let clamped = norm.max(max_norm / 2.0);
+            let ratio = clamped.min(max_norm) / clamped;
             if ratio < 1.0 {
                 factors.push((name.clone(), adapter.rescale(ratio)?));
             }

@@ -147,16 +147,16 @@ impl Geometry {
         let pixels = rows.len() * self.ow;
         let taps = self.kh * self.kw;
         each_chunk(col, pixels, |row, out| {
-                let (channel, tap) = (row / taps, row % taps);
-                let (ky, kx) = (tap / self.kw, tap % self.kw);
-                let plane = &x[channel * self.h * self.w..][..self.h * self.w];
-                for (line, oy) in out.chunks_mut(self.ow).zip(rows.clone()) {
-                    match self.source(oy, ky, self.h) {
-                        Some(iy) => self.unfold_line(&plane[iy * self.w..][..self.w], kx, line),
-                        None => line.fill(0.0),
-                    }
+            let (channel, tap) = (row / taps, row % taps);
+            let (ky, kx) = (tap / self.kw, tap % self.kw);
+            let plane = &x[channel * self.h * self.w..][..self.h * self.w];
+            for (line, oy) in out.chunks_mut(self.ow).zip(rows.clone()) {
+                match self.source(oy, ky, self.h) {
+                    Some(iy) => self.unfold_line(&plane[iy * self.w..][..self.w], kx, line),
+                    None => line.fill(0.0),
                 }
-            });
+            }
+        });
     }
 
     fn unfold_line(&self, input: &[f32], kx: usize, line: &mut [f32]) {
@@ -183,22 +183,22 @@ impl Geometry {
         let pixels = rows.len() * self.ow;
         let taps = self.kh * self.kw;
         each_chunk(dx, self.h * self.w, |channel, plane| {
-                for tap in 0..taps {
-                    let (ky, kx) = (tap / self.kw, tap % self.kw);
-                    let patch = &col[(channel * taps + tap) * pixels..][..pixels];
-                    for (line, oy) in patch.chunks(self.ow).zip(rows.clone()) {
-                        let Some(iy) = self.source(oy, ky, self.h) else {
-                            continue;
-                        };
-                        let target = &mut plane[iy * self.w..][..self.w];
-                        for (ox, value) in line.iter().enumerate() {
-                            if let Some(ix) = self.source(ox, kx, self.w) {
-                                target[ix] += value;
-                            }
+            for tap in 0..taps {
+                let (ky, kx) = (tap / self.kw, tap % self.kw);
+                let patch = &col[(channel * taps + tap) * pixels..][..pixels];
+                for (line, oy) in patch.chunks(self.ow).zip(rows.clone()) {
+                    let Some(iy) = self.source(oy, ky, self.h) else {
+                        continue;
+                    };
+                    let target = &mut plane[iy * self.w..][..self.w];
+                    for (ox, value) in line.iter().enumerate() {
+                        if let Some(ix) = self.source(ox, kx, self.w) {
+                            target[ix] += value;
                         }
                     }
                 }
-            });
+            }
+        });
     }
 
     /// Calls `body(image, group, output rows)` for every strip, in a fixed order.
@@ -325,9 +325,13 @@ impl Geometry {
 fn each_chunk(data: &mut [f32], size: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
     const PARALLEL_VALUES: usize = 1 << 17;
     if data.len() < PARALLEL_VALUES {
-        data.chunks_mut(size).enumerate().for_each(|(i, chunk)| body(i, chunk));
+        data.chunks_mut(size)
+            .enumerate()
+            .for_each(|(i, chunk)| body(i, chunk));
     } else {
-        data.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| body(i, chunk));
+        data.par_chunks_mut(size)
+            .enumerate()
+            .for_each(|(i, chunk)| body(i, chunk));
     }
 }
 

@@ -33,8 +33,8 @@
 
 mod conv2d;
 mod linear;
-mod memory;
 mod matrix;
+mod memory;
 pub mod plain;
 mod upsample;
 
@@ -74,3 +74,8 @@ fn values<'a>(
         _ => candle_core::bail!("operand must be f32"),
     }
 }
+
+/// The README's programs, compiled and run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct ReadmeDoctests;

@@ -78,7 +78,11 @@ pub(crate) fn multiply(
         return;
     }
     // Waking other threads costs more than a small product.
-    let parallelism = if m * n * k < PARALLEL_PRODUCTS { Parallelism::None } else { Parallelism::Rayon(0) };
+    let parallelism = if m * n * k < PARALLEL_PRODUCTS {
+        Parallelism::None
+    } else {
+        Parallelism::Rayon(0)
+    };
     // SAFETY: the three assertions above keep every element that the kernel
     // touches inside the slices; `dst` is borrowed exclusively, so it cannot
     // overlap the operands.

@@ -45,3 +45,8 @@ pub use text_encoder::{TextEncoder, weigh, weigh_restoring_mean};
 pub use tokenizer::Tokenizer;
 pub use unet::{UNet, UnevenSize, timestep_embedding};
 pub use vae::{Posterior, Vae};
+
+/// The README's programs, compiled and run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct ReadmeDoctests;

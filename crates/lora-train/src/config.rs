@@ -480,7 +480,10 @@ pub struct NetworkArgs {
 }
 
 fn bad<T>(what: impl Into<String>) -> Result<T> {
-    Err(Error::Config { place: "settings".into(), what: what.into() })
+    Err(Error::Config {
+        place: "settings".into(),
+        what: what.into(),
+    })
 }
 
 impl NetworkArgs {
@@ -488,22 +491,32 @@ impl NetworkArgs {
         let mut parsed = Self::default();
         for arg in args {
             let Some((key, value)) = arg.split_once('=') else {
-                return bad(format!("network_args: {arg:?} is not of the form key=value"));
+                return bad(format!(
+                    "network_args: {arg:?} is not of the form key=value"
+                ));
             };
             let number = || match value.trim().parse::<f64>() {
                 Ok(n) if n.is_finite() && n >= 0.0 => Ok(n),
-                _ => bad(format!("network_args: {key}: expected a number, got {value:?}")),
+                _ => bad(format!(
+                    "network_args: {key}: expected a number, got {value:?}"
+                )),
             };
             match key.trim() {
                 "conv_dim" => match value.trim().parse() {
                     Ok(dim) => parsed.conv_dim = Some(dim),
-                    Err(_) => return bad(format!("network_args: conv_dim: expected a whole number, got {value:?}")),
+                    Err(_) => {
+                        return bad(format!(
+                            "network_args: conv_dim: expected a whole number, got {value:?}"
+                        ));
+                    }
                 },
                 "conv_alpha" => parsed.conv_alpha = Some(number()?),
                 "rank_dropout" => parsed.rank_dropout = number()?,
                 "module_dropout" => parsed.module_dropout = number()?,
                 "block_dims" | "block_alphas" | "conv_block_dims" | "conv_block_alphas" => {
-                    return bad(format!("network_args: {key}: ranks per block are not supported; use one network_dim"));
+                    return bad(format!(
+                        "network_args: {key}: ranks per block are not supported; use one network_dim"
+                    ));
                 }
                 key => parsed.groups.set_network_arg(key, value.trim())?,
             }
@@ -523,7 +536,10 @@ impl TrainConfig {
         table.remove("config_file");
         let config: Self = table
             .try_into()
-            .map_err(|e: toml::de::Error| Error::Config { place: "settings".into(), what: e.message().to_string() })?;
+            .map_err(|e: toml::de::Error| Error::Config {
+                place: "settings".into(),
+                what: e.message().to_string(),
+            })?;
         config.validate()?;
         Ok(config)
     }
@@ -534,7 +550,10 @@ impl TrainConfig {
     /// # Errors
     /// When a value cannot be written as TOML.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(self).map_err(|e| Error::Config { place: "settings".into(), what: e.to_string() })
+        toml::to_string(self).map_err(|e| Error::Config {
+            place: "settings".into(),
+            what: e.to_string(),
+        })
     }
 
     /// Checks each value and the combinations that contradict each other.
@@ -543,20 +562,34 @@ impl TrainConfig {
     /// [`Error::Config`] or [`Error::Missing`].
     pub fn validate(&self) -> Result<()> {
         for (name, what, given) in [
-            ("pretrained_model_name_or_path", "the checkpoint to train on", self.pretrained_model_name_or_path.is_some()),
-            ("output_dir", "where the result goes", self.output_dir.is_some()),
+            (
+                "pretrained_model_name_or_path",
+                "the checkpoint to train on",
+                self.pretrained_model_name_or_path.is_some(),
+            ),
+            (
+                "output_dir",
+                "where the result goes",
+                self.output_dir.is_some(),
+            ),
         ] {
             if !given {
                 return Err(Error::Missing { name, what });
             }
         }
-        if self.train_data_dir.is_none() && self.dataset_config.is_none() && self.in_json.is_none() {
-            return Err(Error::Missing { name: "train_data_dir", what: "the folder with pictures and captions" });
+        if self.train_data_dir.is_none() && self.dataset_config.is_none() && self.in_json.is_none()
+        {
+            return Err(Error::Missing {
+                name: "train_data_dir",
+                what: "the folder with pictures and captions",
+            });
         }
         if self.train_batch_size == 0 || self.gradient_accumulation_steps == 0 {
             return bad("train_batch_size and gradient_accumulation_steps must be at least 1");
         }
-        if self.max_train_epochs == Some(0) || (self.max_train_epochs.is_none() && self.max_train_steps == 0) {
+        if self.max_train_epochs == Some(0)
+            || (self.max_train_epochs.is_none() && self.max_train_steps == 0)
+        {
             return bad("there is nothing to do: max_train_epochs or max_train_steps is 0");
         }
         if !matches!(self.max_token_length, None | Some(75 | 150 | 225)) {
@@ -566,10 +599,14 @@ impl TrainConfig {
             return bad("clip_skip: expected at least 1");
         }
         if self.save_model_as != "safetensors" {
-            return bad("save_model_as: only safetensors is supported; other formats are Python pickles");
+            return bad(
+                "save_model_as: only safetensors is supported; other formats are Python pickles",
+            );
         }
         if self.network_train_unet_only && self.network_train_text_encoder_only {
-            return bad("network_train_unet_only and network_train_text_encoder_only exclude each other");
+            return bad(
+                "network_train_unet_only and network_train_text_encoder_only exclude each other",
+            );
         }
         if self.adaptive_noise_scale.is_some() && self.noise_offset.is_none() {
             return bad("adaptive_noise_scale needs noise_offset");
@@ -586,14 +623,19 @@ impl TrainConfig {
             ("save_n_epoch_ratio", self.save_n_epoch_ratio),
         ] {
             if every == Some(0) {
-                return bad(format!("{name}: expected at least 1; leave it out for none"));
+                return bad(format!(
+                    "{name}: expected at least 1; leave it out for none"
+                ));
             }
         }
         if self.cache_latents && (self.color_aug || self.random_crop) {
             return bad("cache_latents cannot be combined with color_aug or random_crop");
         }
         let noise = self.noise();
-        if noise.min_timestep >= TIMESTEPS || noise.max_timestep > TIMESTEPS || noise.min_timestep > noise.max_timestep {
+        if noise.min_timestep >= TIMESTEPS
+            || noise.max_timestep > TIMESTEPS
+            || noise.min_timestep > noise.max_timestep
+        {
             return bad(format!(
                 "min_timestep {} and max_timestep {}: expected a range within 0 to 1000",
                 noise.min_timestep, noise.max_timestep
@@ -618,16 +660,26 @@ impl TrainConfig {
             ));
         }
         if self.learning_rate.is_none() {
-            list.push(format!("learning_rate is not given: using {} (sd-scripts would use 2e-6)", self.learning_rate()));
+            list.push(format!(
+                "learning_rate is not given: using {} (sd-scripts would use 2e-6)",
+                self.learning_rate()
+            ));
         }
-        if self.adaptive() && [self.unet_learning_rate(), self.text_learning_rate()].iter().any(|lr| *lr != 0.0 && !(0.1..=10.0).contains(lr)) {
+        if self.adaptive()
+            && [self.unet_learning_rate(), self.text_learning_rate()]
+                .iter()
+                .any(|lr| *lr != 0.0 && !(0.1..=10.0).contains(lr))
+        {
             list.push(format!("{} finds the learning rate itself: set learning_rate, unet_lr and text_encoder_lr to 1", self.optimizer_type));
         }
         if self.zero_terminal_snr && !self.v_parameterization {
             list.push("zero_terminal_snr is meant for v-prediction models".into());
         }
         if self.mixed_precision != "no" {
-            list.push(format!("mixed_precision {}: a CPU computes in f32, which is at least as precise", self.mixed_precision));
+            list.push(format!(
+                "mixed_precision {}: a CPU computes in f32, which is at least as precise",
+                self.mixed_precision
+            ));
         }
         list
     }
@@ -640,7 +692,8 @@ impl TrainConfig {
 
     /// The learning rate, with its default.
     pub fn learning_rate(&self) -> f64 {
-        self.learning_rate.unwrap_or(if self.adaptive() { 1.0 } else { 1e-4 })
+        self.learning_rate
+            .unwrap_or(if self.adaptive() { 1.0 } else { 1e-4 })
     }
 
     /// The UNet's learning rate.
@@ -650,7 +703,10 @@ impl TrainConfig {
 
     /// The text encoder's learning rate; of a list the first, as in sd-scripts.
     pub fn text_learning_rate(&self) -> f64 {
-        self.text_encoder_lr.first().copied().unwrap_or(self.learning_rate())
+        self.text_encoder_lr
+            .first()
+            .copied()
+            .unwrap_or(self.learning_rate())
     }
 
     /// The options inside `network_args`.
@@ -660,7 +716,9 @@ impl TrainConfig {
     pub fn network(&self) -> Result<NetworkArgs> {
         match self.network_module.as_deref() {
             None | Some("networks.lora") => NetworkArgs::parse(&self.network_args),
-            Some(other) => bad(format!("network_module {other:?} is not supported; use networks.lora")),
+            Some(other) => bad(format!(
+                "network_module {other:?} is not supported; use networks.lora"
+            )),
         }
     }
 
@@ -711,13 +769,21 @@ impl TrainConfig {
                 "l1" => LossType::L1,
                 "huber" => LossType::Huber,
                 "smooth_l1" => LossType::SmoothL1,
-                other => return bad(format!("loss_type {other:?}: expected l1, l2, huber or smooth_l1")),
+                other => {
+                    return bad(format!(
+                        "loss_type {other:?}: expected l1, l2, huber or smooth_l1"
+                    ));
+                }
             },
             huber_schedule: match self.huber_schedule.as_str() {
                 "constant" => HuberSchedule::Constant,
                 "exponential" => HuberSchedule::Exponential,
                 "snr" => HuberSchedule::Snr,
-                other => return bad(format!("huber_schedule {other:?}: expected constant, exponential or snr")),
+                other => {
+                    return bad(format!(
+                        "huber_schedule {other:?}: expected constant, exponential or snr"
+                    ));
+                }
             },
             huber_c: self.huber_c,
             huber_scale: self.huber_scale,
@@ -732,7 +798,11 @@ impl TrainConfig {
     /// The noise schedule of training.
     pub fn schedule(&self) -> NoiseSchedule {
         let schedule = NoiseSchedule::sd15();
-        if self.zero_terminal_snr { schedule.zero_terminal_snr() } else { schedule }
+        if self.zero_terminal_snr {
+            schedule.zero_terminal_snr()
+        } else {
+            schedule
+        }
     }
 
     /// How captions are encoded.
@@ -753,7 +823,9 @@ impl TrainConfig {
             None | Some("float") => Ok(DType::F32),
             Some("fp16") => Ok(DType::F16),
             Some("bf16") => Ok(DType::BF16),
-            Some(other) => bad(format!("save_precision {other:?}: expected float, fp16 or bf16")),
+            Some(other) => bad(format!(
+                "save_precision {other:?}: expected float, fp16 or bf16"
+            )),
         }
     }
 
@@ -773,7 +845,10 @@ impl TrainConfig {
     /// [`Error::Config`] for values that cannot be read; [`Error::Data`] for values out
     /// of range.
     pub fn dataset_options(&self) -> Result<DatasetConfig> {
-        let extension = self.caption_extention.clone().or_else(|| self.caption_extension.clone());
+        let extension = self
+            .caption_extention
+            .clone()
+            .or_else(|| self.caption_extension.clone());
         let options = DatasetConfig {
             resolution: parse_resolution(&self.resolution)?,
             batch_size: self.train_batch_size,
@@ -802,7 +877,9 @@ impl TrainConfig {
     }
 
     fn interpolation(&self) -> Result<Option<Interpolation>> {
-        let Some(name) = &self.resize_interpolation else { return Ok(None) };
+        let Some(name) = &self.resize_interpolation else {
+            return Ok(None);
+        };
         let value = serde_json::Value::from(name.as_str());
         match serde_json::from_value(value) {
             Ok(filter) => Ok(Some(filter)),
@@ -811,11 +888,17 @@ impl TrainConfig {
     }
 
     fn face_crop(&self) -> Result<Option<(f64, f64)>> {
-        let Some(text) = &self.face_crop_aug_range else { return Ok(None) };
-        let pair = text.split_once(',').and_then(|(a, b)| Some((a.trim().parse().ok()?, b.trim().parse().ok()?)));
+        let Some(text) = &self.face_crop_aug_range else {
+            return Ok(None);
+        };
+        let pair = text
+            .split_once(',')
+            .and_then(|(a, b)| Some((a.trim().parse().ok()?, b.trim().parse().ok()?)));
         match pair {
             Some(pair) => Ok(Some(pair)),
-            None => bad(format!("face_crop_aug_range {text:?}: expected two numbers such as 2.0,4.0")),
+            None => bad(format!(
+                "face_crop_aug_range {text:?}: expected two numbers such as 2.0,4.0"
+            )),
         }
     }
 
@@ -842,8 +925,16 @@ impl TrainConfig {
 fn parse_resolution(text: &str) -> Result<Size> {
     let numbers: Option<Vec<u32>> = text.split(',').map(|n| n.trim().parse().ok()).collect();
     match numbers.as_deref() {
-        Some([side]) if *side > 0 => Ok(Size { width: *side, height: *side }),
-        Some([width, height]) if *width > 0 && *height > 0 => Ok(Size { width: *width, height: *height }),
-        _ => bad(format!("resolution {text:?}: expected a size such as 512 or 768,512")),
+        Some([side]) if *side > 0 => Ok(Size {
+            width: *side,
+            height: *side,
+        }),
+        Some([width, height]) if *width > 0 && *height > 0 => Ok(Size {
+            width: *width,
+            height: *height,
+        }),
+        _ => bad(format!(
+            "resolution {text:?}: expected a size such as 512 or 768,512"
+        )),
     }
 }

@@ -41,7 +41,9 @@ pub enum Error {
         what: &'static str,
     },
     /// Losses or gradients were not finite several times in a row.
-    #[error("the loss was not finite {times} times in a row, last at step {step} with {images}; the learning rate is probably too high")]
+    #[error(
+        "the loss was not finite {times} times in a row, last at step {step} with {images}; the learning rate is probably too high"
+    )]
     NotFinite {
         /// How many times.
         times: usize,

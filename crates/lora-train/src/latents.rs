@@ -36,7 +36,10 @@ impl LatentCache {
     /// `fixed` draws one sample per picture for the whole run (`cache_latents` in
     /// sd-scripts); otherwise every use draws a new one.
     pub fn new(fixed: bool) -> Self {
-        Self { known: HashMap::new(), fixed }
+        Self {
+            known: HashMap::new(),
+            fixed,
+        }
     }
 
     /// How many pictures are kept.
@@ -54,7 +57,13 @@ impl LatentCache {
     ///
     /// # Errors
     /// When the picture cannot be read.
-    pub fn warm(&mut self, dataset: &Dataset, item: &PlanItem, vae: &Vae, device: &Device) -> Result<bool> {
+    pub fn warm(
+        &mut self,
+        dataset: &Dataset,
+        item: &PlanItem,
+        vae: &Vae,
+        device: &Device,
+    ) -> Result<bool> {
         let key = (item.image, item.flip);
         if !cacheable(dataset, item) || self.known.contains_key(&key) {
             return Ok(false);
@@ -69,29 +78,55 @@ impl LatentCache {
     ///
     /// # Errors
     /// When a picture cannot be read.
-    pub fn batch(&mut self, dataset: &Dataset, plan: &BatchPlan, vae: &Vae, streams: Streams, step: u64, device: &Device) -> Result<LatentBatch> {
+    pub fn batch(
+        &mut self,
+        dataset: &Dataset,
+        plan: &BatchPlan,
+        vae: &Vae,
+        streams: Streams,
+        step: u64,
+        device: &Device,
+    ) -> Result<LatentBatch> {
         let (mut latents, mut masks) = (Vec::new(), Vec::new());
         for (position, item) in plan.items.iter().enumerate() {
             self.warm(dataset, item, vae, device)?;
-            let entry = match self.known.get(&(item.image, item.flip)).filter(|_| cacheable(dataset, item)) {
+            let entry = match self
+                .known
+                .get(&(item.image, item.flip))
+                .filter(|_| cacheable(dataset, item))
+            {
                 Some(entry) => entry.clone(),
                 None => encode(dataset, item, vae, device)?,
             };
             let place = if self.fixed {
-                Place { epoch: u64::from(item.flip), step: 0, item: item.image as u64 }
+                Place {
+                    epoch: u64::from(item.flip),
+                    step: 0,
+                    item: item.image as u64,
+                }
             } else {
                 // Counted from 1, so that no step shares numbers with the fixed sample.
-                Place { epoch: 2, step, item: position as u64 }
+                Place {
+                    epoch: 2,
+                    step,
+                    item: position as u64,
+                }
             };
             let mut rng = streams.stream(Purpose::LATENT_SAMPLE, place);
             let shape = entry.posterior.mean.shape().clone();
-            let noise: Vec<f32> = (0..shape.elem_count()).map(|_| StandardNormal.sample(&mut rng)).collect();
+            let noise: Vec<f32> = (0..shape.elem_count())
+                .map(|_| StandardNormal.sample(&mut rng))
+                .collect();
             let noise = Tensor::from_vec(noise, shape, device)?;
             latents.push(entry.posterior.sample(&noise, vae.scaling_factor())?);
             masks.push(entry.mask);
         }
         let latents = Tensor::cat(&latents, 0)?;
-        let mask = masks.iter().any(Option::is_some).then(|| join_masks(&masks, &latents)).transpose()?;
+        let mask = masks
+            .iter()
+            .any(Option::is_some)
+            .then(|| join_masks(&masks, &latents))
+            .transpose()?;
         Ok(LatentBatch { latents, mask })
     }
 }
@@ -112,7 +147,11 @@ fn encode(dataset: &Dataset, item: &PlanItem, vae: &Vae, device: &Device) -> Res
         None => None,
         Some(mask) => {
             let small = shrink_mask(&mask, pixels.size, 8);
-            Some(Tensor::from_vec(small, (1, 1, height / 8, width / 8), device)?)
+            Some(Tensor::from_vec(
+                small,
+                (1, 1, height / 8, width / 8),
+                device,
+            )?)
         }
     };
     let posterior = vae.encode(&picture)?;

@@ -24,7 +24,9 @@ mod trainer;
 pub use config::{NetworkArgs, Steps, TrainConfig};
 pub use error::{Error, Result};
 pub use latents::{LatentBatch, LatentCache};
-pub use loss::{HuberSchedule, LossConfig, LossType, SampleWeights, diffusion_loss, elementwise_loss};
+pub use loss::{
+    HuberSchedule, LossConfig, LossType, SampleWeights, diffusion_loss, elementwise_loss,
+};
 pub use naming::{Naming, outdated_epoch, outdated_step};
 pub use noise::{Draws, NoiseConfig, NoisyBatch, StepDraws, make_noise};
 pub use observer::{BatchReport, Event, LossAverage, Observer};
@@ -33,3 +35,8 @@ pub use plan::Plan;
 pub use setup::param_groups;
 pub use text::{Captions, TextConfig, join_chunks};
 pub use trainer::{Outcome, Trainer};
+
+/// The README's programs, compiled and run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct ReadmeDoctests;

@@ -83,8 +83,12 @@ impl LossConfig {
     pub fn huber_c_at(&self, timestep: usize, schedule: &NoiseSchedule) -> f64 {
         match self.huber_schedule {
             HuberSchedule::Constant => self.huber_c * self.huber_scale,
-            HuberSchedule::Exponential => (timestep as f64 * self.huber_c.ln() / 1000.0).exp() * self.huber_scale,
-            HuberSchedule::Snr => (1.0 - self.huber_c) / (1.0 + schedule.sigma(timestep)).powi(2) + self.huber_c,
+            HuberSchedule::Exponential => {
+                (timestep as f64 * self.huber_c.ln() / 1000.0).exp() * self.huber_scale
+            }
+            HuberSchedule::Snr => {
+                (1.0 - self.huber_c) / (1.0 + schedule.sigma(timestep)).powi(2) + self.huber_c
+            }
         }
     }
 
@@ -105,7 +109,11 @@ impl LossConfig {
             weight *= 1.0 + self.v_pred_like_loss * (capped + 1.0) / capped;
         }
         if self.debiased_estimation_loss {
-            weight *= if v { 1.0 / (capped + 1.0) } else { 1.0 / capped.sqrt() };
+            weight *= if v {
+                1.0 / (capped + 1.0)
+            } else {
+                1.0 / capped.sqrt()
+            };
         }
         weight
     }
@@ -128,9 +136,16 @@ pub fn elementwise_loss(
         LossType::L1 => return difference.abs(),
         LossType::Huber | LossType::SmoothL1 => {}
     }
-    let c: Vec<f32> = timesteps.iter().map(|t| config.huber_c_at(*t, schedule) as f32).collect();
+    let c: Vec<f32> = timesteps
+        .iter()
+        .map(|t| config.huber_c_at(*t, schedule) as f32)
+        .collect();
     let c = column(c, &difference)?;
-    let root = difference.sqr()?.broadcast_add(&c.sqr()?)?.sqrt()?.broadcast_sub(&c)?;
+    let root = difference
+        .sqr()?
+        .broadcast_add(&c.sqr()?)?
+        .sqrt()?
+        .broadcast_sub(&c)?;
     match config.loss_type {
         LossType::Huber => root.broadcast_mul(&(c * 2.0)?),
         _ => root * 2.0,
@@ -143,7 +158,9 @@ fn column(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
     if let Some(first) = dims.first_mut() {
         *first = values.len();
     }
-    Tensor::new(values, &Device::Cpu)?.reshape(dims)?.to_device(like.device())
+    Tensor::new(values, &Device::Cpu)?
+        .reshape(dims)?
+        .to_device(like.device())
 }
 
 /// What weighs on the samples of a batch.
@@ -177,7 +194,9 @@ pub fn diffusion_loss(
     let factors: Vec<f32> = timesteps
         .iter()
         .enumerate()
-        .map(|(i, t)| samples.weights.get(i).copied().unwrap_or(1.0) * config.weight(*t, schedule) as f32)
+        .map(|(i, t)| {
+            samples.weights.get(i).copied().unwrap_or(1.0) * config.weight(*t, schedule) as f32
+        })
         .collect();
     (per_sample * Tensor::new(factors, pred.device())?)?.mean_all()
 }

@@ -18,7 +18,12 @@ pub type Metadata = BTreeMap<String, String>;
 ///
 /// # Errors
 /// When the checkpoint cannot be hashed, or `network_args` cannot be read.
-pub fn training_metadata(config: &TrainConfig, dataset: &Dataset, plan: &Plan, started_at: f64) -> Result<Metadata> {
+pub fn training_metadata(
+    config: &TrainConfig,
+    dataset: &Dataset,
+    plan: &Plan,
+    started_at: f64,
+) -> Result<Metadata> {
     let mut m = Writer::default();
     run(&mut m, config, plan, started_at)?;
     noise_and_loss(&mut m, config);
@@ -26,7 +31,14 @@ pub fn training_metadata(config: &TrainConfig, dataset: &Dataset, plan: &Plan, s
     data(&mut m, config, dataset)?;
     let mut metadata = m.0;
     if config.no_metadata {
-        let kept = ["ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"];
+        let kept = [
+            "ss_v2",
+            "ss_base_model_version",
+            "ss_network_module",
+            "ss_network_dim",
+            "ss_network_alpha",
+            "ss_network_args",
+        ];
         metadata.retain(|key, _| kept.contains(&key.as_str()));
     }
     Ok(metadata)
@@ -37,7 +49,13 @@ fn run(m: &mut Writer, config: &TrainConfig, plan: &Plan, started_at: f64) -> Re
     m.float("ss_training_started_at", started_at);
     m.text("ss_output_name", config.name());
     m.float("ss_learning_rate", config.learning_rate());
-    m.text("ss_text_encoder_lr", config.text_encoder_lr.first().map_or("None".into(), |lr| py_float(*lr)));
+    m.text(
+        "ss_text_encoder_lr",
+        config
+            .text_encoder_lr
+            .first()
+            .map_or("None".into(), |lr| py_float(*lr)),
+    );
     m.option("ss_unet_lr", config.unet_lr.map(py_float));
     m.text("ss_num_train_images", plan.train_images);
     m.text("ss_num_validation_images", 0);
@@ -45,7 +63,10 @@ fn run(m: &mut Writer, config: &TrainConfig, plan: &Plan, started_at: f64) -> Re
     m.text("ss_num_batches_per_epoch", plan.batches_per_epoch);
     m.text("ss_num_epochs", plan.epochs);
     m.text("ss_gradient_checkpointing", "False");
-    m.text("ss_gradient_accumulation_steps", config.gradient_accumulation_steps);
+    m.text(
+        "ss_gradient_accumulation_steps",
+        config.gradient_accumulation_steps,
+    );
     m.text("ss_max_train_steps", plan.total_steps);
     let warmup = match config.lr_warmup_steps {
         None => "0".into(),
@@ -54,7 +75,10 @@ fn run(m: &mut Writer, config: &TrainConfig, plan: &Plan, started_at: f64) -> Re
     };
     m.text("ss_lr_warmup_steps", warmup);
     m.text("ss_lr_scheduler", &config.lr_scheduler);
-    m.text("ss_network_module", config.network_module.as_deref().unwrap_or("networks.lora"));
+    m.text(
+        "ss_network_module",
+        config.network_module.as_deref().unwrap_or("networks.lora"),
+    );
     m.text("ss_network_dim", config.network_dim.unwrap_or(4));
     m.float("ss_network_alpha", config.network_alpha);
     m.option("ss_network_dropout", config.network_dropout.map(py_float));
@@ -65,15 +89,28 @@ fn run(m: &mut Writer, config: &TrainConfig, plan: &Plan, started_at: f64) -> Re
                 args.insert(key.trim().into(), Value::from(value));
             }
         }
-        args.insert("dropout".into(), config.network_dropout.map_or(Value::Null, Value::from));
+        args.insert(
+            "dropout".into(),
+            config.network_dropout.map_or(Value::Null, Value::from),
+        );
         m.text("ss_network_args", Value::Object(args));
     }
     m.text("ss_mixed_precision", &config.mixed_precision);
     m.text("ss_full_fp16", "False");
     m.text("ss_v2", "False");
-    m.text("ss_base_model_version", if config.v_parameterization { "sd_v1_v" } else { "sd_v1" });
+    m.text(
+        "ss_base_model_version",
+        if config.v_parameterization {
+            "sd_v1_v"
+        } else {
+            "sd_v1"
+        },
+    );
     m.option("ss_clip_skip", config.clip_skip);
-    m.option("ss_max_token_length", config.max_token_length.filter(|l| *l != 75));
+    m.option(
+        "ss_max_token_length",
+        config.max_token_length.filter(|l| *l != 75),
+    );
     m.flag("ss_cache_latents", config.cache_latents);
     m.text("ss_seed", plan.seed);
     m.text("ss_lowram", "False");
@@ -81,10 +118,18 @@ fn run(m: &mut Writer, config: &TrainConfig, plan: &Plan, started_at: f64) -> Re
     m.text("ss_sd_scripts_commit_hash", "None");
     m.text("ss_optimizer", optimizer(config));
     m.float("ss_max_grad_norm", config.max_grad_norm);
-    m.option("ss_scale_weight_norms", config.scale_weight_norms.map(py_float));
+    m.option(
+        "ss_scale_weight_norms",
+        config.scale_weight_norms.map(py_float),
+    );
     m.text("ss_fp8_base", "False");
     m.text("ss_fp8_base_unet", "False");
-    for key in ["ss_validation_seed", "ss_max_validation_steps", "ss_validate_every_n_epochs", "ss_validate_every_n_steps"] {
+    for key in [
+        "ss_validation_seed",
+        "ss_max_validation_steps",
+        "ss_validate_every_n_epochs",
+        "ss_validate_every_n_steps",
+    ] {
         m.text(key, "None");
     }
     m.text("ss_validation_split", "0.0");
@@ -93,13 +138,25 @@ fn run(m: &mut Writer, config: &TrainConfig, plan: &Plan, started_at: f64) -> Re
 
 fn noise_and_loss(m: &mut Writer, config: &TrainConfig) {
     m.option("ss_noise_offset", config.noise_offset.map(py_float));
-    m.option("ss_multires_noise_iterations", config.multires_noise_iterations);
+    m.option(
+        "ss_multires_noise_iterations",
+        config.multires_noise_iterations,
+    );
     m.float("ss_multires_noise_discount", config.multires_noise_discount);
-    m.option("ss_adaptive_noise_scale", config.adaptive_noise_scale.map(py_float));
+    m.option(
+        "ss_adaptive_noise_scale",
+        config.adaptive_noise_scale.map(py_float),
+    );
     m.flag("ss_zero_terminal_snr", config.zero_terminal_snr);
     m.option("ss_ip_noise_gamma", config.ip_noise_gamma.map(py_float));
-    m.flag("ss_noise_offset_random_strength", config.noise_offset_random_strength);
-    m.flag("ss_ip_noise_gamma_random_strength", config.ip_noise_gamma_random_strength);
+    m.flag(
+        "ss_noise_offset_random_strength",
+        config.noise_offset_random_strength,
+    );
+    m.flag(
+        "ss_ip_noise_gamma_random_strength",
+        config.ip_noise_gamma_random_strength,
+    );
     m.float("ss_prior_loss_weight", config.prior_loss_weight);
     m.option("ss_min_snr_gamma", config.min_snr_gamma.map(py_float));
     m.flag("ss_debiased_estimation", config.debiased_estimation_loss);
@@ -111,12 +168,22 @@ fn noise_and_loss(m: &mut Writer, config: &TrainConfig) {
 
 fn model_files(m: &mut Writer, config: &TrainConfig) -> Result<()> {
     let files = [
-        (&config.pretrained_model_name_or_path, "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_sd_model_name"),
+        (
+            &config.pretrained_model_name_or_path,
+            "ss_sd_model_hash",
+            "ss_new_sd_model_hash",
+            "ss_sd_model_name",
+        ),
         (&config.vae, "ss_vae_hash", "ss_new_vae_hash", "ss_vae_name"),
     ];
     for (path, short, long, name) in files {
         let Some(path) = path else { continue };
-        m.text(name, path.file_name().and_then(|n| n.to_str()).unwrap_or_default());
+        m.text(
+            name,
+            path.file_name()
+                .and_then(|n| n.to_str())
+                .unwrap_or_default(),
+        );
         if path.is_file() {
             m.text(short, model_hash_of_file(path)?);
             m.text(long, sha256_of_file(path)?);
@@ -127,14 +194,32 @@ fn model_files(m: &mut Writer, config: &TrainConfig) -> Result<()> {
 
 fn data(m: &mut Writer, config: &TrainConfig, dataset: &Dataset) -> Result<()> {
     m.float("ss_caption_dropout_rate", config.caption_dropout_rate);
-    m.text("ss_caption_dropout_every_n_epochs", config.caption_dropout_every_n_epochs);
-    m.float("ss_caption_tag_dropout_rate", config.caption_tag_dropout_rate);
-    m.option("ss_face_crop_aug_range", config.face_crop_aug_range.as_deref());
-    m.option("ss_resize_interpolation", config.resize_interpolation.as_deref());
+    m.text(
+        "ss_caption_dropout_every_n_epochs",
+        config.caption_dropout_every_n_epochs,
+    );
+    m.float(
+        "ss_caption_tag_dropout_rate",
+        config.caption_tag_dropout_rate,
+    );
+    m.option(
+        "ss_face_crop_aug_range",
+        config.face_crop_aug_range.as_deref(),
+    );
+    m.option(
+        "ss_resize_interpolation",
+        config.resize_interpolation.as_deref(),
+    );
     m.text("ss_batch_size_per_device", config.train_batch_size);
     m.text("ss_total_batch_size", config.train_batch_size);
     let options = config.dataset_options()?;
-    m.text("ss_resolution", format!("({}, {})", options.resolution.width, options.resolution.height));
+    m.text(
+        "ss_resolution",
+        format!(
+            "({}, {})",
+            options.resolution.width, options.resolution.height
+        ),
+    );
     m.flag("ss_color_aug", config.color_aug);
     m.flag("ss_flip_aug", config.flip_aug);
     m.flag("ss_random_crop", config.random_crop);
@@ -156,7 +241,10 @@ fn data(m: &mut Writer, config: &TrainConfig, dataset: &Dataset) -> Result<()> {
         for (folder, counts) in &stats.tag_frequency {
             tags.insert(folder.clone(), json!(counts));
         }
-        buckets = stats.bucket_info.as_ref().map_or(Value::Null, lora_data::BucketInfo::to_json);
+        buckets = stats
+            .bucket_info
+            .as_ref()
+            .map_or(Value::Null, lora_data::BucketInfo::to_json);
     }
     m.text("ss_dataset_dirs", Value::Object(dirs));
     m.text("ss_reg_dataset_dirs", Value::Object(reg_dirs));
@@ -174,7 +262,13 @@ fn optimizer(config: &TrainConfig) -> String {
         "lion" => "lion_pytorch.lion_pytorch.Lion",
         "adafactor" => "transformers.optimization.Adafactor",
         "adamwschedulefree" => "schedulefree.adamw_schedulefree.AdamWScheduleFree",
-        _ => return format!("{}{}", config.optimizer_type, arguments(&config.optimizer_args)),
+        _ => {
+            return format!(
+                "{}{}",
+                config.optimizer_type,
+                arguments(&config.optimizer_args)
+            );
+        }
     };
     format!("{class}{}", arguments(&config.optimizer_args))
 }
@@ -192,7 +286,11 @@ fn arguments(args: &[String]) -> String {
         };
         format!("{key}={value}")
     };
-    if args.is_empty() { String::new() } else { format!("({})", args.iter().map(pair).collect::<Vec<_>>().join(",")) }
+    if args.is_empty() {
+        String::new()
+    } else {
+        format!("({})", args.iter().map(pair).collect::<Vec<_>>().join(","))
+    }
 }
 
 /// What `modelspec.*` metadata is made from.
@@ -234,7 +332,10 @@ impl ModelSpec {
             ("merged_from", &config.metadata_merged_from),
             ("trigger_phrase", &config.metadata_trigger_phrase),
             ("preprocessor", &config.metadata_preprocessor),
-            ("is_negative_embedding", &config.metadata_is_negative_embedding),
+            (
+                "is_negative_embedding",
+                &config.metadata_is_negative_embedding,
+            ),
         ] {
             if let Some(value) = value {
                 extra.insert(key.to_string(), value.clone());
@@ -242,7 +343,10 @@ impl ModelSpec {
         }
         Ok(Self {
             timestamp,
-            title: config.metadata_title.clone().or_else(|| Some(config.name().to_string())),
+            title: config
+                .metadata_title
+                .clone()
+                .or_else(|| Some(config.name().to_string())),
             resolution: Some((size.width, size.height)),
             v_parameterization: config.v_parameterization,
             timesteps: given.then_some((noise.min_timestep, noise.max_timestep)),
@@ -258,10 +362,22 @@ impl ModelSpec {
         m.text("modelspec.sai_model_spec", "1.0.1");
         m.text("modelspec.architecture", "stable-diffusion-v1/lora");
         m.text("modelspec.implementation", "diffusers");
-        m.text("modelspec.title", self.title.clone().unwrap_or_else(|| format!("LoRA@{}", py_float(self.timestamp))));
+        m.text(
+            "modelspec.title",
+            self.title
+                .clone()
+                .unwrap_or_else(|| format!("LoRA@{}", py_float(self.timestamp))),
+        );
         m.text("modelspec.date", iso_date(self.timestamp));
         m.text("modelspec.resolution", format!("{width}x{height}"));
-        m.text("modelspec.prediction_type", if self.v_parameterization { "v" } else { "epsilon" });
+        m.text(
+            "modelspec.prediction_type",
+            if self.v_parameterization {
+                "v"
+            } else {
+                "epsilon"
+            },
+        );
         if let Some((low, high)) = self.timesteps {
             m.text("modelspec.timestep_range", format!("{low},{high}"));
         }
@@ -283,24 +399,39 @@ fn iso_date(timestamp: f64) -> String {
     let shifted = days + 719_468;
     let era = shifted.div_euclid(146_097);
     let day_of_era = shifted.rem_euclid(146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_index = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_index + 2) / 5 + 1;
-    let month = if month_index < 10 { month_index + 3 } else { month_index - 9 };
+    let month = if month_index < 10 {
+        month_index + 3
+    } else {
+        month_index - 9
+    };
     let year = year_of_era + era * 400 + i64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}", rest / 3600, rest % 3600 / 60, rest % 60)
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}",
+        rest / 3600,
+        rest % 3600 / 60,
+        rest % 60
+    )
 }
 
 /// Seconds since 1970.
 pub(crate) fn unix_seconds(time: std::time::SystemTime) -> f64 {
-    time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
+    time.duration_since(UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO)
+        .as_secs_f64()
 }
 
 /// A number as Python prints it: `0.0001`, `1e-05`, `1.0`.
 pub(crate) fn py_float(value: f64) -> String {
     let scientific = format!("{value:e}");
-    match scientific.split_once('e').map(|(m, e)| (m, e.parse::<i32>())) {
+    match scientific
+        .split_once('e')
+        .map(|(m, e)| (m, e.parse::<i32>()))
+    {
         Some((mantissa, Ok(exponent))) if value != 0.0 && !(-4..16).contains(&exponent) => {
             let sign = if exponent < 0 { '-' } else { '+' };
             format!("{mantissa}e{sign}{:02}", exponent.abs())
@@ -338,7 +469,15 @@ mod tests {
 
     #[test]
     fn numbers_are_spelt_as_python_spells_them() {
-        for (value, text) in [(1e-4, "0.0001"), (1e-5, "1e-05"), (1.0, "1.0"), (2.5e-6, "2.5e-06"), (0.0, "0.0"), (1e16, "1e+16"), (0.3, "0.3")] {
+        for (value, text) in [
+            (1e-4, "0.0001"),
+            (1e-5, "1e-05"),
+            (1.0, "1.0"),
+            (2.5e-6, "2.5e-06"),
+            (0.0, "0.0"),
+            (1e16, "1e+16"),
+            (0.3, "0.3"),
+        ] {
             assert_eq!(py_float(value), text);
         }
     }
@@ -350,6 +489,9 @@ mod tests {
             optimizer_args: vec!["weight_decay=0.1".into(), "betas=0.9,0.99".into()],
             ..Default::default()
         };
-        assert_eq!(optimizer(&config), "torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.9, 0.99))");
+        assert_eq!(
+            optimizer(&config),
+            "torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.9, 0.99))"
+        );
     }
 }

@@ -17,7 +17,9 @@ pub struct Naming {
 impl Naming {
     /// `output_name`, if given.
     pub fn new(name: Option<&str>) -> Self {
-        Self { name: name.map(str::to_string) }
+        Self {
+            name: name.map(str::to_string),
+        }
     }
 
     fn base<'a>(&'a self, default: &'a str) -> &'a str {

@@ -82,12 +82,21 @@ pub struct StepDraws {
 impl StepDraws {
     /// The draws of one micro-step.
     pub fn new(streams: Streams, step: u64, device: &Device) -> Self {
-        Self { streams, step, calls: 0, device: device.clone() }
+        Self {
+            streams,
+            step,
+            calls: 0,
+            device: device.clone(),
+        }
     }
 
     /// A place of its own for each (call, item) of the step.
     fn place(&self, item: usize) -> Place {
-        Place { epoch: self.calls, step: self.step, item: item as u64 }
+        Place {
+            epoch: self.calls,
+            step: self.step,
+            item: item as u64,
+        }
     }
 }
 
@@ -110,7 +119,11 @@ impl Draws for StepDraws {
     }
 
     fn timesteps(&mut self, low: usize, high: usize, n: usize) -> Vec<usize> {
-        let draw = |item| self.streams.stream(Purpose::TIMESTEPS, Place::step(self.step, item as u64)).random_range(low..high);
+        let draw = |item| {
+            self.streams
+                .stream(Purpose::TIMESTEPS, Place::step(self.step, item as u64))
+                .random_range(low..high)
+        };
         (0..n).map(draw).collect()
     }
 }
@@ -131,7 +144,12 @@ pub struct NoisyBatch {
 ///
 /// # Errors
 /// When a tensor cannot be made.
-pub fn make_noise(latents: &Tensor, config: &NoiseConfig, schedule: &NoiseSchedule, draws: &mut dyn Draws) -> Result<NoisyBatch> {
+pub fn make_noise(
+    latents: &Tensor,
+    config: &NoiseConfig,
+    schedule: &NoiseSchedule,
+    draws: &mut dyn Draws,
+) -> Result<NoisyBatch> {
     let (n, c, h, w) = latents.dims4()?;
     let mut noise = draws.normal(&[n, c, h, w])?;
     if config.noise_offset != 0.0 {
@@ -141,21 +159,42 @@ pub fn make_noise(latents: &Tensor, config: &NoiseConfig, schedule: &NoiseSchedu
         noise = multires(&noise, config, draws)?;
     }
     let (low, high) = (config.min_timestep, config.max_timestep);
-    let timesteps = if low < high { draws.timesteps(low, high, n) } else { vec![high.min(TIMESTEPS - 1); n] };
+    let timesteps = if low < high {
+        draws.timesteps(low, high, n)
+    } else {
+        vec![high.min(TIMESTEPS - 1); n]
+    };
     let mut shown = noise.clone();
     if config.ip_noise_gamma != 0.0 {
         let random = config.ip_noise_gamma_random_strength;
-        let strength = if random { draws.uniform() * config.ip_noise_gamma } else { config.ip_noise_gamma };
+        let strength = if random {
+            draws.uniform() * config.ip_noise_gamma
+        } else {
+            config.ip_noise_gamma
+        };
         shown = (shown + (draws.normal(&[n, c, h, w])? * strength)?)?;
     }
     let noisy = schedule.add_noise(latents, &shown, &timesteps)?;
-    Ok(NoisyBatch { noise, noisy, timesteps })
+    Ok(NoisyBatch {
+        noise,
+        noisy,
+        timesteps,
+    })
 }
 
-fn offset(noise: &Tensor, latents: &Tensor, config: &NoiseConfig, draws: &mut dyn Draws) -> Result<Tensor> {
+fn offset(
+    noise: &Tensor,
+    latents: &Tensor,
+    config: &NoiseConfig,
+    draws: &mut dyn Draws,
+) -> Result<Tensor> {
     let (n, c, _, _) = latents.dims4()?;
     let random = config.noise_offset_random_strength;
-    let base = if random { draws.uniform() * config.noise_offset } else { config.noise_offset };
+    let base = if random {
+        draws.uniform() * config.noise_offset
+    } else {
+        config.noise_offset
+    };
     let strength = if config.adaptive_noise_scale == 0.0 {
         Tensor::full(base as f32, (n, c, 1, 1), latents.device())?
     } else {
@@ -196,7 +235,11 @@ fn bilinear(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     let columns = weights(from_w, w, x.device())?.t()?.contiguous()?;
     let x = x.reshape((n * c * from_h, from_w))?.matmul(&columns)?;
     let x = x.reshape((n * c, from_h, w))?;
-    rows.unsqueeze(0)?.broadcast_as((n * c, h, from_h))?.contiguous()?.matmul(&x)?.reshape((n, c, h, w))
+    rows.unsqueeze(0)?
+        .broadcast_as((n * c, h, from_h))?
+        .contiguous()?
+        .matmul(&x)?
+        .reshape((n, c, h, w))
 }
 
 /// `[to, from]` interpolation weights.

@@ -51,8 +51,18 @@ pub struct OptionRow {
     pub status: Status,
 }
 
-const fn row(name: &'static str, kind: Kind, choices: &'static [&'static str], status: Status) -> OptionRow {
-    OptionRow { name, kind, choices, status }
+const fn row(
+    name: &'static str,
+    kind: Kind,
+    choices: &'static [&'static str],
+    status: Status,
+) -> OptionRow {
+    OptionRow {
+        name,
+        kind,
+        choices,
+        status,
+    }
 }
 
 /// Every option, sorted by name.
@@ -277,10 +287,13 @@ impl Settings {
         };
         let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
         let place = path.display().to_string();
-        let table: Table = text
-            .trim_start_matches('\u{feff}')
-            .parse()
-            .map_err(|e: toml::de::Error| Error::Config { place: place.clone(), what: e.to_string().trim().to_string() })?;
+        let table: Table =
+            text.trim_start_matches('\u{feff}')
+                .parse()
+                .map_err(|e: toml::de::Error| Error::Config {
+                    place: place.clone(),
+                    what: e.to_string().trim().to_string(),
+                })?;
         let mut settings = Self::default();
         for (key, value) in table {
             match value {
@@ -316,7 +329,11 @@ impl Settings {
             let option = find(name, "command line")?;
             let mut words: Vec<String> = inline.into_iter().collect();
             let many = matches!(option.kind, Kind::List | Kind::Numbers);
-            let wanted = if many { usize::MAX } else { usize::from(option.kind != Kind::Switch) };
+            let wanted = if many {
+                usize::MAX
+            } else {
+                usize::from(option.kind != Kind::Switch)
+            };
             while words.len() < wanted && queue.peek().is_some_and(|w| !w.starts_with("--")) {
                 words.extend(queue.next().cloned());
             }
@@ -332,7 +349,8 @@ impl Settings {
     pub fn set(&mut self, name: &str, value: Value, origin: &str) -> Result<()> {
         let option = find(name, origin)?;
         let value = checked(option, value, origin)?;
-        self.values.insert(option.name.to_string(), (value, origin.to_string()));
+        self.values
+            .insert(option.name.to_string(), (value, origin.to_string()));
         Ok(())
     }
 
@@ -353,7 +371,10 @@ impl Settings {
 
     /// Options that are set and have no effect, with the reason.
     pub fn without_effect(&self) -> Vec<(&'static str, &'static str)> {
-        let active = |row: &OptionRow| self.get(row.name).is_some_and(|v| *v != Value::Boolean(false));
+        let active = |row: &OptionRow| {
+            self.get(row.name)
+                .is_some_and(|v| *v != Value::Boolean(false))
+        };
         OPTIONS
             .iter()
             .filter_map(|row| match row.status {
@@ -378,7 +399,11 @@ impl Settings {
                 Status::NoEffect(_) => {}
                 Status::Refused(_) if *value == Value::Boolean(false) => {}
                 Status::Refused(advice) => {
-                    return Err(Error::Refused { name: name.clone(), place: origin.clone(), advice });
+                    return Err(Error::Refused {
+                        name: name.clone(),
+                        place: origin.clone(),
+                        advice,
+                    });
                 }
             }
         }
@@ -389,12 +414,18 @@ impl Settings {
 /// The table's row of a name; its few old spellings are understood.
 fn find(name: &str, place: &str) -> Result<&'static OptionRow> {
     OPTIONS.iter().find(|o| o.name == name).ok_or_else(|| {
-        let mut near: Vec<(usize, &str)> = OPTIONS.iter().map(|o| (distance(name, o.name), o.name)).collect();
+        let mut near: Vec<(usize, &str)> = OPTIONS
+            .iter()
+            .map(|o| (distance(name, o.name), o.name))
+            .collect();
         near.sort();
         let names: Vec<&str> = near.iter().take(3).map(|(_, n)| *n).collect();
         Error::Config {
             place: place.to_string(),
-            what: format!("unknown option {name:?}; similar ones are {}", names.join(", ")),
+            what: format!(
+                "unknown option {name:?}; similar ones are {}",
+                names.join(", ")
+            ),
         }
     })
 }
@@ -408,7 +439,9 @@ fn distance(a: &str, b: &str) -> usize {
         row[0] = i + 1;
         for (j, y) in b.iter().enumerate() {
             let above = row[j + 1];
-            row[j + 1] = (diagonal + usize::from(x != *y)).min(above + 1).min(row[j] + 1);
+            row[j + 1] = (diagonal + usize::from(x != *y))
+                .min(above + 1)
+                .min(row[j] + 1);
             diagonal = above;
         }
     }
@@ -417,14 +450,21 @@ fn distance(a: &str, b: &str) -> usize {
 
 /// Checks type and list of a value, and brings it into one form.
 fn checked(option: &OptionRow, value: Value, place: &str) -> Result<Value> {
-    let fail = |what: String| Err(Error::Config { place: place.to_string(), what: format!("{}: {what}", option.name) });
+    let fail = |what: String| {
+        Err(Error::Config {
+            place: place.to_string(),
+            what: format!("{}: {what}", option.name),
+        })
+    };
     let number = |v: &Value| match v {
         Value::Integer(i) => Some(Value::Float(*i as f64)),
         Value::Float(f) => Some(Value::Float(*f)),
         _ => None,
     };
     let value = match (option.kind, &value) {
-        (_, Value::Integer(_) | Value::Array(_)) if option.name == "resolution" => resolution_text(&value),
+        (_, Value::Integer(_) | Value::Array(_)) if option.name == "resolution" => {
+            resolution_text(&value)
+        }
         (Kind::Switch, Value::Boolean(_))
         | (Kind::Integer, Value::Integer(_))
         | (Kind::Text, Value::String(_))
@@ -450,9 +490,9 @@ fn checked(option: &OptionRow, value: Value, place: &str) -> Result<Value> {
         }
     };
     match value.as_str() {
-        Some(text) if !option.choices.is_empty() && !option.choices.contains(&text) => {
-            fail(format!("{text:?} is not one of {}", option.choices.join(", ")))
-        }
+        Some(text) if !option.choices.is_empty() && !option.choices.contains(&text) => fail(
+            format!("{text:?} is not one of {}", option.choices.join(", ")),
+        ),
         _ => Ok(value),
     }
 }
@@ -460,16 +500,25 @@ fn checked(option: &OptionRow, value: Value, place: &str) -> Result<Value> {
 /// `512` and `[512, 768]` as sd-scripts' text form.
 fn resolution_text(value: &Value) -> Value {
     match value {
-        Value::Array(items) => {
-            Value::String(items.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
-        }
+        Value::Array(items) => Value::String(
+            items
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+                .join(","),
+        ),
         other => Value::String(other.to_string()),
     }
 }
 
 /// Command-line words as a value.
 fn from_words(option: &OptionRow, words: &[String]) -> Result<Value> {
-    let fail = |what: String| Err(Error::Config { place: "command line".into(), what: format!("--{}: {what}", option.name) });
+    let fail = |what: String| {
+        Err(Error::Config {
+            place: "command line".into(),
+            what: format!("--{}: {what}", option.name),
+        })
+    };
     if option.kind == Kind::Switch {
         return match words {
             [] => Ok(Value::Boolean(true)),
@@ -477,7 +526,9 @@ fn from_words(option: &OptionRow, words: &[String]) -> Result<Value> {
             [word, ..] => fail(format!("takes no value, got {word:?}")),
         };
     }
-    let Some(first) = words.first() else { return fail("needs a value".into()) };
+    let Some(first) = words.first() else {
+        return fail("needs a value".into());
+    };
     let number = |word: &String| word.trim().parse::<f64>().ok().filter(|f| f.is_finite());
     Ok(match option.kind {
         Kind::Text => Value::String(first.clone()),
@@ -494,12 +545,19 @@ fn from_words(option: &OptionRow, words: &[String]) -> Result<Value> {
             Some(list) => Value::Array(list.into_iter().map(Value::Float).collect()),
             None => return fail(format!("expected numbers, got {words:?}")),
         },
-        Kind::Steps | Kind::Switch => match (first.strip_suffix('%').map(|p| p.parse::<f64>()), first.parse::<i64>()) {
+        Kind::Steps | Kind::Switch => match (
+            first.strip_suffix('%').map(|p| p.parse::<f64>()),
+            first.parse::<i64>(),
+        ) {
             (Some(Ok(percent)), _) => Value::Float(percent / 100.0),
             (None, Ok(steps)) => Value::Integer(steps),
             _ => match number(first) {
                 Some(part) if part < 1.0 => Value::Float(part),
-                _ => return fail(format!("expected steps, a part below 1 or a percentage, got {first:?}")),
+                _ => {
+                    return fail(format!(
+                        "expected steps, a part below 1 or a percentage, got {first:?}"
+                    ));
+                }
             },
         },
     })
@@ -527,7 +585,13 @@ mod tests {
         assert_eq!(settings.get("network_dim"), Some(&Value::Integer(8)));
         assert_eq!(settings.get("flip_aug"), Some(&Value::Boolean(true)));
         assert_eq!(settings.get("lr_warmup_steps"), Some(&Value::Float(0.1)));
-        assert_eq!(settings.get("optimizer_args").and_then(Value::as_array).map(Vec::len), Some(2));
+        assert_eq!(
+            settings
+                .get("optimizer_args")
+                .and_then(Value::as_array)
+                .map(Vec::len),
+            Some(2)
+        );
     }
 
     #[test]

@@ -36,9 +36,14 @@ impl Plan {
         let count = StepCount::new(batches_per_epoch, config.gradient_accumulation_steps);
         let (epochs, total_steps) = match config.max_train_epochs {
             Some(epochs) => (epochs, count.total(epochs)),
-            None => (count.epochs_for(config.max_train_steps), config.max_train_steps),
+            None => (
+                count.epochs_for(config.max_train_steps),
+                config.max_train_steps,
+            ),
         };
-        let by_ratio = config.save_n_epoch_ratio.map(|ratio| (epochs / ratio).max(1));
+        let by_ratio = config
+            .save_n_epoch_ratio
+            .map(|ratio| (epochs / ratio).max(1));
         Self {
             train_images: dataset.num_train_images(),
             reg_images: dataset.num_reg_images(),
@@ -67,6 +72,10 @@ impl std::fmt::Display for Plan {
             self.total_steps
         )?;
         let (text, unet) = self.adapters;
-        write!(f, "adapters on {unet} UNet and {text} text encoder layers, {} parameters; seed {}", self.parameters, self.seed)
+        write!(
+            f,
+            "adapters on {unet} UNet and {text} text encoder layers, {} parameters; seed {}",
+            self.parameters, self.seed
+        )
     }
 }

@@ -37,19 +37,37 @@ pub(crate) fn dataset(config: &TrainConfig) -> Result<(Dataset, Vec<Finding>)> {
         let mut subset = options.subset.clone();
         subset.metadata_file = Some(json.clone());
         subset.image_dir = config.train_data_dir.clone();
-        let options = DatasetConfig { subsets: vec![subset], ..options };
-        return Ok((Dataset::load(DataConfig { datasets: vec![options], ..run })?, Vec::new()));
+        let options = DatasetConfig {
+            subsets: vec![subset],
+            ..options
+        };
+        return Ok((
+            Dataset::load(DataConfig {
+                datasets: vec![options],
+                ..run
+            })?,
+            Vec::new(),
+        ));
     }
     let Some(train) = &config.train_data_dir else {
-        return Err(Error::Missing { name: "train_data_dir", what: "the folder with pictures and captions" });
+        return Err(Error::Missing {
+            name: "train_data_dir",
+            what: "the folder with pictures and captions",
+        });
     };
-    Ok((Dataset::from_folders(train, config.reg_data_dir.as_deref(), &options, &run)?, Vec::new()))
+    Ok((
+        Dataset::from_folders(train, config.reg_data_dir.as_deref(), &options, &run)?,
+        Vec::new(),
+    ))
 }
 
 /// Opens and checks the checkpoint.
 pub(crate) fn checkpoint(config: &TrainConfig) -> Result<Checkpoint> {
     let Some(path) = &config.pretrained_model_name_or_path else {
-        return Err(Error::Missing { name: "pretrained_model_name_or_path", what: "the checkpoint to train on" });
+        return Err(Error::Missing {
+            name: "pretrained_model_name_or_path",
+            what: "the checkpoint to train on",
+        });
     };
     open_checkpoint(path, config.vae.as_deref())
 }
@@ -82,7 +100,11 @@ pub(crate) fn merge_base_weights(
     device: &Device,
 ) -> Result<()> {
     for (i, path) in config.base_weights.iter().enumerate() {
-        let multiplier = config.base_weights_multiplier.get(i).copied().unwrap_or(1.0);
+        let multiplier = config
+            .base_weights_multiplier
+            .get(i)
+            .copied()
+            .unwrap_or(1.0);
         let set = AdapterSet::load(path, device)?;
         set.merge(unet, multiplier)?.strict()?;
         set.merge(text_encoder, multiplier)?.strict()?;
@@ -99,7 +121,11 @@ pub(crate) fn adapters(
     warn: &mut dyn FnMut(&str),
 ) -> Result<AdapterSet> {
     let options = config.adapter()?;
-    let targets = if options.conv_rank.is_some() { Targets::attn_mlp_conv() } else { Targets::attn_mlp() };
+    let targets = if options.conv_rank.is_some() {
+        Targets::attn_mlp_conv()
+    } else {
+        Targets::attn_mlp()
+    };
     let rng = |item| streams.stream(Purpose::ADAPTER_INIT, Place::item(item));
     let parts: [(bool, &mut dyn Adaptable, u64); 2] = [
         (!config.network_train_text_encoder_only, unet, 0),
@@ -117,7 +143,12 @@ pub(crate) fn adapters(
         }
     }
     let mut set = set.unwrap_or_default();
-    if let Some(weights) = config.network()?.groups.block_weights.filter(|w| w.is_set()) {
+    if let Some(weights) = config
+        .network()?
+        .groups
+        .block_weights
+        .filter(|w| w.is_set())
+    {
         // A block with weight 0 gets no adapters at all.
         let weights = weights.all();
         set.retain(|name| block_index(name).and_then(|i| weights.get(i)) != Some(&0.0));
@@ -131,7 +162,12 @@ pub(crate) fn adapters(
 }
 
 /// Puts a file's adapters in place of the fresh ones.
-fn load_weights(set: &mut AdapterSet, path: &Path, alpha: f64, warn: &mut dyn FnMut(&str)) -> Result<()> {
+fn load_weights(
+    set: &mut AdapterSet,
+    path: &Path,
+    alpha: f64,
+    warn: &mut dyn FnMut(&str),
+) -> Result<()> {
     let loaded = AdapterSet::load(path, &Device::Cpu)?.trainable()?;
     let mut unused = Vec::new();
     let mut other_alpha = 0;
@@ -143,7 +179,11 @@ fn load_weights(set: &mut AdapterSet, path: &Path, alpha: f64, warn: &mut dyn Fn
         if fresh.rank() != adapter.rank() {
             return Err(Error::Config {
                 place: path.display().to_string(),
-                what: format!("{name} has rank {:?}, the run is set to {:?}: make network_dim equal", adapter.rank(), fresh.rank()),
+                what: format!(
+                    "{name} has rank {:?}, the run is set to {:?}: make network_dim equal",
+                    adapter.rank(),
+                    fresh.rank()
+                ),
             });
         }
         other_alpha += usize::from(adapter.alpha().is_some_and(|a| a != alpha && alpha != 0.0));
@@ -153,10 +193,18 @@ fn load_weights(set: &mut AdapterSet, path: &Path, alpha: f64, warn: &mut dyn Fn
         return Err(lora_core::Error::UnmatchedLayers { layers: unused }.into());
     }
     if other_alpha > 0 {
-        warn(&format!("{}: {other_alpha} layers keep the alpha of the file, not network_alpha {alpha}", path.display()));
+        warn(&format!(
+            "{}: {other_alpha} layers keep the alpha of the file, not network_alpha {alpha}",
+            path.display()
+        ));
     }
     if loaded.len() < set.len() {
-        warn(&format!("{}: has {} of {} layers; the others start fresh", path.display(), loaded.len(), set.len()));
+        warn(&format!(
+            "{}: has {} of {} layers; the others start fresh",
+            path.display(),
+            loaded.len(),
+            set.len()
+        ));
     }
     Ok(())
 }
@@ -176,14 +224,20 @@ pub fn param_groups(config: &TrainConfig, adapters: &AdapterSet) -> Result<Vec<P
     let groups = options.groups(adapters.params())?;
     if groups.is_empty() {
         let what = "nothing is trained: all learning rates are 0".into();
-        return Err(Error::Config { place: "settings".into(), what });
+        return Err(Error::Config {
+            place: "settings".into(),
+            what,
+        });
     }
     Ok(groups)
 }
 
 /// The optimizer by sd-scripts' name and arguments. Prodigy without `betas` gets
 /// (0.9, 0.99) here.
-pub(crate) fn optimizer(config: &TrainConfig, groups: Vec<ParamGroup>) -> Result<Box<dyn Optimizer>> {
+pub(crate) fn optimizer(
+    config: &TrainConfig,
+    groups: Vec<ParamGroup>,
+) -> Result<Box<dyn Optimizer>> {
     let optimizer = KohyaOptimizer {
         optimizer_type: config.optimizer_type.clone(),
         optimizer_args: config.optimizer_args.clone(),

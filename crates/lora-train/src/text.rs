@@ -30,7 +30,11 @@ pub struct Captions {
 impl Captions {
     /// `cache` keeps what was encoded; leave it off while the text encoder is trained.
     pub fn new(config: TextConfig, cache: bool) -> Self {
-        Self { tokenizer: Tokenizer::new(), config, cache: cache.then(HashMap::new) }
+        Self {
+            tokenizer: Tokenizer::new(),
+            config,
+            cache: cache.then(HashMap::new),
+        }
     }
 
     /// Context for a batch of captions: `[n, 75 * chunks + 2, width]`.

@@ -87,7 +87,9 @@ impl Trainer {
     pub fn new(config: TrainConfig, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
         config.validate()?;
         let mut config = config;
-        let seed = *config.seed.get_or_insert_with(|| u64::from(rand::rng().random::<u32>()));
+        let seed = *config
+            .seed
+            .get_or_insert_with(|| u64::from(rand::rng().random::<u32>()));
         let streams = Streams::new(seed);
         for warning in config.warnings() {
             observer.event(&Event::Warning(&warning));
@@ -119,9 +121,13 @@ impl Trainer {
         let groups = setup::param_groups(&config, &adapters)?;
         let trains_text = groups.iter().any(|g| g.name.starts_with("textencoder"));
         let mut optimizer = setup::optimizer(&config, groups)?;
-        optimizer.set_step_options(StepOptions { max_grad_norm: config.max_grad_norm, ..StepOptions::default() })?;
+        optimizer.set_step_options(StepOptions {
+            max_grad_norm: config.max_grad_norm,
+            ..StepOptions::default()
+        })?;
 
-        let metadata = training_metadata(&config, &dataset, &plan, unix_seconds(SystemTime::now()))?;
+        let metadata =
+            training_metadata(&config, &dataset, &plan, unix_seconds(SystemTime::now()))?;
         observer.event(&Event::Planned(&plan));
         let noise_schedule = config.schedule();
         let captions = Captions::new(config.text(), !trains_text);
@@ -166,7 +172,8 @@ impl Trainer {
         let mut done = 0;
         for batch in self.dataset.each_once(|_| true) {
             for item in &batch.items {
-                self.latents.warm(&self.dataset, item, &self.vae, &self.device)?;
+                self.latents
+                    .warm(&self.dataset, item, &self.vae, &self.device)?;
                 done += 1;
                 observer.event(&Event::Encoding { done, total });
             }
@@ -198,7 +205,8 @@ impl Trainer {
                     return Ok(Outcome::Stopped(path));
                 }
                 let last = position + 1 == batches.len();
-                let updated = self.train_batch(batch, epoch, position, last, &mut progress, observer)?;
+                let updated =
+                    self.train_batch(batch, epoch, position, last, &mut progress, observer)?;
                 if updated {
                     self.save_step(&folder, &naming, epoch, progress.step, observer)?;
                 }
@@ -207,7 +215,10 @@ impl Trainer {
                 }
             }
             let average_loss = progress.average.average();
-            observer.event(&Event::EpochFinished { epoch, average_loss });
+            observer.event(&Event::EpochFinished {
+                epoch,
+                average_loss,
+            });
             if epoch < self.plan.epochs {
                 self.save_epoch(&folder, &naming, epoch, progress.step, observer)?;
             }
@@ -246,12 +257,18 @@ impl Trainer {
         if complete {
             progress.in_window = 0;
             if let Some(grads) = progress.grads.take() {
-                self.optimizer.set_lr_factor(self.lr_schedule.factor(progress.step as u64));
+                self.optimizer
+                    .set_lr_factor(self.lr_schedule.factor(progress.step as u64));
                 let report = self.optimizer.step(&grads)?;
                 grad_norm = report.grad_norm;
                 match report.non_finite {
                     None => progress.failures = 0,
-                    Some(name) => self.not_finite(&format!("the gradient of {name}"), batch, progress, observer)?,
+                    Some(name) => self.not_finite(
+                        &format!("the gradient of {name}"),
+                        batch,
+                        progress,
+                        observer,
+                    )?,
                 }
             }
             progress.step += 1;
@@ -280,50 +297,111 @@ impl Trainer {
 
     fn loss(&mut self, batch: &BatchPlan, epoch: usize, progress: &Progress) -> Result<Tensor> {
         let step = progress.batch;
-        let seed = self.streams.stream(Purpose::ADAPTER_DROPOUT, Place::step(step, 0)).random();
+        let seed = self
+            .streams
+            .stream(Purpose::ADAPTER_DROPOUT, Place::step(step, 0))
+            .random();
         self.adapters.begin_step(seed);
-        let data = self.latents.batch(&self.dataset, batch, &self.vae, self.streams, step, &self.device)?;
-        let time = CaptionTime { epoch, step: progress.step, max_train_steps: self.plan.total_steps };
-        let captions: Vec<String> =
-            batch.items.iter().map(|item| self.dataset.caption(item, time, self.streams)).collect();
+        let data = self.latents.batch(
+            &self.dataset,
+            batch,
+            &self.vae,
+            self.streams,
+            step,
+            &self.device,
+        )?;
+        let time = CaptionTime {
+            epoch,
+            step: progress.step,
+            max_train_steps: self.plan.total_steps,
+        };
+        let captions: Vec<String> = batch
+            .items
+            .iter()
+            .map(|item| self.dataset.caption(item, time, self.streams))
+            .collect();
         let context = self.captions.encode(&captions, &self.text_encoder)?;
         let mut draws = StepDraws::new(self.streams, step, &self.device);
-        let noise = make_noise(&data.latents, &self.config.noise(), &self.noise_schedule, &mut draws)?;
+        let noise = make_noise(
+            &data.latents,
+            &self.config.noise(),
+            &self.noise_schedule,
+            &mut draws,
+        )?;
         let loss = self.config.loss()?;
         let target = if loss.v_parameterization {
-            self.noise_schedule.velocity(&data.latents, &noise.noise, &noise.timesteps)?
+            self.noise_schedule
+                .velocity(&data.latents, &noise.noise, &noise.timesteps)?
         } else {
             noise.noise
         };
         let timesteps: Vec<f32> = noise.timesteps.iter().map(|t| *t as f32).collect();
-        let pred = self.unet.forward(&noise.noisy, &Tensor::new(timesteps, &self.device)?, &context)?;
+        let pred = self.unet.forward(
+            &noise.noisy,
+            &Tensor::new(timesteps, &self.device)?,
+            &context,
+        )?;
         let samples = SampleWeights {
             weights: batch.items.iter().map(|item| item.loss_weight).collect(),
             mask: data.mask,
         };
-        Ok(diffusion_loss(&pred, &target, &noise.timesteps, &samples, &loss, &self.noise_schedule)?)
+        Ok(diffusion_loss(
+            &pred,
+            &target,
+            &noise.timesteps,
+            &samples,
+            &loss,
+            &self.noise_schedule,
+        )?)
     }
 
-    fn not_finite(&self, what: &str, batch: &BatchPlan, progress: &mut Progress, observer: &mut dyn Observer) -> Result<()> {
-        let name = |image: usize| self.dataset.images().get(image).map(|i| i.path.display().to_string());
-        let images: Vec<String> = batch.items.iter().filter_map(|item| name(item.image)).collect();
+    fn not_finite(
+        &self,
+        what: &str,
+        batch: &BatchPlan,
+        progress: &mut Progress,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        let name = |image: usize| {
+            self.dataset
+                .images()
+                .get(image)
+                .map(|i| i.path.display().to_string())
+        };
+        let images: Vec<String> = batch
+            .items
+            .iter()
+            .filter_map(|item| name(item.image))
+            .collect();
         let images = images.join(", ");
         let text = format!("{what} is not finite, with {images}");
-        observer.event(&Event::Skipped { step: progress.step, what: &text });
+        observer.event(&Event::Skipped {
+            step: progress.step,
+            what: &text,
+        });
         progress.failures += 1;
         if progress.failures >= MAX_NOT_FINITE {
-            return Err(Error::NotFinite { times: progress.failures, step: progress.step, images });
+            return Err(Error::NotFinite {
+                times: progress.failures,
+                step: progress.step,
+                images,
+            });
         }
         Ok(())
     }
 
     fn scale_norms(&mut self) -> Result<Option<lora_core::NormReport>> {
-        let Some(max_norm) = self.config.scale_weight_norms else { return Ok(None) };
+        let Some(max_norm) = self.config.scale_weight_norms else {
+            return Ok(None);
+        };
         let report = self.adapters.scale_norms(max_norm)?;
         for (name, factor) in &report.factors {
             for part in ["lora_down.weight", "lora_up.weight"] {
                 let name = format!("{name}.{part}");
-                self.optimizer.weights_changed(&WeightChange::Scaled { name: &name, factor: *factor })?;
+                self.optimizer.weights_changed(&WeightChange::Scaled {
+                    name: &name,
+                    factor: *factor,
+                })?;
             }
         }
         Ok(Some(report))
@@ -331,45 +409,87 @@ impl Trainer {
 
     fn learning_rates(&self) -> Vec<(String, f64, f64)> {
         let groups = self.optimizer.groups().iter().enumerate();
-        groups.map(|(i, g)| (g.name.clone(), self.optimizer.lr(i), self.optimizer.effective_lr(i))).collect()
+        groups
+            .map(|(i, g)| {
+                (
+                    g.name.clone(),
+                    self.optimizer.lr(i),
+                    self.optimizer.effective_lr(i),
+                )
+            })
+            .collect()
     }
 
-    fn save_step(&mut self, folder: &Path, naming: &Naming, epoch: usize, step: usize, observer: &mut dyn Observer) -> Result<()> {
-        let Some(every) = self.config.save_every_n_steps else { return Ok(()) };
+    fn save_step(
+        &mut self,
+        folder: &Path,
+        naming: &Naming,
+        epoch: usize,
+        step: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        let Some(every) = self.config.save_every_n_steps else {
+            return Ok(());
+        };
         if step % every != 0 {
             return Ok(());
         }
         self.save(&folder.join(naming.step(step)), epoch - 1, step, observer)?;
-        if let Some(old) = outdated_step(step, every, self.config.save_last_n_steps).filter(|s| *s > 0) {
+        if let Some(old) =
+            outdated_step(step, every, self.config.save_last_n_steps).filter(|s| *s > 0)
+        {
             remove(&folder.join(naming.step(old as usize)), observer)?;
         }
         Ok(())
     }
 
-    fn save_epoch(&mut self, folder: &Path, naming: &Naming, epoch: usize, step: usize, observer: &mut dyn Observer) -> Result<()> {
-        let Some(every) = self.plan.save_every_n_epochs else { return Ok(()) };
+    fn save_epoch(
+        &mut self,
+        folder: &Path,
+        naming: &Naming,
+        epoch: usize,
+        step: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        let Some(every) = self.plan.save_every_n_epochs else {
+            return Ok(());
+        };
         if epoch % every != 0 {
             return Ok(());
         }
         self.save(&folder.join(naming.epoch(epoch)), epoch, step, observer)?;
-        if let Some(old) = outdated_epoch(epoch, every, self.config.save_last_n_epochs).filter(|e| *e > 0) {
+        if let Some(old) =
+            outdated_epoch(epoch, every, self.config.save_last_n_epochs).filter(|e| *e > 0)
+        {
             remove(&folder.join(naming.epoch(old as usize)), observer)?;
         }
         Ok(())
     }
 
     /// Writes the adapter as it is now.
-    fn save(&mut self, path: &Path, epoch: usize, step: usize, observer: &mut dyn Observer) -> Result<()> {
+    fn save(
+        &mut self,
+        path: &Path,
+        epoch: usize,
+        step: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
         self.optimizer.set_training(false)?;
         let now = unix_seconds(SystemTime::now());
         let mut metadata = self.metadata.clone();
         if !self.config.no_metadata {
-            metadata.insert("ss_training_finished_at".into(), crate::metadata::py_float(now));
+            metadata.insert(
+                "ss_training_finished_at".into(),
+                crate::metadata::py_float(now),
+            );
             metadata.insert("ss_steps".into(), step.to_string());
             metadata.insert("ss_epoch".into(), epoch.to_string());
         }
         metadata.extend(ModelSpec::from_config(&self.config, now)?.metadata());
-        let options = SaveOptions { dtype: Some(self.config.save_dtype()?), metadata };
+        let options = SaveOptions {
+            dtype: Some(self.config.save_dtype()?),
+            metadata,
+        };
         self.adapters.save(path, &options)?;
         self.optimizer.set_training(true)?;
         observer.event(&Event::Saved(path));

@@ -52,7 +52,11 @@ pub(crate) fn compare(suite: &Suite, case: &Value, trace: &Trace, report: &mut R
                     .unwrap_or(5e-6)
                     * factor;
                 // The reference rounds this sum to bfloat16: a unit of that type is 2^-8.
-                let relative = if what == "scalar/d_denom" && !exact { relative.max(1.0 / 256.0) } else { relative };
+                let relative = if what == "scalar/d_denom" && !exact {
+                    relative.max(1.0 / 256.0)
+                } else {
+                    relative
+                };
                 scalars(&name, rest, what, trace, want, relative, report);
             }
             Some(kind) if kind == "state" || kind.starts_with("state_step") => {
