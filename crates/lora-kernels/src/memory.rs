@@ -11,8 +11,9 @@ pub fn keep_freed_memory() {
     // SAFETY: mallopt only changes tuning parameters of the allocator; it is called
     // with documented parameters and may be called at any time.
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        // Never a mapping of its own for one block, never give memory back.
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }
 }
