@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use lora_kernels::Conv2dParams;
 
@@ -42,19 +42,10 @@ impl LayerOp {
             LayerOp::Linear => lora_kernels::linear(x, weight, bias),
             LayerOp::Conv2d(params) => lora_kernels::conv2d(x, weight, bias, params),
             LayerOp::LayerNorm { eps } => {
-                let normal = normalize(&x.to_dtype(DType::F32)?, eps)?;
-                let y = normal.broadcast_mul(&weight.to_dtype(DType::F32)?)?;
-                add_bias(y, bias, &[])?.to_dtype(x.dtype())
+                lora_kernels::layer_norm(x, weight, &shift(bias, weight)?, eps)
             }
             LayerOp::GroupNorm { groups, eps } => {
-                let (n, c, h, w) = x.dims4()?;
-                let x32 =
-                    x.to_dtype(DType::F32)?
-                        .reshape((n, groups, c / groups.max(1) * h * w))?;
-                let normal = normalize(&x32, eps)?.reshape((n, c, h, w))?;
-                let y =
-                    normal.broadcast_mul(&weight.to_dtype(DType::F32)?.reshape((1, c, 1, 1))?)?;
-                add_bias(y, bias, &[1, c, 1, 1])?.to_dtype(x.dtype())
+                lora_kernels::group_norm(x, weight, &shift(bias, weight)?, groups, eps, false)
             }
         }
     }
@@ -65,21 +56,9 @@ impl LayerOp {
     }
 }
 
-/// Zero mean and unit variance along the last axis.
-fn normalize(x: &Tensor, eps: f64) -> Result<Tensor> {
-    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-    centred.broadcast_div(&(variance + eps)?.sqrt()?)
-}
-
-fn add_bias(y: Tensor, bias: Option<&Tensor>, dims: &[usize]) -> Result<Tensor> {
-    let Some(bias) = bias else { return Ok(y) };
-    let bias = bias.to_dtype(DType::F32)?;
-    y.broadcast_add(&if dims.is_empty() {
-        bias
-    } else {
-        bias.reshape(dims)?
-    })
+/// The bias, or zeros.
+fn shift(bias: Option<&Tensor>, weight: &Tensor) -> Result<Tensor> {
+    bias.map_or_else(|| weight.zeros_like(), |bias| Ok(bias.clone()))
 }
 
 /// Frozen weight, bias and operation: what adapters change.
@@ -253,6 +232,20 @@ impl Layer {
     /// Removes what the owner of `control` attached.
     pub(crate) fn detach(&mut self, control: &Arc<Control>) {
         self.attached.retain(|a| !Arc::ptr_eq(&a.control, control));
+    }
+
+    /// The layer's output passed through SiLU; in one pass for a group norm without
+    /// adapters.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
+        match (&self.base.op, &self.base.bias) {
+            (LayerOp::GroupNorm { groups, eps }, Some(bias)) if self.attached.is_empty() => {
+                lora_kernels::group_norm(x, &self.base.weight, bias, *groups, *eps, true)
+            }
+            _ => lora_kernels::silu(&self.forward(x)?),
+        }
     }
 
     /// How many adapters are attached.

@@ -9,6 +9,8 @@
 //!
 //! * [`linear`]: `x W^T + b`
 //! * [`conv2d`]: convolution with stride, padding, dilation and groups
+//! * [`attention`]: scaled dot-product attention that never holds all scores
+//! * [`layer_norm`], [`group_norm`] (SiLU behind it if wanted), [`silu`], [`geglu`]
 //! * [`upsample_nearest2x`]: nearest-neighbour doubling
 //!
 //! Each takes and returns ordinary candle tensors. On a CPU with f32 tensors the
@@ -31,20 +33,27 @@
 // C allocator.
 #![allow(unsafe_code)]
 
+mod attention;
 mod conv2d;
 mod linear;
+mod math;
 mod matrix;
 mod memory;
+mod norm;
 pub mod plain;
+mod pointwise;
 mod upsample;
 
 use std::sync::OnceLock;
 
 use candle_core::{DType, Tensor};
 
+pub use attention::attention;
 pub use conv2d::{Conv2dParams, conv2d};
 pub use linear::linear;
 pub use memory::keep_freed_memory;
+pub use norm::{group_norm, layer_norm};
+pub use pointwise::{geglu, silu};
 pub use upsample::upsample_nearest2x;
 
 /// Whether the fast path applies to these operands: all f32, on a CPU, and not

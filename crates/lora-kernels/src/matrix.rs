@@ -54,7 +54,8 @@ fn extent(height: usize, width: usize, row_stride: usize, col_stride: usize) -> 
 }
 
 /// `dst = a b`, or `dst += a b` with `accumulate`; `dst` is `a.height` rows of
-/// `b.width` values, each row `dst_stride` after the one before.
+/// `b.width` values, each row `dst_stride` after the one before. Large products use
+/// several threads.
 ///
 /// The order of the sums depends on the sizes only, not on the number of threads.
 pub(crate) fn multiply(
@@ -63,6 +64,35 @@ pub(crate) fn multiply(
     accumulate: bool,
     a: View<'_>,
     b: View<'_>,
+) {
+    // Waking other threads costs more than a small product.
+    let small = a.height * a.width * b.width < PARALLEL_PRODUCTS;
+    let parallelism = if small {
+        Parallelism::None
+    } else {
+        Parallelism::Rayon(0)
+    };
+    product(dst, dst_stride, accumulate, a, b, parallelism);
+}
+
+/// The same on the calling thread, for callers that divide the work themselves.
+pub(crate) fn multiply_here(
+    dst: &mut [f32],
+    dst_stride: usize,
+    accumulate: bool,
+    a: View<'_>,
+    b: View<'_>,
+) {
+    product(dst, dst_stride, accumulate, a, b, Parallelism::None);
+}
+
+fn product(
+    dst: &mut [f32],
+    dst_stride: usize,
+    accumulate: bool,
+    a: View<'_>,
+    b: View<'_>,
+    parallelism: Parallelism,
 ) {
     let (m, k, n) = (a.height, a.width, b.width);
     assert_eq!(k, b.height, "inner dimensions differ");
@@ -77,12 +107,6 @@ pub(crate) fn multiply(
     if m == 0 || n == 0 {
         return;
     }
-    // Waking other threads costs more than a small product.
-    let parallelism = if m * n * k < PARALLEL_PRODUCTS {
-        Parallelism::None
-    } else {
-        Parallelism::Rayon(0)
-    };
     // SAFETY: the three assertions above keep every element that the kernel
     // touches inside the slices; `dst` is borrowed exclusively, so it cannot
     // overlap the operands.

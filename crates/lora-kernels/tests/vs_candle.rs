@@ -1,7 +1,10 @@
 //! Every operation and its gradients against the path composed of candle's own.
 
 use candle_core::{Device, Result, Tensor, Var};
-use lora_kernels::{Conv2dParams, conv2d, linear, plain, upsample_nearest2x};
+use lora_kernels::{
+    Conv2dParams, attention, conv2d, geglu, group_norm, layer_norm, linear, plain, silu,
+    upsample_nearest2x,
+};
 
 /// A repeatable tensor with values in -1..1.
 fn filled(seed: u64, dims: &[usize]) -> Tensor {
@@ -226,4 +229,137 @@ fn frozen_weights_get_no_gradient() {
     let grads = y.sum_all().unwrap().backward().unwrap();
     assert!(grads.get(&x).is_some());
     assert!(grads.get(&w).is_none());
+}
+
+#[test]
+fn attention_agrees_with_candle() {
+    for (n, heads, lq, lk, d, causal) in [
+        (1, 1, 1, 1, 1, false),
+        (2, 3, 7, 5, 4, false),
+        (1, 2, 300, 77, 8, false),
+        (2, 2, 77, 77, 5, true),
+        (1, 1, 130, 260, 40, false),
+    ] {
+        let c = heads * d;
+        let what =
+            format!("attention {n} x {heads} heads, {lq} to {lk}, width {d}, causal {causal}");
+        compare(
+            &what,
+            &[&[n, lq, c], &[n, lk, c], &[n, lk, c]],
+            &|t| attention(&t[0], &t[1], &t[2], heads, causal),
+            &|t| plain::attention(&t[0], &t[1], &t[2], heads, causal),
+        );
+    }
+}
+
+#[test]
+fn attention_with_frozen_keys_gives_the_queries_their_gradient() {
+    let q = Var::from_tensor(&filled(1, &[1, 9, 8])).unwrap();
+    let (k, v) = (filled(2, &[1, 6, 8]), filled(3, &[1, 6, 8]));
+    let gradient = |y: Tensor| {
+        y.sqr()
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .backward()
+            .unwrap()
+            .get(&q)
+            .unwrap()
+            .clone()
+    };
+    let got = gradient(attention(&q, &k, &v, 2, false).unwrap());
+    assert_close(
+        "dq",
+        &got,
+        &gradient(plain::attention(&q, &k, &v, 2, false).unwrap()),
+    );
+}
+
+/// Gradient to the input only: scale and shift are frozen on this path.
+fn compare_frozen(what: &str, x: &[usize], channels: usize, fast: Op<'_>, reference: Op<'_>) {
+    let (w, b) = (filled(7, &[channels]), filled(8, &[channels]));
+    let with = |op: Op<'_>, t: &[Tensor]| op(&[t[0].clone(), w.clone(), b.clone()]);
+    compare(what, &[x], &|t| with(fast, t), &|t| with(reference, t));
+}
+
+#[test]
+fn norms_agree_with_candle() {
+    for (rows, c) in [(1, 1), (3, 5), (70, 320), (2, 1000)] {
+        compare_frozen(
+            &format!("layer norm {rows} x {c}"),
+            &[2, rows, c],
+            c,
+            &|t| layer_norm(&t[0], &t[1], &t[2], 1e-5),
+            &|t| plain::layer_norm(&t[0], &t[1], &t[2], 1e-5),
+        );
+    }
+    for (n, c, groups, h, w) in [
+        (1, 4, 2, 3, 3),
+        (2, 32, 8, 5, 7),
+        (1, 64, 32, 32, 33),
+        (1, 6, 1, 1, 1),
+    ] {
+        for fused in [false, true] {
+            compare_frozen(
+                &format!("group norm {n}x{c}x{h}x{w}, {groups} groups, silu {fused}"),
+                &[n, c, h, w],
+                c,
+                &|t| group_norm(&t[0], &t[1], &t[2], groups, 1e-5, fused),
+                &|t| plain::group_norm(&t[0], &t[1], &t[2], groups, 1e-5, fused),
+            );
+        }
+    }
+}
+
+#[test]
+fn norms_with_trained_scales_still_give_them_gradients() {
+    compare(
+        "trained scales",
+        &[&[2, 3, 5], &[5], &[5]],
+        &|t| layer_norm(&t[0], &t[1], &t[2], 1e-5),
+        &|t| plain::layer_norm(&t[0], &t[1], &t[2], 1e-5),
+    );
+}
+
+#[test]
+fn norms_keep_their_digits_beside_a_large_mean() {
+    let x = (filled(1, &[1, 4, 16, 16]) + 1000.0).unwrap();
+    let (w, b) = (filled(2, &[4]), filled(3, &[4]));
+    let got = group_norm(&x, &w, &b, 2, 1e-5, false).unwrap();
+    let wide = |t: &Tensor| t.to_dtype(candle_core::DType::F64).unwrap();
+    let rows = wide(&x).reshape((2, 512)).unwrap();
+    let centred = rows.broadcast_sub(&rows.mean_keepdim(1).unwrap()).unwrap();
+    let deviation = (centred.sqr().unwrap().mean_keepdim(1).unwrap() + 1e-5)
+        .unwrap()
+        .sqrt()
+        .unwrap();
+    let normal = centred
+        .broadcast_div(&deviation)
+        .unwrap()
+        .reshape((1, 4, 16, 16))
+        .unwrap();
+    let column = |t: &Tensor| wide(t).reshape((1, 4, 1, 1)).unwrap();
+    let want = normal
+        .broadcast_mul(&column(&w))
+        .unwrap()
+        .broadcast_add(&column(&b))
+        .unwrap();
+    assert_close(
+        "large mean",
+        &got,
+        &want.to_dtype(candle_core::DType::F32).unwrap(),
+    );
+}
+
+#[test]
+fn pointwise_operations_agree_with_candle() {
+    compare("silu", &[&[3, 7777]], &|t| silu(&(&t[0] * 9.0)?), &|t| {
+        (&t[0] * 9.0)?.silu()
+    });
+    compare(
+        "geglu",
+        &[&[3, 50, 640]],
+        &|t| geglu(&(&t[0] * 4.0)?),
+        &|t| plain::geglu(&(&t[0] * 4.0)?),
+    );
 }

@@ -17,7 +17,6 @@
 //! # Ok::<(), lora_sd15::Error>(())
 //! ```
 
-mod attention;
 mod checkpoint;
 mod config;
 mod error;

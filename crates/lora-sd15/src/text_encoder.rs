@@ -5,7 +5,7 @@ use candle_nn::{Module, VarBuilder};
 use lora_core::{Adaptable, Component, Layer};
 
 use crate::TextConfig;
-use crate::attention::attention;
+use lora_kernels::attention;
 
 /// The text encoder.
 ///
@@ -96,9 +96,8 @@ impl TextEncoder {
             );
         };
         let mut x = self.embed(ids)?;
-        let mask = self.causal_mask(x.dim(1)?)?;
         for layer in &self.layers[..depth] {
-            x = layer.forward(&x, &mask)?;
+            x = layer.forward(&x)?;
         }
         self.final_layer_norm.forward(&x)
     }
@@ -109,10 +108,9 @@ impl TextEncoder {
     /// When an id exceeds the vocabulary.
     pub fn hidden_states(&self, ids: &Tensor) -> Result<Vec<Tensor>> {
         let mut x = self.embed(ids)?;
-        let mask = self.causal_mask(x.dim(1)?)?;
         let mut states = vec![x.clone()];
         for layer in &self.layers {
-            x = layer.forward(&x, &mask)?;
+            x = layer.forward(&x)?;
             states.push(x.clone());
         }
         Ok(states)
@@ -133,19 +131,6 @@ impl TextEncoder {
             .reshape((n, length, ()))?;
         tokens.broadcast_add(&self.position_embedding.narrow(0, 0, length)?)
     }
-
-    /// 0 on and below the diagonal, minus infinity above.
-    fn causal_mask(&self, length: usize) -> Result<Tensor> {
-        let value = |i: usize| {
-            if i % length > i / length {
-                f32::NEG_INFINITY
-            } else {
-                0.0
-            }
-        };
-        let values: Vec<f32> = (0..length * length).map(value).collect();
-        Tensor::from_vec(values, (length, length), self.token_embedding.device())
-    }
 }
 
 impl EncoderLayer {
@@ -165,7 +150,7 @@ impl EncoderLayer {
         })
     }
 
-    fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let normal = self.layer_norm1.forward(x)?;
         let (q, k, v) = (
             self.q_proj.forward(&normal)?,
@@ -174,7 +159,7 @@ impl EncoderLayer {
         );
         let x = (self
             .out_proj
-            .forward(&attention(&q, &k, &v, self.heads, Some(mask))?)?
+            .forward(&attention(&q, &k, &v, self.heads, true)?)?
             + x)?;
         let inner = quick_gelu(&self.fc1.forward(&self.layer_norm2.forward(&x)?)?)?;
         self.fc2.forward(&inner)? + x

@@ -6,7 +6,6 @@ use candle_nn::{Module, VarBuilder};
 use lora_core::{Conv2dParams, Layer};
 
 use crate::VaeConfig;
-use crate::attention::attention;
 use crate::unet::{POINT, Resnet, SAME};
 
 /// All group norms of the VAE.
@@ -189,8 +188,7 @@ impl Encoder {
             }
         }
         let x = self.mid.forward(&x)?;
-        self.conv_out
-            .forward(&self.conv_norm_out.forward(&x)?.silu()?)
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)
     }
 }
 
@@ -241,8 +239,7 @@ impl Decoder {
                 x = upsampler.forward(&lora_kernels::upsample_nearest2x(&x)?)?;
             }
         }
-        self.conv_out
-            .forward(&self.conv_norm_out.forward(&x)?.silu()?)
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)
     }
 }
 
@@ -286,7 +283,9 @@ impl Mid {
             self.to_k.forward(&tokens)?,
             self.to_v.forward(&tokens)?,
         );
-        let y = self.to_out.forward(&attention(&q, &k, &v, 1, None)?)?;
+        let y = self
+            .to_out
+            .forward(&lora_kernels::attention(&q, &k, &v, 1, false)?)?;
         let x = (y.transpose(1, 2)?.contiguous()?.reshape((n, c, h, w))? + x)?;
         self.resnets[1].forward(&x, None)
     }

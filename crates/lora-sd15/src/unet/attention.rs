@@ -6,7 +6,7 @@ use lora_core::Layer;
 
 use super::POINT;
 use crate::UnetConfig;
-use crate::attention::attention;
+use lora_kernels::attention;
 
 /// Group norm, 1x1 projection, one block over pixels as tokens, projection back.
 #[derive(Debug, Clone)]
@@ -125,7 +125,7 @@ impl Attention {
             self.to_v.forward(context)?,
         );
         self.to_out
-            .forward(&attention(&q, &k, &v, self.heads, None)?)
+            .forward(&attention(&q, &k, &v, self.heads, false)?)
     }
 
     fn visit(&mut self, visit: Visit<'_>) -> lora_core::Result<()> {
@@ -139,13 +139,7 @@ impl Attention {
 impl FeedForward {
     /// GEGLU: the first half of the projection times gelu (exact form) of the second.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let projected = self.proj.forward(x)?;
-        let axis = projected.rank() - 1;
-        let half = projected.dim(axis)? / 2;
-        let (value, gate) = (
-            projected.narrow(axis, 0, half)?,
-            projected.narrow(axis, half, half)?,
-        );
-        self.out.forward(&(value * gate.gelu_erf()?)?)
+        self.out
+            .forward(&lora_kernels::geglu(&self.proj.forward(x)?)?)
     }
 }

@@ -256,8 +256,7 @@ impl UNet {
                 x = self.upsample(&x, upsampler, skip)?;
             }
         }
-        self.conv_out
-            .forward(&self.conv_norm_out.forward(&x)?.silu()?)
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)
     }
 
     fn upsample(&self, x: &Tensor, conv: &Layer, skip: &Tensor) -> Result<Tensor> {
