@@ -14,7 +14,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, check_beta, check_not_negative};
-use crate::lane::{Lane, average, decay_into};
+use crate::lane::{Lane, average, decay_into_square};
 use crate::slot::{Kernel, Source};
 use crate::stepper::{Rule, RuleConfig, Stepper};
 use crate::table::{GroupDefaults, Table};
@@ -168,7 +168,7 @@ impl AdamStep {
     fn moments<L: Lane>(&self, p: &L, m: &mut L, v: &mut L, g: L) {
         let g = g + p.clone().times(self.coupled);
         *m = average(m.clone(), g.clone(), self.one_minus_b1);
-        *v = decay_into(v.clone(), g.clone() * g, self.b2, self.one_minus_b2);
+        *v = decay_into_square(v.clone(), g, self.b2, self.one_minus_b2);
     }
 
     #[inline(always)]

@@ -15,7 +15,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, check_beta, check_not_negative};
-use crate::lane::{Lane, decay_into};
+use crate::lane::{Lane, decay_into, decay_into_square};
 use crate::quantize::{BLOCK, SIGNED, UNSIGNED};
 use crate::slot::{Buffer, Kernel, Slot, Source};
 use crate::stepper::{Rule, RuleConfig, Stepper};
@@ -163,7 +163,7 @@ impl Kernel<3, 1, 0> for Step8 {
     #[inline(always)]
     fn element<L: Lane>(&self, [p, m, v]: &mut [L; 3], [g]: [L; 1]) -> [L; 0] {
         *m = decay_into(m.clone(), g.clone(), self.b1, self.one_minus_b1);
-        *v = decay_into(v.clone(), g.clone() * g, self.b2, self.one_minus_b2);
+        *v = decay_into_square(v.clone(), g, self.b2, self.one_minus_b2);
         let update = m.clone() / v.clone().sqrt().plus(self.eps);
         *p = (p.clone() - update.times(self.rate)).times(self.keep);
         []

@@ -18,7 +18,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, check, check_beta, check_not_negative, check_positive};
-use crate::lane::{Lane, decay_into};
+use crate::lane::{Lane, decay_into, decay_into_square};
 use crate::slot::{Kernel, Slot, Source};
 use crate::stepper::{Rule, RuleConfig, Stepper};
 use crate::table::{GroupDefaults, Table};
@@ -198,10 +198,10 @@ impl Rule for DAdaptRule {
             self.d = self.d.max(self.d_hat.min(self.d * config.growth_rate));
         }
         let applies = table.per_group(|_, n| Apply {
-            keep: if config.decouple {
-                (1.0 - n.weight_decay * dlr) as f32
+            decay: if config.decouple {
+                (n.weight_decay * dlr) as f32
             } else {
-                1.0
+                0.0
             },
             eps: n.eps as f32,
         });
@@ -253,15 +253,15 @@ impl Kernel<3, 2, 2> for Gather {
         let g = g + p.times(self.coupled);
         let dot = g.clone() * s.clone() / v.clone().sqrt().plus(self.eps);
         *m = decay_into(m.clone(), g.clone(), self.b1, self.m_new);
-        *v = decay_into(v.clone(), g.clone() * g.clone(), self.b2, self.v_new);
+        *v = decay_into_square(v.clone(), g.clone(), self.b2, self.v_new);
         *s = decay_into(s.clone(), g, self.q, self.s_new);
         [dot, s.clone().abs()]
     }
 }
 
-/// `p = p * keep - m / (sqrt(v) + eps)`
+/// `p = p - decay * p - m / (sqrt(v) + eps)`
 pub(crate) struct Apply {
-    pub(crate) keep: f32,
+    pub(crate) decay: f32,
     pub(crate) eps: f32,
 }
 
@@ -274,7 +274,7 @@ impl Apply {
 impl Kernel<1, 2, 0> for Apply {
     #[inline(always)]
     fn element<L: Lane>(&self, [p]: &mut [L; 1], [m, v]: [L; 2]) -> [L; 0] {
-        *p = p.clone().times(self.keep) - m / v.sqrt().plus(self.eps);
+        *p = p.clone() - p.clone().times(self.decay) - m / v.sqrt().plus(self.eps);
         []
     }
 }

@@ -121,10 +121,10 @@ impl Rule for DAdaptPreprintRule {
             self.d = self.d.max(self.d_hat.min(self.d * config.growth_rate));
         }
         let applies = table.per_group(|g, n| Apply {
-            keep: if config.decouple && table.lr(g) > 0.0 {
-                (1.0 - n.weight_decay * dlr) as f32
+            decay: if config.decouple && table.lr(g) > 0.0 {
+                (n.weight_decay * dlr) as f32
             } else {
-                1.0
+                0.0
             },
             eps: n.eps as f32,
         });

@@ -162,6 +162,12 @@ pub(crate) fn decay_into<L: Lane>(v: L, x: L, beta: f32, one_minus_beta: f32) ->
     v.times(beta) + x.times(one_minus_beta)
 }
 
+/// `beta * v + gain * x^2`, in an order that keeps small squares in range.
+#[inline(always)]
+pub(crate) fn decay_into_square<L: Lane>(v: L, x: L, beta: f32, gain: f32) -> L {
+    v.times(beta) + x.clone().times(gain) * x
+}
+
 /// `a + weight * (b - a)`, in the order that keeps the nearer end exact.
 #[inline(always)]
 pub(crate) fn lerp<L: Lane>(a: L, b: L, weight: f32) -> L {

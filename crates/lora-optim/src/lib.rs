@@ -29,6 +29,7 @@ mod slot;
 mod state;
 mod stepper;
 mod table;
+mod walk;
 
 pub use adafactor::{Adafactor, AdafactorConfig, AdafactorRule};
 pub use adamw::{AdamW, AdamWConfig, AdamWRule};

@@ -23,7 +23,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, check, check_beta, check_not_negative, check_positive};
-use crate::lane::{Lane, decay_into};
+use crate::lane::{Lane, decay_into, decay_into_square};
 use crate::slot::{Buffer, Kernel, Slot, Source};
 use crate::stepper::{Rule, RuleConfig, Stepper};
 use crate::table::{GroupDefaults, Table};
@@ -644,7 +644,7 @@ struct Moments {
 impl Moments {
     #[inline(always)]
     fn second<L: Lane>(&self, v: &mut L, g: &L) {
-        *v = decay_into(v.clone(), g.clone() * g.clone(), self.b2, self.v_new);
+        *v = decay_into_square(v.clone(), g.clone(), self.b2, self.v_new);
     }
 }
 
@@ -778,7 +778,7 @@ impl Kernel<1, 2, 0> for Apply {
     #[inline(always)]
     fn element<L: Lane>(&self, [p]: &mut [L; 1], [m, v]: [L; 2]) -> [L; 0] {
         let amount = self.amount(p, m, v);
-        *p = p.clone().times(1.0 - self.decay) - amount;
+        *p = p.clone() - p.clone().times(self.decay) - amount;
         []
     }
 }

@@ -20,7 +20,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, check, check_beta, check_not_negative};
-use crate::lane::{Lane, decay_into, lerp};
+use crate::lane::{Lane, decay_into_square, lerp};
 use crate::slot::{Buffer, Kernel, Source};
 use crate::stepper::{Rule, RuleConfig, Stepper};
 use crate::table::{GroupDefaults, Table};
@@ -349,7 +349,7 @@ impl FreeStep {
 impl Kernel<3, 1, 0> for FreeStep {
     #[inline(always)]
     fn element<L: Lane>(&self, [y, z, v]: &mut [L; 3], [g]: [L; 1]) -> [L; 0] {
-        *v = decay_into(v.clone(), g.clone() * g.clone(), self.b2, self.one_minus_b2);
+        *v = decay_into_square(v.clone(), g.clone(), self.b2, self.one_minus_b2);
         let u = if self.adaptive {
             g / v.clone().times(self.v_scale).sqrt().plus(self.eps)
         } else {

@@ -11,14 +11,7 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, Tensor
 use crate::error::{Error, Result};
 use crate::lane::{Lane, TensorLane};
 use crate::rounding;
-
-/// Elements whose sum is formed in f32 before it is added to the f64 total.
-const CHUNK: usize = 4096;
-/// A tensor longer than this is split between threads. The split depends on the
-/// length alone, so sums do not depend on the number of threads.
-const LEAF: usize = 8 * CHUNK;
-/// Independent partial sums inside a chunk, and elements handled at once.
-const LANES: usize = 16;
+use crate::walk::walk;
 
 /// State of one kind for one parameter.
 #[derive(Debug, Clone)]
@@ -332,7 +325,7 @@ impl Slot {
                     (_, None) => param.take().unwrap_or(&mut []),
                 };
             }
-            Ok(fused(slices, reads, scale, this.numel(), kernel))
+            Ok(walk(slices, reads, scale, this.numel(), kernel))
         };
         let sums = if write.contains(&Source::Param) && !half {
             let mut run = run;
@@ -516,92 +509,6 @@ fn in_place<R>(var: &Var, work: impl FnOnce(&mut [f32]) -> Result<R>) -> Result<
             .map_err(|_| Error::state("a step panicked"))?
             .1;
     outcome.unwrap_or_else(|| Err(Error::state("a step did not run")))
-}
-
-/// Splits long tensors between threads; adds the halves' sums in a fixed order.
-fn fused<const W: usize, const C: usize, const R: usize, K: Kernel<W, C, R>>(
-    mut write: [&mut [f32]; W],
-    read: [&[f32]; C],
-    scale: [f32; C],
-    len: usize,
-    kernel: &K,
-) -> [f64; R] {
-    if len <= LEAF {
-        return pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || leaf(write, read, scale, len, kernel),
-        );
-    }
-    let middle = (len / 2).next_multiple_of(CHUNK);
-    let mut tail: [&mut [f32]; W] = std::array::from_fn(|_| &mut [][..]);
-    for (w, t) in write.iter_mut().zip(tail.iter_mut()) {
-        let (a, b) = std::mem::take(w).split_at_mut(middle);
-        (*w, *t) = (a, b);
-    }
-    let read_head = read.map(|r| &r[..middle]);
-    let read_tail = read.map(|r| &r[middle..]);
-    let (a, b) = rayon::join(
-        || fused(write, read_head, scale, middle, kernel),
-        || fused(tail, read_tail, scale, len - middle, kernel),
-    );
-    std::array::from_fn(|i| a[i] + b[i])
-}
-
-#[inline(always)]
-fn leaf<const W: usize, const C: usize, const R: usize, K: Kernel<W, C, R>>(
-    mut write: [&mut [f32]; W],
-    read: [&[f32]; C],
-    scale: [f32; C],
-    len: usize,
-    kernel: &K,
-) -> [f64; R] {
-    let mut total = [0.0f64; R];
-    let mut start = 0;
-    while start < len {
-        let end = (start + CHUNK).min(len);
-        let mut partial = [[0.0f32; LANES]; R];
-        let mut at = start;
-        while at + LANES <= end {
-            let mut w = [[0.0f32; LANES]; W];
-            for (block, slice) in w.iter_mut().zip(&write) {
-                block.copy_from_slice(&slice[at..at + LANES]);
-            }
-            let mut c = [[0.0f32; LANES]; C];
-            for (block, slice) in c.iter_mut().zip(&read) {
-                block.copy_from_slice(&slice[at..at + LANES]);
-            }
-            for lane in 0..LANES {
-                let mut values: [f32; W] = std::array::from_fn(|i| w[i][lane]);
-                let sums =
-                    kernel.element(&mut values, std::array::from_fn(|i| c[i][lane] * scale[i]));
-                for i in 0..W {
-                    w[i][lane] = values[i];
-                }
-                for i in 0..R {
-                    partial[i][lane] += sums[i];
-                }
-            }
-            for (block, slice) in w.iter().zip(write.iter_mut()) {
-                slice[at..at + LANES].copy_from_slice(block);
-            }
-            at += LANES;
-        }
-        for j in at..end {
-            let mut values: [f32; W] = std::array::from_fn(|i| write[i][j]);
-            let sums = kernel.element(&mut values, std::array::from_fn(|i| read[i][j] * scale[i]));
-            for i in 0..W {
-                write[i][j] = values[i];
-            }
-            for i in 0..R {
-                partial[i][j - at] += sums[i];
-            }
-        }
-        for i in 0..R {
-            total[i] += partial[i].iter().map(|&x| f64::from(x)).sum::<f64>();
-        }
-        start = end;
-    }
-    total
 }
 
 impl Slot {

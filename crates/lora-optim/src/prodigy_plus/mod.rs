@@ -141,8 +141,8 @@ impl Rule for ProdigyPlusRule {
         let mut moved = vec![false; self.groups.len()];
         for slot in table.active() {
             let collector = if self.split { slot.group } else { 0 };
-            numerators[collector] += slot.sums[0];
-            denominators[collector] += slot.sums[1];
+            numerators[collector] = config.rounded(numerators[collector] + slot.sums[0]);
+            denominators[collector] = config.rounded(denominators[collector] + slot.sums[1]);
             moved[slot.group] |= slot.sums[2] != 0.0;
         }
         let collectors = if self.split { self.groups.len() } else { 1 };

@@ -160,7 +160,7 @@ pub(super) fn update(
     buffers: &mut [Option<Buffer>],
     b2: f64,
     d: f64,
-    power: i32,
+    squared: bool,
     value: impl Fn(usize) -> f32,
 ) {
     let gain = (1.0 - b2) * d * d;
@@ -172,7 +172,13 @@ pub(super) fn update(
         }
         (None, Some(v), _) => {
             for (i, v) in v.f32_mut().iter_mut().enumerate() {
-                *v = *v * b2 as f32 + value(i).powi(power) * gain as f32;
+                let x = value(i);
+                *v = *v * b2 as f32
+                    + if squared {
+                        gain as f32 * x * x
+                    } else {
+                        gain as f32 * x
+                    };
             }
         }
         _ => {}

@@ -202,9 +202,9 @@ impl Work<'_> {
         }
         let b2 = if collect { 0.0 } else { group.b2 };
         if config.use_focus {
-            second_moment::update(self.factoring, buffers, b2, group.d, 1, weight);
+            second_moment::update(self.factoring, buffers, b2, group.d, false, weight);
         } else {
-            second_moment::update(self.factoring, buffers, b2, group.d, 2, grad);
+            second_moment::update(self.factoring, buffers, b2, group.d, true, grad);
         }
         if !config.use_adopt {
             second_moment::denominator(self.factoring, buffers, root, &mut denominators);
@@ -384,10 +384,9 @@ fn statistics(
     };
     let gradient = |i: usize| grad(i * STRIDE);
     let gain = group.d * group.d / config.d0.sqrt();
-    let dot: f64 = displacement()
-        .enumerate()
-        .map(|(i, u)| f64::from(gradient(i)) * f64::from(u))
-        .sum();
+    let products = displacement().enumerate();
+    let products = products.map(|(i, u)| f64::from(gradient(i)) * f64::from(u));
+    let dot = config.rounded(products.sum());
     if config.use_speed {
         return Ok(speed(
             group.k,
@@ -412,7 +411,7 @@ fn statistics(
         *s = round(round(*s * group.beta3 as f32) + gradient(i) * gain as f32);
         sum += f64::from(s.abs());
     }
-    Ok([gain * dot, f64::from(round(sum as f32))])
+    Ok([config.rounded(gain) * dot, f64::from(round(sum as f32))])
 }
 
 /// The variant that needs no running sum of gradients: a running mean of the dot product
