@@ -117,14 +117,14 @@ pub(crate) fn crop(picture: &Picture, item: &PlanItem) -> Picture {
 }
 
 fn crop_rows<const C: usize>(source: &[u8], from: Size, item: &PlanItem) -> Vec<u8> {
-    let (left, top) = (item.crop.0 as usize, item.crop.1 as usize);
-    let rows = source
-        .chunks_exact(from.width as usize * C)
-        .skip(top)
+    let columns = item.crop.0 as usize * C..(item.crop.0 + item.size.width) as usize * C;
+    let rows = source.chunks_exact(from.width as usize * C);
+    let rows = rows
+        .skip(item.crop.1 as usize)
         .take(item.size.height as usize);
-    rows.flat_map(|row| row.iter().skip(left * C).take(item.size.width as usize * C))
-        .copied()
-        .collect()
+    rows.filter_map(|row| row.get(columns.clone()))
+        .collect::<Vec<_>>()
+        .concat()
 }
 
 fn alpha_weights(picture: &Picture) -> Vec<f32> {

@@ -3,8 +3,9 @@
 use std::io::Cursor;
 use std::path::Path;
 
+use image::error::{LimitError, LimitErrorKind};
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageDecoder, ImageReader};
+use image::{DynamicImage, ImageDecoder, ImageError, ImageReader};
 
 use crate::{Error, Result, Size, Transparency};
 
@@ -51,9 +52,17 @@ pub fn decode_file(path: &Path, options: DecodeOptions) -> Result<Picture> {
     decode(&bytes, options).map_err(|e| Error::decode(path, e))
 }
 
+/// Pixels of 1 GiB, such as 18,900 x 18,900: more is a damaged or hostile header.
+const MAX_BYTES: u64 = 1 << 30;
+
 fn decode(bytes: &[u8], options: DecodeOptions) -> image::ImageResult<Picture> {
     let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
     let mut decoder = reader.into_decoder()?;
+    if decoder.total_bytes() > MAX_BYTES {
+        return Err(ImageError::Limits(LimitError::from_kind(
+            LimitErrorKind::InsufficientMemory,
+        )));
+    }
     let orientation = if options.exif_orientation {
         // A damaged EXIF block is no reason to refuse the picture.
         decoder.orientation().unwrap_or(Orientation::NoTransforms)

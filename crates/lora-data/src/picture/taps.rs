@@ -85,15 +85,18 @@ fn axis(source: u32, target: u32, kernel: Kernel) -> Vec<Taps> {
             each.map(center).map(four).collect()
         }
         Kernel::EnlargeArea => {
+            // In OpenCV's order of operations: it decides on which side of a pixel's edge a
+            // target pixel starts.
+            let inverse = f64::from(target) / f64::from(source);
             let taps = |i: u32| {
-                let start = (f64::from(i) * scale).floor();
-                let fraction = f64::from(i + 1) - (start + 1.0) / scale;
+                let start = (f64::from(i) * (1.0 / inverse)).floor();
+                let fraction = (f64::from(i + 1) - (start + 1.0) * inverse) as f32;
                 two(
                     start,
                     if fraction <= 0.0 {
                         0.0
                     } else {
-                        fraction - fraction.floor()
+                        f64::from(fraction - fraction.floor())
                     },
                 )
             };
