@@ -113,7 +113,7 @@ impl Report {
             if !within {
                 failed += 1;
             }
-            if !(error <= worst.0) {
+            if error > worst.0 || error.is_nan() {
                 worst = (error, i);
             }
         }

@@ -194,7 +194,7 @@ impl Layer {
         eps: f64,
         vb: VarBuilder<'_>,
     ) -> Result<Self> {
-        if groups == 0 || channels % groups != 0 {
+        if groups == 0 || !channels.is_multiple_of(groups) {
             candle_core::bail!(
                 "{}: {channels} channels cannot be split into {groups} groups",
                 vb.prefix()

@@ -82,7 +82,7 @@ impl Norm {
                 if dims.len() >= 2
                     && dims[1] == channels
                     && groups > 0
-                    && channels % groups == 0 =>
+                    && channels.is_multiple_of(groups) =>
             {
                 let segment = dims[2..].iter().product();
                 Rows {

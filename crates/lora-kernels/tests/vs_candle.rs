@@ -1,5 +1,7 @@
 //! Every operation and its gradients against the path composed of candle's own.
 
+#![allow(clippy::unwrap_used)]
+
 use candle_core::{Device, Result, Tensor, Var};
 use lora_kernels::{
     Conv2dParams, attention, conv2d, geglu, group_norm, layer_norm, linear, plain, silu,

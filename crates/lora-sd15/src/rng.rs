@@ -149,7 +149,7 @@ impl Mt19937 {
         for block in values.chunks_exact_mut(16) {
             box_muller(block);
         }
-        if n % 16 != 0 {
+        if !n.is_multiple_of(16) {
             let tail = &mut values[n - 16..];
             for value in tail.iter_mut() {
                 *value = self.uniform_f32();

@@ -431,7 +431,7 @@ impl Trainer {
         let Some(every) = self.config.save_every_n_steps else {
             return Ok(());
         };
-        if step % every != 0 {
+        if !step.is_multiple_of(every) {
             return Ok(());
         }
         self.save(&folder.join(naming.step(step)), epoch - 1, step, observer)?;
@@ -454,7 +454,7 @@ impl Trainer {
         let Some(every) = self.plan.save_every_n_epochs else {
             return Ok(());
         };
-        if epoch % every != 0 {
+        if !epoch.is_multiple_of(every) {
             return Ok(());
         }
         self.save(&folder.join(naming.epoch(epoch)), epoch, step, observer)?;

@@ -249,11 +249,10 @@ impl Adapter for Lora {
                 &self.down,
             );
         }
-        if let (None, [_, _, kh, kw], [_, _, wh, ww]) = (&self.mid, self.down.dims(), weight) {
-            if (kh, kw) != (wh, ww) && !(*kh == 1 && *kw == 1 && kernel == 1) {
+        if let (None, [_, _, kh, kw], [_, _, wh, ww]) = (&self.mid, self.down.dims(), weight)
+            && (kh, kw) != (wh, ww) && !(*kh == 1 && *kw == 1 && kernel == 1) {
                 return mismatch("lora_down.weight", format!("kernel {wh}x{ww}"), &self.down);
             }
-        }
         Ok(())
     }
 

@@ -140,7 +140,8 @@ impl GroupOptions {
             split_plus("unet", unet, unet_lr, self.unet_plus_ratio, &mut out)?;
             return Ok(out);
         };
-        let mut blocks: Vec<(Option<usize>, Vec<(String, Var)>)> = Vec::new();
+        type Params = Vec<(String, Var)>;
+        let mut blocks: Vec<(Option<usize>, Params)> = Vec::new();
         for param in unet {
             let index = block_index(&param.0);
             match blocks.iter_mut().find(|(i, _)| *i == index) {
