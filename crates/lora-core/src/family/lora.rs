@@ -250,9 +250,11 @@ impl Adapter for Lora {
             );
         }
         if let (None, [_, _, kh, kw], [_, _, wh, ww]) = (&self.mid, self.down.dims(), weight)
-            && (kh, kw) != (wh, ww) && !(*kh == 1 && *kw == 1 && kernel == 1) {
-                return mismatch("lora_down.weight", format!("kernel {wh}x{ww}"), &self.down);
-            }
+            && (kh, kw) != (wh, ww)
+            && !(*kh == 1 && *kw == 1 && kernel == 1)
+        {
+            return mismatch("lora_down.weight", format!("kernel {wh}x{ww}"), &self.down);
+        }
         Ok(())
     }
 

@@ -1,0 +1,143 @@
+//! Single layers with an adapter against LyCORIS: the file's tensors are written, read
+//! back, attached to a layer, and output, gradients and delta compared.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor, Var};
+use candle_nn::Module;
+use lora_core::format::write_tensors;
+use lora_core::{Adaptable, AdapterSet, BaseLayer, Component, Conv2dParams, Layer, LayerOp, merge};
+use lora_tests::{Report, Tolerance, golden_json, golden_tensors, values};
+use serde_json::Value;
+
+type Tensors = BTreeMap<String, Tensor>;
+
+/// A model of one layer.
+struct One(Layer);
+
+impl Adaptable for One {
+    fn component(&self) -> Component {
+        Component::Unet
+    }
+    fn visit_layers(
+        &mut self,
+        visit: &mut dyn FnMut(&mut Layer) -> lora_core::Result<()>,
+    ) -> lora_core::Result<()> {
+        visit(&mut self.0)
+    }
+}
+
+fn base_layer(case: &Value, get: &dyn Fn(&str) -> Option<Tensor>) -> BaseLayer {
+    let layer = &case["layer"];
+    let number = |key: &str, default| layer[key].as_u64().map_or(default, |n| n as usize);
+    let op = match layer["kind"].as_str() {
+        Some("linear") => LayerOp::Linear,
+        Some("conv") => LayerOp::Conv2d(Conv2dParams {
+            stride: number("stride", 1),
+            padding: number("padding", 0),
+            dilation: number("dilation", 1),
+            groups: number("groups", 1),
+        }),
+        other => panic!("unknown kind of layer {other:?}"),
+    };
+    BaseLayer {
+        weight: get("base.weight").expect("a base weight"),
+        bias: get("base.bias"),
+        op,
+    }
+}
+
+/// Writes the tensors as the peer saves them and reads them as any file.
+fn through_a_file(case: &Value, get: &dyn Fn(&str) -> Option<Tensor>) -> AdapterSet {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("case.safetensors");
+    let mut tensors = Tensors::new();
+    for (key, source) in case["state_dict_keys"].as_object().unwrap() {
+        let tensor = get(source.as_str().unwrap()).unwrap_or_else(|| panic!("no tensor {source}"));
+        tensors.insert(format!("lora_unet_layer.{key}"), tensor);
+    }
+    write_tensors(&path, &tensors, &BTreeMap::new()).unwrap();
+    AdapterSet::load(&path, &Device::Cpu).unwrap()
+}
+
+fn check_case(report: &mut Report, case: &Value, t: &Tensors) {
+    let name = case["name"].as_str().unwrap();
+    let get = |key: &str| t.get(&format!("{name}/{key}")).cloned();
+    let tolerance = |key: &str| {
+        let want = &t[&format!("{name}/{key}")];
+        let size = values(want).iter().fold(0f64, |m, v| m.max(v.abs()));
+        let relative = case["outputs"][key]["rtol_of_max"]
+            .as_f64()
+            .unwrap_or(1.5e-6);
+        Tolerance {
+            atol: relative * size,
+            rtol: 0.0,
+        }
+    };
+    let mut compare = |key: &str, got: &Tensor| {
+        report.tensor(name, key, got, &t[&format!("{name}/{key}")], tolerance(key))
+    };
+
+    let multiplier = case["multiplier"].as_f64().unwrap();
+    let set = through_a_file(case, &get);
+    let base = base_layer(case, &get);
+    let adapter = set
+        .get("lora_unet_layer")
+        .expect("the layer's adapter")
+        .clone();
+    compare(
+        "out/delta",
+        &adapter.delta(&base.weight, multiplier).unwrap(),
+    );
+    if get("out/merged").is_some() {
+        let merged = merge::merged_weight(&base.weight, &[(adapter.as_ref(), multiplier)]).unwrap();
+        compare("out/merged", &merged);
+    }
+
+    let mut set = set.trainable().unwrap();
+    let mut model = One(Layer::new("layer", base));
+    set.attach(&mut model, multiplier)
+        .unwrap()
+        .strict()
+        .unwrap();
+    let x = Var::from_tensor(&get("x").unwrap()).unwrap();
+    let y = model.0.forward(&x).unwrap();
+    compare("out/y", &y);
+    let grads = (&y * get("gy").unwrap())
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .backward()
+        .unwrap();
+    compare("out/grad/x", grads.get(&x).unwrap());
+    for (param, var) in set.params() {
+        let (_, suffix) = param.split_once('.').unwrap();
+        // A factor that saving changed (a folded scalar) has no recorded gradient.
+        let raw = case["state_dict_keys"][suffix]
+            .as_str()
+            .is_some_and(|s| s.starts_with("param/"));
+        if raw {
+            compare(&format!("out/grad/{suffix}"), grads.get(&var).unwrap());
+        }
+    }
+}
+
+fn check_group(group: &str) {
+    let index = golden_json("adapters", "index.json");
+    let groups = index["groups"].as_array().unwrap();
+    let group = groups
+        .iter()
+        .find(|g| g["group"] == group)
+        .unwrap_or_else(|| panic!("no group {group}"));
+    let t = golden_tensors("adapters", group["file"].as_str().unwrap());
+    let mut report = Report::default();
+    for case in group["cases"].as_array().unwrap() {
+        check_case(&mut report, case, &t);
+    }
+    report.finish();
+}
+
+#[test]
+fn golden_adapters_lora() {
+    check_group("lora");
+}
