@@ -154,10 +154,10 @@ fn settings_that_make_no_sense() {
         ),
         (
             TrainConfig {
-                network_module: Some("lycoris.kohya".into()),
+                network_module: Some("networks.oft".into()),
                 ..base()
             },
-            &["lycoris.kohya", "networks.lora"],
+            &["networks.oft", "networks.lora"],
         ),
         (
             TrainConfig {

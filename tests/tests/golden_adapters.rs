@@ -3,11 +3,16 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Module;
 use lora_core::format::write_tensors;
-use lora_core::{Adaptable, AdapterSet, BaseLayer, Component, Conv2dParams, Layer, LayerOp, merge};
+use lora_core::{
+    Adaptable, AdapterConfig, AdapterSet, BaseLayer, Component, Conv2dParams, Family, Layer,
+    LayerOp, Targets, merge,
+};
 use lora_tests::{Report, Tolerance, golden_json, golden_tensors, values};
+use rand_chacha::ChaCha12Rng;
+use rand_chacha::rand_core::SeedableRng;
 use serde_json::Value;
 
 type Tensors = BTreeMap<String, Tensor>;
@@ -140,4 +145,99 @@ fn check_group(group: &str) {
 #[test]
 fn golden_adapters_lora() {
     check_group("lora");
+}
+
+#[test]
+fn golden_adapters_loha() {
+    check_group("loha");
+}
+
+#[test]
+fn golden_adapters_lokr() {
+    check_group("lokr");
+}
+
+#[test]
+fn golden_adapters_factorization() {
+    let tables = golden_json("adapters", "tables.json");
+    let mut report = Report::default();
+    for (dimension, row) in tables["factorization"].as_object().unwrap() {
+        for (factor, want) in row.as_object().unwrap() {
+            let (m, n) =
+                lora_core::factorization(dimension.parse().unwrap(), factor.parse().unwrap());
+            let want: Vec<usize> = serde_json::from_value(want.clone()).unwrap();
+            report.equal(dimension, &format!("factor {factor}"), &vec![m, n], &want);
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn golden_adapters_parameter_counts() {
+    let tables = golden_json("adapters", "tables.json");
+    let mut report = Report::default();
+    for row in tables["parameter_counts"].as_array().unwrap() {
+        let family = match row["algo"].as_str().unwrap() {
+            "locon" => Family::Lora,
+            "loha" => Family::Loha,
+            "lokr" => Family::Lokr,
+            _ => continue,
+        };
+        let size = |i: usize| row["in_out_k"][i].as_u64().unwrap() as usize;
+        let (i, o) = (size(0), size(1));
+        let (weight, op) = match row["layer"].as_str().unwrap() {
+            "linear" => (vec![o, i], LayerOp::Linear),
+            _ => (
+                vec![o, i, size(2), size(2)],
+                LayerOp::Conv2d(Conv2dParams::default()),
+            ),
+        };
+        let c = &row["config"];
+        let flag = |key: &str| c[key].as_bool().unwrap_or(false);
+        let rank = row["dim"].as_u64().unwrap() as usize;
+        let config = AdapterConfig {
+            family,
+            rank,
+            conv_rank: Some(rank),
+            use_tucker: flag("use_tucker"),
+            factor: c["factor"].as_i64().unwrap_or(-1),
+            decompose_both: flag("decompose_both"),
+            full_matrix: flag("full_matrix"),
+            unbalanced_factorization: flag("unbalanced_factorization"),
+            ..Default::default()
+        };
+        let weight = Tensor::zeros(weight, DType::F32, &Device::Cpu).unwrap();
+        let mut model = One(Layer::new(
+            "layer",
+            BaseLayer {
+                weight,
+                bias: None,
+                op,
+            },
+        ));
+        let mut rng = ChaCha12Rng::seed_from_u64(1);
+        let targets = Targets::new(&["layer"]).unwrap();
+        let set = AdapterSet::create(&mut model, &config, &targets, &mut rng).unwrap();
+        let case = row.to_string();
+        report.equal(
+            &case,
+            "trainable",
+            &set.parameter_count(),
+            &(row["trainable"].as_u64().unwrap() as usize),
+        );
+        let shapes: BTreeMap<String, Vec<usize>> = set
+            .params()
+            .into_iter()
+            .map(|(name, var)| {
+                (
+                    name.split_once('.').unwrap().1.to_string(),
+                    var.dims().to_vec(),
+                )
+            })
+            .collect();
+        let want: BTreeMap<String, Vec<usize>> =
+            serde_json::from_value(row["shapes"].clone()).unwrap();
+        report.equal(&case, "shapes", &shapes, &want);
+    }
+    report.finish();
 }

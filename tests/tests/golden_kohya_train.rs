@@ -447,6 +447,40 @@ fn golden_kohya_module_names() {
 }
 
 #[test]
+fn lycoris_presets_select_the_documented_layers() {
+    let mut unet = UNet::new(&UnetConfig::default(), shapes_only()).unwrap();
+    let mut text = TextEncoder::new(&TextConfig::default(), shapes_only()).unwrap();
+    let mut rng = rand_chacha::ChaCha12Rng::seed_from_u64(1);
+    for (preset, in_unet, in_text) in [
+        ("full", 282, 72),
+        ("full-lin", 230, 72),
+        ("attn-mlp", 192, 72),
+        ("attn-only", 128, 48),
+        ("unet-only", 282, 0),
+        ("unet-transformer-only", 192, 0),
+        ("unet-convblock-only", 88, 0),
+    ] {
+        let config = lora_train::TrainConfig {
+            network_module: Some("lycoris.kohya".into()),
+            network_args: vec!["algo=loha".into(), format!("preset={preset}")],
+            network_dim: Some(1),
+            ..Default::default()
+        };
+        let (unet_targets, text_targets) = config.targets().unwrap();
+        let options = config.adapter().unwrap();
+        let set =
+            AdapterSet::create(&mut unet, &options, &unet_targets.unwrap(), &mut rng).unwrap();
+        assert_eq!(set.len(), in_unet, "{preset}");
+        let text_count = text_targets.map_or(0, |targets| {
+            AdapterSet::create(&mut text, &options, &targets, &mut rng)
+                .unwrap()
+                .len()
+        });
+        assert_eq!(text_count, in_text, "{preset}");
+    }
+}
+
+#[test]
 fn golden_kohya_hashes() {
     let golden = golden_json("kohya", "hashes.json");
     let mut report = Report::default();

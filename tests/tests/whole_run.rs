@@ -276,3 +276,28 @@ fn every_option_of_a_run_with_masks_noise_and_plus_rates_works_together() {
     });
     assert!(losses.iter().all(|l| l.is_finite()));
 }
+
+#[test]
+fn loha_and_lokr_train_with_prodigy_and_their_files_load() {
+    let folder = tempfile::tempdir().unwrap();
+    for (algo, extra) in [("loha", "use_tucker=True"), ("lokr", "factor=4")] {
+        let (path, losses) = train(TrainConfig {
+            output_name: Some(algo.into()),
+            network_module: Some("lycoris.kohya".into()),
+            network_args: vec![format!("algo={algo}"), extra.into()],
+            network_dim: Some(2),
+            network_alpha: 1.0,
+            optimizer_type: "Prodigy".into(),
+            optimizer_args: vec!["betas=0.9,0.99".into()],
+            learning_rate: Some(1.0),
+            max_train_steps: 3,
+            scale_weight_norms: Some(1.0),
+            ..config(folder.path())
+        });
+        assert!(losses.iter().all(|l| l.is_finite()));
+        let set = AdapterSet::load(&path, &Device::Cpu).unwrap();
+        assert_eq!(set.count(&Component::Unet), 282);
+        assert_eq!(set.iter().next().unwrap().1.family().name(), algo);
+        assert_eq!(set.metadata()["ss_network_module"], "lycoris.kohya");
+    }
+}

@@ -14,6 +14,10 @@ use crate::layer::BaseLayer;
 pub enum Family {
     /// Low-rank product `up down` (Hu et al. 2021), with LoCon's convolutions.
     Lora,
+    /// Elementwise product of two low-rank products (Hyeon-Woo et al. 2021).
+    Loha,
+    /// Kronecker product (Yeh et al. 2023).
+    Lokr,
 }
 
 impl Family {
@@ -21,6 +25,8 @@ impl Family {
     pub fn name(self) -> &'static str {
         match self {
             Family::Lora => "lora",
+            Family::Loha => "loha",
+            Family::Lokr => "lokr",
         }
     }
 }
@@ -45,11 +51,25 @@ pub trait Adapter: Debug + Send + Sync {
     /// `alpha`, for families that have one.
     fn alpha(&self) -> Option<f64>;
 
+    /// Outputs, and inputs times kernel area, of the weights this adapter is for.
+    fn matrix_dims(&self) -> (usize, usize);
+
     /// Whether this adapter fits a layer whose weight has these dimensions.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`](crate::Error::ShapeMismatch), naming `layer`.
-    fn check(&self, layer: &str, weight: &[usize]) -> crate::Result<()>;
+    fn check(&self, layer: &str, weight: &[usize]) -> crate::Result<()> {
+        let (o, i) = self.matrix_dims();
+        if weight.first() == Some(&o) && weight.iter().skip(1).product::<usize>() == i {
+            return Ok(());
+        }
+        Err(crate::Error::ShapeMismatch {
+            layer: layer.to_string(),
+            tensor: format!("{} delta", self.family()),
+            expected: format!("the size of the layer's weight {weight:?}"),
+            got: vec![o, i],
+        })
+    }
 
     /// Weight change for `base`, in its shape and dtype, scale (`alpha / rank`) and
     /// multiplier included. Additive families ignore the values of `base`.
@@ -101,11 +121,18 @@ pub trait Adapter: Debug + Send + Sync {
 
     /// Multiplies the delta by `ratio`, spread evenly over the factors in place; for
     /// max-norm scaling. Does nothing to an adapter loaded for inference. Returns the
-    /// number each scaled factor was multiplied by.
+    /// number each factor was multiplied by.
     ///
     /// # Errors
     /// When a factor cannot be written.
-    fn rescale(&self, ratio: f64) -> Result<f64>;
+    fn rescale(&self, ratio: f64) -> Result<f64> {
+        let vars = self.vars();
+        let factor = ratio.powf(1.0 / vars.len().max(1) as f64);
+        for (_, var) in vars {
+            var.set(&(var.as_detached_tensor() * factor)?)?;
+        }
+        Ok(factor)
+    }
 }
 
 /// The variable behind a factor, if it is one.

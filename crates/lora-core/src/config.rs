@@ -14,6 +14,9 @@ use crate::{Error, Family, Result};
 /// | `conv_alpha` | 1 | the same for larger kernels | `conv_alpha` |
 /// | `use_tucker` | false | core tensor for larger kernels | `use_tucker`, `use_cp` |
 /// | `dropout` | off | dropout while training | `network_dropout`, ... |
+/// | `rs_lora` | false | scale is alpha / sqrt(rank) | `rs_lora` |
+/// | `factor` | -1 | LoKr: how dimensions are split, see [`factorization`](crate::factorization) | `factor` |
+/// | `decompose_both`, `full_matrix`, `unbalanced_factorization` | false | LoKr | the same |
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterConfig {
     /// The family.
@@ -30,6 +33,17 @@ pub struct AdapterConfig {
     pub use_tucker: bool,
     /// Dropout while training.
     pub dropout: Dropout,
+    /// rsLoRA (Kalajdzievski 2023): scale `alpha / sqrt(rank)`, written to files as an
+    /// `alpha` that every reader understands.
+    pub rs_lora: bool,
+    /// LoKr: bound of the smaller Kronecker factor; -1 for none.
+    pub factor: i64,
+    /// LoKr: make the first factor low-rank too where that saves parameters.
+    pub decompose_both: bool,
+    /// LoKr: keep both factors full.
+    pub full_matrix: bool,
+    /// LoKr: give the first factor the larger part of the outputs.
+    pub unbalanced_factorization: bool,
 }
 
 impl Default for AdapterConfig {
@@ -42,6 +56,11 @@ impl Default for AdapterConfig {
             conv_alpha: 1.0,
             use_tucker: false,
             dropout: Dropout::default(),
+            rs_lora: false,
+            factor: -1,
+            decompose_both: false,
+            full_matrix: false,
+            unbalanced_factorization: false,
         }
     }
 }
@@ -89,6 +108,20 @@ impl AdapterConfig {
                     "expected a probability of at least 0 and less than 1",
                 );
             }
+        }
+        if self.family != Family::Lora && neuron > 0.0 {
+            return bad(
+                "dropout",
+                neuron.to_string(),
+                "this family has no dropout inside; use rank_dropout or module_dropout",
+            );
+        }
+        if self.family == Family::Lokr && self.full_matrix && self.rs_lora {
+            return bad(
+                "rs_lora",
+                "true".into(),
+                "full matrices have no rank; leave it out",
+            );
         }
         Ok(())
     }

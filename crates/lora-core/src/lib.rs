@@ -47,7 +47,7 @@ pub use component::Component;
 pub use config::AdapterConfig;
 pub use control::{Draws, Dropout, DropoutKind, Pass};
 pub use error::{Error, Result};
-pub use family::Lora;
+pub use family::{Loha, Lokr, LokrFactor, Lora, factorization};
 pub use format::SaveOptions;
 pub use layer::{Adaptable, BaseLayer, Layer, LayerOp};
 pub use lora_kernels::Conv2dParams;

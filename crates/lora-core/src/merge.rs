@@ -45,25 +45,8 @@ pub fn merged_bias(bias: Option<&Tensor>, parts: &[(&dyn Adapter, f64)]) -> Resu
 }
 
 /// Frobenius norm of an additive adapter's delta at multiplier 1.
-pub(crate) fn delta_norm(adapter: &dyn Adapter) -> crate::Result<f64> {
-    let tensors: BTreeMap<_, _> = adapter.tensors()?.into_iter().collect();
-    let (Some(down), Some(up)) = (
-        tensors.get("lora_down.weight"),
-        tensors.get("lora_up.weight"),
-    ) else {
-        return Err(crate::Error::BadValue {
-            layer: adapter.family().to_string(),
-            name: "scale_weight_norms",
-            value: "on".into(),
-            expected: "this family does not support it; leave it out",
-        });
-    };
-    let mut dims = vec![up.dims()[0]];
-    match tensors.get("lora_mid.weight") {
-        Some(mid) => dims.extend([down.dims()[1], mid.dims()[2], mid.dims()[3]]),
-        None => dims.extend(&down.dims()[1..]),
-    }
-    let base = Tensor::zeros(dims, DType::F32, down.device())?;
+pub(crate) fn delta_norm(adapter: &dyn Adapter) -> Result<f64> {
+    let base = Tensor::zeros(adapter.matrix_dims(), DType::F32, &Device::Cpu)?;
     let delta = adapter.delta(&base, 1.0)?.detach().to_dtype(DType::F64)?;
     Ok(delta.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt())
 }

@@ -146,7 +146,7 @@ impl AdapterSet {
             layer: &name,
             weight: weight.dims(),
             rank,
-            alpha: if alpha == 0.0 { rank as f64 } else { alpha },
+            alpha: stored_alpha(alpha, rank, config.rs_lora),
             config,
             device: weight.device(),
         };
@@ -485,4 +485,12 @@ impl AdapterSet {
         }
         Ok(all)
     }
+}
+
+/// `alpha` as a file holds it: 0 means the rank, and rsLoRA's scale is written so that
+/// `alpha / rank` gives it.
+fn stored_alpha(alpha: f64, rank: usize, rs_lora: bool) -> f64 {
+    let rank = rank as f64;
+    let alpha = if alpha == 0.0 { rank } else { alpha };
+    if rs_lora { alpha * rank.sqrt() } else { alpha }
 }

@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
-use lora_core::{AdapterConfig, Dropout, Family};
+use lora_core::{AdapterConfig, Dropout, Targets};
 use lora_data::{CaptionConfig, DatasetConfig, Interpolation, Size, SubsetConfig};
-use lora_optim::kohya::GroupOptions;
 use lora_sd15::{NoiseSchedule, TIMESTEPS};
 use serde::{Deserialize, Serialize};
 
 use crate::loss::{HuberSchedule, LossConfig, LossType};
+use crate::network::NetworkArgs;
 use crate::noise::NoiseConfig;
 use crate::options::Settings;
 use crate::text::TextConfig;
@@ -164,7 +164,7 @@ pub struct TrainConfig {
     pub cache_latents: bool,
     /// Loss factor of regularization pictures.
     pub prior_loss_weight: f64,
-    /// `networks.lora`.
+    /// `networks.lora` or `lycoris.kohya`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network_module: Option<String>,
     /// Rank; 4 when absent.
@@ -464,65 +464,11 @@ impl Default for TrainConfig {
     }
 }
 
-/// Options of `networks.lora`, from `network_args`.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct NetworkArgs {
-    /// Rank for larger kernels.
-    pub conv_dim: Option<usize>,
-    /// `alpha` for them; 1 when absent.
-    pub conv_alpha: Option<f64>,
-    /// Dropout of whole ranks.
-    pub rank_dropout: f64,
-    /// Dropout of whole layers.
-    pub module_dropout: f64,
-    /// What concerns learning rates: LoRA+ ratios, block weights.
-    pub groups: GroupOptions,
-}
-
-fn bad<T>(what: impl Into<String>) -> Result<T> {
+pub(crate) fn bad<T>(what: impl Into<String>) -> Result<T> {
     Err(Error::Config {
         place: "settings".into(),
         what: what.into(),
     })
-}
-
-impl NetworkArgs {
-    fn parse(args: &[String]) -> Result<Self> {
-        let mut parsed = Self::default();
-        for arg in args {
-            let Some((key, value)) = arg.split_once('=') else {
-                return bad(format!(
-                    "network_args: {arg:?} is not of the form key=value"
-                ));
-            };
-            let number = || match value.trim().parse::<f64>() {
-                Ok(n) if n.is_finite() && n >= 0.0 => Ok(n),
-                _ => bad(format!(
-                    "network_args: {key}: expected a number, got {value:?}"
-                )),
-            };
-            match key.trim() {
-                "conv_dim" => match value.trim().parse() {
-                    Ok(dim) => parsed.conv_dim = Some(dim),
-                    Err(_) => {
-                        return bad(format!(
-                            "network_args: conv_dim: expected a whole number, got {value:?}"
-                        ));
-                    }
-                },
-                "conv_alpha" => parsed.conv_alpha = Some(number()?),
-                "rank_dropout" => parsed.rank_dropout = number()?,
-                "module_dropout" => parsed.module_dropout = number()?,
-                "block_dims" | "block_alphas" | "conv_block_dims" | "conv_block_alphas" => {
-                    return bad(format!(
-                        "network_args: {key}: ranks per block are not supported; use one network_dim"
-                    ));
-                }
-                key => parsed.groups.set_network_arg(key, value.trim())?,
-            }
-        }
-        Ok(parsed)
-    }
 }
 
 impl TrainConfig {
@@ -659,6 +605,15 @@ impl TrainConfig {
                 self.network_alpha / rank as f64
             ));
         }
+        let loha = self
+            .adapter()
+            .is_ok_and(|a| a.family == lora_core::Family::Loha);
+        if loha && rank > 8 {
+            list.push(format!(
+                "LoHa of dim {rank} has as many parameters as LoRA of dim {}: 1 to 8 is usual",
+                2 * rank
+            ));
+        }
         if self.learning_rate.is_none() {
             list.push(format!(
                 "learning_rate is not given: using {} (sd-scripts would use 2e-6)",
@@ -709,17 +664,12 @@ impl TrainConfig {
             .unwrap_or(self.learning_rate())
     }
 
-    /// The options inside `network_args`.
+    /// The options inside `network_args`, and what `network_module` makes of them.
     ///
     /// # Errors
     /// [`Error::Config`] for one that is not known.
     pub fn network(&self) -> Result<NetworkArgs> {
-        match self.network_module.as_deref() {
-            None | Some("networks.lora") => NetworkArgs::parse(&self.network_args),
-            Some(other) => bad(format!(
-                "network_module {other:?} is not supported; use networks.lora"
-            )),
-        }
+        NetworkArgs::parse(self)
     }
 
     /// What kind of adapter to create.
@@ -728,19 +678,29 @@ impl TrainConfig {
     /// [`Error::Config`] for bad `network_args`.
     pub fn adapter(&self) -> Result<AdapterConfig> {
         let args = self.network()?;
+        let rank = self.network_dim.unwrap_or(4);
         Ok(AdapterConfig {
-            family: Family::Lora,
-            rank: self.network_dim.unwrap_or(4),
+            rank,
             alpha: self.network_alpha,
-            conv_rank: args.conv_dim,
-            conv_alpha: args.conv_alpha.unwrap_or(1.0),
-            use_tucker: false,
             dropout: Dropout {
                 neuron: self.network_dropout.unwrap_or(0.0),
-                rank: args.rank_dropout,
-                module: args.module_dropout,
+                ..args.adapter.dropout
             },
+            ..args.adapter
         })
+    }
+
+    /// Which layers get an adapter: of the UNet, and of the text encoder; `None` for
+    /// none.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for bad `network_args`.
+    pub fn targets(&self) -> Result<(Option<Targets>, Option<Targets>)> {
+        let (unet, text) = self.network()?.targets;
+        Ok((
+            unet.filter(|_| !self.network_train_text_encoder_only),
+            text.filter(|_| !self.network_train_unet_only),
+        ))
     }
 
     /// How noise is made.

@@ -13,6 +13,7 @@ mod latents;
 mod loss;
 pub mod metadata;
 mod naming;
+mod network;
 mod noise;
 mod observer;
 pub mod options;
@@ -21,13 +22,14 @@ mod setup;
 mod text;
 mod trainer;
 
-pub use config::{NetworkArgs, Steps, TrainConfig};
+pub use config::{Steps, TrainConfig};
 pub use error::{Error, Result};
 pub use latents::{LatentBatch, LatentCache};
 pub use loss::{
     HuberSchedule, LossConfig, LossType, SampleWeights, diffusion_loss, elementwise_loss,
 };
 pub use naming::{Naming, outdated_epoch, outdated_step};
+pub use network::NetworkArgs;
 pub use noise::{Draws, NoiseConfig, NoisyBatch, StepDraws, make_noise};
 pub use observer::{BatchReport, Event, LossAverage, Observer};
 pub use options::Settings;

@@ -121,21 +121,13 @@ pub(crate) fn adapters(
     warn: &mut dyn FnMut(&str),
 ) -> Result<AdapterSet> {
     let options = config.adapter()?;
-    let targets = if options.conv_rank.is_some() {
-        Targets::attn_mlp_conv()
-    } else {
-        Targets::attn_mlp()
-    };
     let rng = |item| streams.stream(Purpose::ADAPTER_INIT, Place::item(item));
-    let parts: [(bool, &mut dyn Adaptable, u64); 2] = [
-        (!config.network_train_text_encoder_only, unet, 0),
-        (!config.network_train_unet_only, text_encoder, 1),
-    ];
+    let (unet_targets, text_targets) = config.targets()?;
+    let parts: [(Option<Targets>, &mut dyn Adaptable, u64); 2] =
+        [(unet_targets, unet, 0), (text_targets, text_encoder, 1)];
     let mut set: Option<AdapterSet> = None;
-    for (wanted, model, item) in parts {
-        if !wanted {
-            continue;
-        }
+    for (targets, model, item) in parts {
+        let Some(targets) = targets else { continue };
         let part = AdapterSet::create(model, &options, &targets, &mut rng(item))?;
         match &mut set {
             None => set = Some(part),

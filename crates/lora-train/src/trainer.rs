@@ -396,12 +396,28 @@ impl Trainer {
         };
         let report = self.adapters.scale_norms(max_norm)?;
         for (name, factor) in &report.factors {
-            for part in ["lora_down.weight", "lora_up.weight"] {
-                let name = format!("{name}.{part}");
-                self.optimizer.weights_changed(&WeightChange::Scaled {
-                    name: &name,
-                    factor: *factor,
-                })?;
+            let vars = self
+                .adapters
+                .get(name)
+                .map(|a| a.vars())
+                .unwrap_or_default();
+            // A Tucker core is left alone by LoRA's scaling.
+            for (suffix, _) in vars
+                .iter()
+                .filter(|(suffix, _)| *suffix != "lora_mid.weight")
+            {
+                let param = format!("{name}.{suffix}");
+                let trained = self
+                    .optimizer
+                    .groups()
+                    .iter()
+                    .any(|g| g.params.iter().any(|(n, _)| *n == param));
+                if trained {
+                    self.optimizer.weights_changed(&WeightChange::Scaled {
+                        name: &param,
+                        factor: *factor,
+                    })?;
+                }
             }
         }
         Ok(Some(report))

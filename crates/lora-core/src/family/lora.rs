@@ -20,7 +20,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use lora_kernels::Conv2dParams;
 use rand::RngCore;
 
-use super::{Entry, Fresh, Parts};
+use super::{Entry, Fresh, Parts, variable};
 use crate::adapter::{Adapter, Family, var};
 use crate::control::{DropoutKind, Pass};
 use crate::layer::{BaseLayer, LayerOp};
@@ -208,6 +208,17 @@ impl Adapter for Lora {
         Some(self.alpha)
     }
 
+    fn matrix_dims(&self) -> (usize, usize) {
+        let kernel: usize = self
+            .mid
+            .as_ref()
+            .map_or(1, |mid| mid.dims()[2..].iter().product());
+        (
+            self.up.elem_count() / self.rank,
+            self.down.elem_count() / self.rank * kernel,
+        )
+    }
+
     fn check(&self, layer: &str, weight: &[usize]) -> crate::Result<()> {
         let mismatch = |tensor: &str, expected: String, got: &Tensor| {
             Err(Error::ShapeMismatch {
@@ -327,9 +338,6 @@ impl Adapter for Lora {
     }
 
     fn trainable(&self) -> Result<Arc<dyn Adapter>> {
-        let variable = |t: &Tensor| -> Result<Tensor> {
-            Ok(Var::from_tensor(&t.detach().to_dtype(DType::F32)?)?.into_inner())
-        };
         Ok(Arc::new(Self {
             down: variable(&self.down)?,
             mid: self.mid.as_ref().map(variable).transpose()?,

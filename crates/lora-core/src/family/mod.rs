@@ -1,17 +1,23 @@
 //! The families: one file each, and the table that makes them known.
 
+mod loha;
+mod lokr;
 mod lora;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor, Var};
 use rand::RngCore;
 
 use crate::adapter::Adapter;
+use crate::control::{DropoutKind, Pass};
+use crate::layer::BaseLayer;
 use crate::{AdapterConfig, Error, Family, Result};
 
+pub use loha::Loha;
+pub use lokr::{Lokr, LokrFactor, factorization};
 pub use lora::Lora;
 
 /// What the rest of the crate needs to know of a family.
@@ -26,7 +32,7 @@ pub(crate) struct Entry {
 }
 
 /// Every family, in the order in which files are tested for it.
-pub(crate) const FAMILIES: &[Entry] = &[lora::ENTRY];
+pub(crate) const FAMILIES: &[Entry] = &[lora::ENTRY, loha::ENTRY, lokr::ENTRY];
 
 /// The table's row of a family.
 pub(crate) fn entry(family: Family) -> &'static Entry {
@@ -44,6 +50,53 @@ pub(crate) struct Fresh<'a> {
     pub(crate) alpha: f64,
     pub(crate) config: &'a AdapterConfig,
     pub(crate) device: &'a candle_core::Device,
+}
+
+impl Fresh<'_> {
+    /// Outputs, inputs and kernel of a linear or convolution weight.
+    pub(crate) fn matrix(&self) -> Result<(usize, usize, (usize, usize))> {
+        match *self.weight {
+            [o, i] => Ok((o, i, (1, 1))),
+            [o, i, kh, kw] => Ok((o, i, (kh, kw))),
+            _ => Err(Error::ShapeMismatch {
+                layer: self.layer.to_string(),
+                tensor: "weight".into(),
+                expected: "a linear or convolution layer".into(),
+                got: self.weight.to_vec(),
+            }),
+        }
+    }
+}
+
+/// A copy of a factor that records gradients, f32.
+pub(crate) fn variable(factor: &Tensor) -> candle_core::Result<Tensor> {
+    Ok(Var::from_tensor(&factor.detach().to_dtype(DType::F32)?)?.into_inner())
+}
+
+/// The branch of families that build their delta: LyCORIS drops whole output rows of
+/// it (rank dropout), without scaling the rest.
+pub(crate) fn branch_with_row_dropout(
+    adapter: &dyn Adapter,
+    x: &Tensor,
+    layer: &BaseLayer,
+    multiplier: f64,
+    pass: Option<&Pass<'_>>,
+) -> candle_core::Result<Tensor> {
+    let mut delta = adapter.delta(&layer.weight, multiplier)?;
+    if let Some(pass) = pass.filter(|p| p.dropout.rank > 0.0) {
+        let rows = delta.dim(0)?;
+        let draws = pass.draws.uniform(DropoutKind::Rank, rows);
+        let keep: Vec<f32> = draws
+            .into_iter()
+            .map(|u| f32::from(f64::from(u) > pass.dropout.rank))
+            .collect();
+        let mut dims = vec![1; delta.rank()];
+        dims[0] = rows;
+        delta = delta.broadcast_mul(
+            &Tensor::from_vec(keep, dims, delta.device())?.to_dtype(delta.dtype())?,
+        )?;
+    }
+    layer.op.apply(x, &delta, None)
 }
 
 /// The tensors of one layer in a file, by suffix. What a family takes is consumed;
