@@ -90,10 +90,15 @@ fn check_case(report: &mut Report, case: &Value, t: &Tensors) {
         .get("lora_unet_layer")
         .expect("the layer's adapter")
         .clone();
-    compare(
-        "out/delta",
-        &adapter.delta(&base.weight, multiplier).unwrap(),
-    );
+    let delta = adapter.delta(&base.weight, multiplier).unwrap();
+    let scale = case["scale"].as_f64().unwrap_or(1.0);
+    if adapter.rank().is_none() && scale != 1.0 {
+        // Full LoKr matrices under rsLoRA: the peer trains with a scale that its file
+        // does not tell and no reader applies; our trainer refuses to make such files.
+        compare("out/delta", &(delta * scale).unwrap());
+        return;
+    }
+    compare("out/delta", &delta);
     if get("out/merged").is_some() {
         let merged = merge::merged_weight(&base.weight, &[(adapter.as_ref(), multiplier)]).unwrap();
         compare("out/merged", &merged);
