@@ -156,7 +156,7 @@ impl Rule for DAdaptRule {
         };
         let dlr = self.d * lr * correction;
         let gathers = table.per_group(|g, n| {
-            (table.lr(g) > 0.0).then(|| Gather {
+            (table.lr(g) > 0.0).then_some(Gather {
                 coupled: if config.decouple {
                     0.0
                 } else {

@@ -79,7 +79,7 @@ impl Rule for DAdaptPreprintRule {
         let (b1, b2) = config.betas;
         let dlr = self.d * lr;
         let gathers = table.per_group(|g, n| {
-            (table.lr(g) > 0.0).then(|| Gather {
+            (table.lr(g) > 0.0).then_some(Gather {
                 coupled: if config.decouple {
                     0.0
                 } else {

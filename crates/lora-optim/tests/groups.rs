@@ -1,5 +1,8 @@
 //! Groups, registries and names.
 
+// A helper that fails is a failed test.
+#![allow(clippy::unwrap_used)]
+
 use candle_core::{DType, Device, Tensor, Var};
 use lora_optim::kohya::{KohyaOptimizer, KohyaScheduler, from_kohya};
 use lora_optim::schedule::{Constant, LrSchedule, Warmup};
