@@ -9,12 +9,12 @@ use lora_tests::Report;
 use optim::{Suite, text, trajectories, utilities};
 
 macro_rules! golden {
-    ($($test:ident => $algorithm:literal,)*) => {
+    ($($test:ident => $($algorithm:literal)|+,)*) => {
         $(#[test]
         fn $test() {
-            trajectories($algorithm);
+            trajectories(&[$($algorithm),+]);
         })*
-        const TRAJECTORIES: &[&str] = &[$($algorithm),*];
+        const TRAJECTORIES: &[&str] = &[$($($algorithm),+),*];
     };
 }
 
@@ -26,7 +26,7 @@ golden! {
     golden_optim_prodigy => "Prodigy",
     golden_optim_dadapt_adam => "DAdaptAdam",
     golden_optim_dadapt_adam_preprint => "DAdaptAdamPreprint",
-    golden_optim_adamw_schedule_free => "AdamWScheduleFree",
+    golden_optim_schedule_free => "AdamWScheduleFree" | "RAdamScheduleFree" | "SGDScheduleFree",
     golden_optim_prodigy_plus_schedule_free => "ProdigyPlusScheduleFree",
     golden_optim_adafactor => "Adafactor",
     golden_optim_came => "CAME",

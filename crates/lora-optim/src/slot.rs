@@ -146,13 +146,13 @@ impl Slot {
                 got: grad.dims().to_vec(),
             });
         }
-        let grad = grad.detach();
-        // A variable handed in as its own gradient would be locked for reading and
-        // writing at once: work on a copy.
-        let grad = if grad.id() == self.var.id() || grad.is_variable() {
-            grad.copy()?
+        // A gradient in the parameter's own memory would be locked for reading and writing
+        // at once: work on a copy.
+        let shared = grad.is_variable() || same_memory(grad, &self.var);
+        let grad = if shared {
+            grad.copy()?.detach()
         } else {
-            grad
+            grad.detach()
         };
         self.grad = Some(grad.to_dtype(DType::F32)?.contiguous()?);
         Ok(())
@@ -472,6 +472,16 @@ pub(crate) fn collect_sums<'a>(slots: impl Iterator<Item = &'a mut Slot>) -> Res
         slot.device_sums.clear();
     }
     Ok(())
+}
+
+/// Whether two f32 tensors on a CPU share their storage.
+fn same_memory(a: &Tensor, b: &Tensor) -> bool {
+    let start = |t: &Tensor| match &*t.storage_and_layout().0 {
+        Storage::Cpu(CpuStorage::F32(values)) => Some(values.as_ptr()),
+        _ => None,
+    };
+    let start_of_a = start(a);
+    start_of_a.is_some() && start_of_a == start(b)
 }
 
 fn cpu_slice<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {

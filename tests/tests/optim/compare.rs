@@ -18,8 +18,37 @@ pub(crate) fn tolerance(case: &Value, against: &str, factor: f64) -> Tolerance {
     }
 }
 
+/// Cases whose reference keeps statistics in bfloat16: there one bit of a sum can grow to
+/// 2^-8 in a step, so their bounds, taken from one disturbed run of the reference, are
+/// widened to twice what disturbed runs of our own show.
+pub(crate) fn has_bf16_state(case: &Value) -> bool {
+    case["tolerance"].get("scalar_rtol_vs_f32").is_some()
+}
+
+/// Largest difference between a trajectory and disturbed ones.
+fn sensitivity(
+    values_of: impl Fn(&Trace) -> Vec<f64>,
+    trace: &Trace,
+    jittered: &[Trace],
+    relative: bool,
+) -> f64 {
+    let own = values_of(trace);
+    let difference =
+        |(a, b): (f64, &f64)| (a - b).abs() / if relative { b.abs().max(1e-300) } else { 1.0 };
+    jittered
+        .iter()
+        .flat_map(|other| values_of(other).into_iter().zip(&own).map(difference))
+        .fold(0.0, f64::max)
+}
+
 /// Compares every expected tensor of a case.
-pub(crate) fn compare(suite: &Suite, case: &Value, trace: &Trace, report: &mut Report) {
+pub(crate) fn compare(
+    suite: &Suite,
+    case: &Value,
+    trace: &Trace,
+    jittered: &[Trace],
+    report: &mut Report,
+) {
     let name = text(&case["name"]);
     let exact = case["tolerance"].get("param_atol_vs_f64").is_some();
     for key in expected(case) {
@@ -33,10 +62,12 @@ pub(crate) fn compare(suite: &Suite, case: &Value, trace: &Trace, report: &mut R
             "f32" => ("vs_f32", 1.0),
             other => panic!("{name}: this test does not know the precision {other}"),
         };
-        let tol = tolerance(case, against, factor);
+        let mut tol = tolerance(case, against, factor);
         match what.split('/').next() {
             Some("param" | "z" | "eval") => match trace.rows.get(what) {
                 Some(rows) => {
+                    let all = |t: &Trace| t.rows[what].iter().flat_map(values).collect();
+                    tol.atol = tol.atol.max(2.0 * sensitivity(all, trace, jittered, false));
                     let rows = Tensor::stack(rows, 0).expect("stack");
                     if case["algorithm"] == "AdamW8bit" {
                         nearly_all(case, rest, &rows, want, tol, report);
@@ -51,12 +82,24 @@ pub(crate) fn compare(suite: &Suite, case: &Value, trace: &Trace, report: &mut R
                     .as_f64()
                     .unwrap_or(5e-6)
                     * factor;
+<<<<<<< HEAD
                 // The reference rounds this sum to bfloat16: a unit of that type is 2^-8.
                 let relative = if what == "scalar/d_denom" && !exact {
                     relative.max(1.0 / 256.0)
                 } else {
                     relative
                 };
+=======
+                let own = matches!(what, "scalar/d" | "scalar/d_max");
+                let series = |t: &Trace| t.scalars.get(what).cloned().unwrap_or_default();
+                let moved = 2.0 * sensitivity(series, trace, jittered, own);
+                let largest = series(trace).iter().fold(1e-300f64, |a, x| a.max(x.abs()));
+                let mut relative = relative.max(if own { moved } else { moved / largest });
+                if what == "scalar/d_denom" && has_bf16_state(case) {
+                    // The sum itself is rounded to bfloat16.
+                    relative = relative.max(1.0 / 256.0);
+                }
+>>>>>>> optim
                 scalars(&name, rest, what, trace, want, relative, report);
             }
             Some(kind) if kind == "state" || kind.starts_with("state_step") => {

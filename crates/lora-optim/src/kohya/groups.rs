@@ -58,6 +58,9 @@ impl Default for GroupOptions {
     }
 }
 
+/// Named parameters.
+type Params = Vec<(String, Var)>;
+
 /// The `network_args` that concern groups.
 const NETWORK_ARGS: [&str; 7] = [
     "loraplus_lr_ratio",
@@ -140,7 +143,10 @@ impl GroupOptions {
             split_plus("unet", unet, unet_lr, self.unet_plus_ratio, &mut out)?;
             return Ok(out);
         };
+<<<<<<< HEAD
         type Params = Vec<(String, Var)>;
+=======
+>>>>>>> optim
         let mut blocks: Vec<(Option<usize>, Params)> = Vec::new();
         for param in unet {
             let index = block_index(&param.0);

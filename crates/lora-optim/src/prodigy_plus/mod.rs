@@ -16,7 +16,7 @@
 //!    `d = max(d, d_coef * d_hat)`
 //!
 //! Two departures from the reference by default, both switched back by
-//! [`RuleConfig::reference`]: p0 and s are kept in f32 (the reference's bfloat16 p0 makes
+//! [`crate::RuleConfig::reference`]: p0 and s are kept in f32 (the reference's bfloat16 p0 makes
 //! the estimate mostly rounding noise for weights that start at ordinary size), and the
 //! factored mean is taken over the right dimension (the reference loses the row factor of
 //! matrices with more rows than columns).
@@ -31,8 +31,6 @@ use crate::error::{Error, Result};
 use crate::prodigy_plus::step::GroupStep;
 use crate::schedule_free::{extrapolate, follow, rectification};
 use crate::slot::{Buffer, Slot};
-#[allow(unused_imports)] // for the documentation above
-use crate::stepper::RuleConfig;
 use crate::stepper::{Rule, Stepper};
 use crate::table::Table;
 

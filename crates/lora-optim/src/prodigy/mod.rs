@@ -20,166 +20,16 @@
 //! `freeze_d_after`, `limit_first_jump`, `init_d`, `exact_displacement`.
 //! <https://arxiv.org/abs/2306.06101>
 
-use serde::{Deserialize, Serialize};
+mod config;
+mod kernels;
 
-use crate::error::{Error, Result, check, check_beta, check_not_negative, check_positive};
-use crate::lane::{Lane, decay_into, decay_into_square};
-use crate::slot::{Buffer, Kernel, Slot, Source};
-use crate::stepper::{Rule, RuleConfig, Stepper};
-use crate::table::{GroupDefaults, Table};
+pub use config::ProdigyConfig;
 
-/// Options of [`Prodigy`].
-///
-/// | name | default | meaning | range |
-/// |---|---|---|---|
-/// | `lr` | 1 | multiplier of d; tune `d_coef` instead | above 0 |
-/// | `betas` | (0.9, 0.99) | what users of diffusion models settled on; the reference has (0.9, 0.999), which inflates the first steps up to 6.6 times | [0, 1) |
-/// | `beta3` | none | decay of the statistics; none is `sqrt(b2)` | [0, 1) |
-/// | `eps` | 1e-8 | | above 0 |
-/// | `weight_decay` | 0 | | 0 or more |
-/// | `decouple` | true | decay as in AdamW | |
-/// | `use_bias_correction` | false | | |
-/// | `safeguard_warmup` | false | keep small warm-up rates out of the denominator of d; set it with warm-up or restarts | |
-/// | `d0` | 1e-6 | first d; 1e-5 or 1e-4 when d does not move within 100 steps | above 0 |
-/// | `init_d` | none | start from the d of an earlier run, `d0` staying the unit of the sums | above 0 |
-/// | `d_coef` | 1 | factor on the estimate, usually 0.5 to 2 | above 0 |
-/// | `growth_rate` | infinite | most that d grows per step | 1 or more |
-/// | `limit_first_jump` | false | `growth_rate` also limits the jump away from d0 (not in the reference) | |
-/// | `d_limit` | infinite | d never exceeds this | above 0 |
-/// | `freeze_d_after` | none | d stays as it is after so many steps | |
-/// | `slice_p` | 1 | statistics from every n-th value only: less memory | 1 or more |
-/// | `split_groups` | false | one d per group | |
-/// | `exact_displacement` | false | sum up the displacement itself instead of subtracting rounded weights; closer to exact arithmetic than the reference | |
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ProdigyConfig {
-    /// Multiplier of d.
-    pub lr: f64,
-    /// Decay rates of the two moments.
-    pub betas: (f64, f64),
-    /// Decay rate of the statistics behind d.
-    pub beta3: Option<f64>,
-    /// Added to the denominator, times d.
-    pub eps: f64,
-    /// Weight decay.
-    pub weight_decay: f64,
-    /// Decay apart from the gradient.
-    pub decouple: bool,
-    /// Adam's bias correction on the step size.
-    pub use_bias_correction: bool,
-    /// Leave the learning rate out of the denominator of d.
-    pub safeguard_warmup: bool,
-    /// First d.
-    pub d0: f64,
-    /// d to start from, if not `d0`.
-    pub init_d: Option<f64>,
-    /// Factor on the estimate.
-    pub d_coef: f64,
-    /// Largest growth of d per step.
-    #[serde(with = "crate::number")]
-    pub growth_rate: f64,
-    /// Apply `growth_rate` to the first jump too.
-    pub limit_first_jump: bool,
-    /// Upper bound of d.
-    #[serde(with = "crate::number")]
-    pub d_limit: f64,
-    /// Number of steps after which d stays.
-    pub freeze_d_after: Option<u64>,
-    /// Stride of the values that the statistics use.
-    pub slice_p: usize,
-    /// One d per group.
-    pub split_groups: bool,
-    /// Keep the displacement instead of the start.
-    pub exact_displacement: bool,
-}
-
-impl Default for ProdigyConfig {
-    fn default() -> Self {
-        Self {
-            lr: 1.0,
-            betas: (0.9, 0.99),
-            beta3: None,
-            eps: 1e-8,
-            weight_decay: 0.0,
-            decouple: true,
-            use_bias_correction: false,
-            safeguard_warmup: false,
-            d0: 1e-6,
-            init_d: None,
-            d_coef: 1.0,
-            growth_rate: f64::INFINITY,
-            limit_first_jump: false,
-            d_limit: f64::INFINITY,
-            freeze_d_after: None,
-            slice_p: 1,
-            split_groups: false,
-            exact_displacement: false,
-        }
-    }
-}
-
-impl ProdigyConfig {
-    /// The authors' recommendation for diffusion models: weight decay 0.01, bias
-    /// correction and the warm-up safeguard. Slow to start and steady.
-    pub fn recommended() -> Self {
-        Self {
-            weight_decay: 0.01,
-            use_bias_correction: true,
-            safeguard_warmup: true,
-            ..Default::default()
-        }
-    }
-}
-
-impl RuleConfig for ProdigyConfig {
-    /// prodigyopt's defaults: betas (0.9, 0.999).
-    fn reference() -> Self {
-        Self {
-            betas: (0.9, 0.999),
-            ..Default::default()
-        }
-    }
-
-    fn validate(&self) -> Result<()> {
-        check_positive("lr", self.lr)?;
-        check_beta("betas", self.betas.0)?;
-        check_beta("betas", self.betas.1)?;
-        if let Some(beta3) = self.beta3 {
-            check_beta("beta3", beta3)?;
-        }
-        check_positive("eps", self.eps)?;
-        check_not_negative("weight_decay", self.weight_decay)?;
-        check_positive("d0", self.d0)?;
-        if let Some(d) = self.init_d {
-            check_positive("init_d", d)?;
-        }
-        check_positive("d_coef", self.d_coef)?;
-        check(
-            self.growth_rate >= 1.0,
-            "growth_rate",
-            self.growth_rate,
-            "1 or more",
-        )?;
-        check(self.d_limit > 0.0, "d_limit", self.d_limit, "above 0")?;
-        check(self.slice_p > 0, "slice_p", self.slice_p, "1 or more")?;
-        if self.exact_displacement && self.slice_p > 1 {
-            return Err(Error::Combination {
-                what: "exact_displacement and slice_p > 1".into(),
-                instead: "the displacement needs every value; choose one of the two",
-            });
-        }
-        Ok(())
-    }
-
-    fn defaults(&self) -> GroupDefaults {
-        GroupDefaults {
-            lr: self.lr,
-            weight_decay: self.weight_decay,
-            betas: None,
-            eps: Some(self.eps),
-        }
-    }
-}
+use crate::error::{Error, Result};
+use crate::prodigy::kernels::{Apply, Both, Moments, Statistics, WithDisplacement};
+use crate::slot::{Buffer, Slot, Source};
+use crate::stepper::{Rule, Stepper};
+use crate::table::Table;
 
 /// Prodigy: `lr` 1 and no learning rate to tune.
 ///
@@ -572,7 +422,7 @@ fn gather(
         [0.0; 2]
     } else if config.slice_p > 1 {
         slot.sums = [0.0; 4];
-        stats.sliced(config.slice_p, slot)?
+        sliced(&stats, config.slice_p, slot)?
     } else if config.exact_displacement {
         slot.run([s], [g, p, Source::State(U)], &WithDisplacement(stats))?;
         [slot.sums[0], slot.sums[1]]
@@ -633,162 +483,22 @@ fn apply(config: &ProdigyConfig, step: &GroupStep, d: f64, slot: &mut Slot) -> R
     }
 }
 
-struct Moments {
-    coupled: f32,
-    b1: f32,
-    m_new: f32,
-    b2: f32,
-    v_new: f32,
-}
-
-impl Moments {
-    #[inline(always)]
-    fn second<L: Lane>(&self, v: &mut L, g: &L) {
-        *v = decay_into_square(v.clone(), g.clone(), self.b2, self.v_new);
-    }
-}
-
-impl Kernel<2, 2, 0> for Moments {
-    #[inline(always)]
-    fn element<L: Lane>(&self, [m, v]: &mut [L; 2], [g, p]: [L; 2]) -> [L; 0] {
-        let g = g + p.times(self.coupled);
-        *m = decay_into(m.clone(), g.clone(), self.b1, self.m_new);
-        self.second(v, &g);
-        []
-    }
-}
-
-impl Kernel<1, 2, 0> for Moments {
-    #[inline(always)]
-    fn element<L: Lane>(&self, [v]: &mut [L; 1], [g, p]: [L; 2]) -> [L; 0] {
-        self.second(v, &(g + p.times(self.coupled)));
-        []
-    }
-}
-
-struct Statistics {
-    coupled: f32,
-    b3: f32,
-    gain: f32,
-}
-
-impl Statistics {
-    /// Sums of `g * displacement` and `|s|`.
-    #[inline(always)]
-    fn sums<L: Lane>(&self, s: &mut L, g: L, displacement: L) -> [L; 2] {
-        *s = decay_into(s.clone(), g.clone(), self.b3, self.gain);
-        [g * displacement, s.clone().abs()]
-    }
-
-    /// The same over every `stride`-th value.
-    fn sliced(&self, stride: usize, slot: &mut Slot) -> Result<[f64; 2]> {
-        let scale = slot.grad_scale;
-        slot.on_host(|p, g, buffers| {
-            let (s, p0) = buffers.split_at_mut(P0);
-            let (Some(s), Some(p0)) = (&mut s[S], &p0[0]) else {
-                return Err(Error::state("s or p0 is missing"));
-            };
-            let p0 = p0.f32();
-            let mut total = [0.0f64; 2];
-            for (i, (s, (p, g))) in s
-                .f32_mut()
-                .iter_mut()
-                .zip(p.iter().zip(g).step_by(stride))
-                .enumerate()
-            {
-                let start = if p0.len() == 1 { p0[0] } else { p0[i] };
-                let [dot, abs] = self.sums(s, g * scale + p * self.coupled, start - p);
-                total[0] += f64::from(dot);
-                total[1] += f64::from(abs);
-            }
-            Ok(total)
-        })
-    }
-}
-
-impl Kernel<1, 3, 2> for Statistics {
-    #[inline(always)]
-    fn element<L: Lane>(&self, [s]: &mut [L; 1], [g, p, p0]: [L; 3]) -> [L; 2] {
-        self.sums(s, g + p.clone().times(self.coupled), p0 - p)
-    }
-}
-
-/// A parameter that started at zero.
-impl Kernel<1, 2, 2> for Statistics {
-    #[inline(always)]
-    fn element<L: Lane>(&self, [s]: &mut [L; 1], [g, p]: [L; 2]) -> [L; 2] {
-        self.sums(s, g + p.clone().times(self.coupled), -p)
-    }
-}
-
-struct WithDisplacement(Statistics);
-
-impl Kernel<1, 3, 2> for WithDisplacement {
-    #[inline(always)]
-    fn element<L: Lane>(&self, [s]: &mut [L; 1], [g, p, u]: [L; 3]) -> [L; 2] {
-        self.0.sums(s, g + p.times(self.0.coupled), u)
-    }
-}
-
-/// Moments and statistics in one walk.
-struct Both {
-    moments: Moments,
-    stats: Statistics,
-}
-
-impl Both {
-    #[inline(always)]
-    fn all<L: Lane>(&self, [m, v, s]: &mut [L; 3], g: L, displacement: L) -> [L; 2] {
-        *m = decay_into(m.clone(), g.clone(), self.moments.b1, self.moments.m_new);
-        self.moments.second(v, &g);
-        self.stats.sums(s, g, displacement)
-    }
-}
-
-impl Kernel<3, 3, 2> for Both {
-    #[inline(always)]
-    fn element<L: Lane>(&self, state: &mut [L; 3], [g, p, p0]: [L; 3]) -> [L; 2] {
-        self.all(state, g + p.clone().times(self.stats.coupled), p0 - p)
-    }
-}
-
-impl Kernel<3, 2, 2> for Both {
-    #[inline(always)]
-    fn element<L: Lane>(&self, state: &mut [L; 3], [g, p]: [L; 2]) -> [L; 2] {
-        self.all(state, g + p.clone().times(self.stats.coupled), -p)
-    }
-}
-
-struct Apply {
-    decay: f32,
-    coupled: f32,
-    step: f32,
-    eps: f32,
-}
-
-impl Apply {
-    /// What is subtracted from the parameter, apart from the decoupled decay.
-    #[inline(always)]
-    fn amount<L: Lane>(&self, p: &L, m: L, v: L) -> L {
-        (m + p.clone().times(self.coupled)).times(self.step) / v.sqrt().plus(self.eps)
-    }
-}
-
-impl Kernel<1, 2, 0> for Apply {
-    #[inline(always)]
-    fn element<L: Lane>(&self, [p]: &mut [L; 1], [m, v]: [L; 2]) -> [L; 0] {
-        let amount = self.amount(p, m, v);
-        *p = p.clone() - p.clone().times(self.decay) - amount;
-        []
-    }
-}
-
-impl Kernel<2, 2, 0> for Apply {
-    #[inline(always)]
-    fn element<L: Lane>(&self, [p, u]: &mut [L; 2], [m, v]: [L; 2]) -> [L; 0] {
-        let amount = self.amount(p, m, v) + p.clone().times(self.decay);
-        *p = p.clone() - amount.clone();
-        *u = u.clone() + amount;
-        []
-    }
+/// The statistics over every `stride`-th value.
+fn sliced(stats: &Statistics, stride: usize, slot: &mut Slot) -> Result<[f64; 2]> {
+    let scale = slot.grad_scale;
+    slot.on_host(|p, g, buffers| {
+        let [_, _, Some(s), Some(p0), _] = buffers else {
+            return Err(Error::state("s or p0 is missing"));
+        };
+        let p0 = p0.f32();
+        let mut total = [0.0f64; 2];
+        let values = p.iter().zip(g).step_by(stride);
+        for (i, (s, (p, g))) in s.f32_mut().iter_mut().zip(values).enumerate() {
+            let start = if p0.len() == 1 { p0[0] } else { p0[i] };
+            let [dot, abs] = stats.sums(s, g * scale + p * stats.coupled, start - p);
+            total[0] += f64::from(dot);
+            total[1] += f64::from(abs);
+        }
+        Ok(total)
+    })
 }
