@@ -82,14 +82,6 @@ pub(crate) fn compare(
                     .as_f64()
                     .unwrap_or(5e-6)
                     * factor;
-<<<<<<< HEAD
-                // The reference rounds this sum to bfloat16: a unit of that type is 2^-8.
-                let relative = if what == "scalar/d_denom" && !exact {
-                    relative.max(1.0 / 256.0)
-                } else {
-                    relative
-                };
-=======
                 let own = matches!(what, "scalar/d" | "scalar/d_max");
                 let series = |t: &Trace| t.scalars.get(what).cloned().unwrap_or_default();
                 let moved = 2.0 * sensitivity(series, trace, jittered, own);
@@ -99,7 +91,6 @@ pub(crate) fn compare(
                     // The sum itself is rounded to bfloat16.
                     relative = relative.max(1.0 / 256.0);
                 }
->>>>>>> optim
                 scalars(&name, rest, what, trace, want, relative, report);
             }
             Some(kind) if kind == "state" || kind.starts_with("state_step") => {

@@ -143,10 +143,6 @@ impl GroupOptions {
             split_plus("unet", unet, unet_lr, self.unet_plus_ratio, &mut out)?;
             return Ok(out);
         };
-<<<<<<< HEAD
-        type Params = Vec<(String, Var)>;
-=======
->>>>>>> optim
         let mut blocks: Vec<(Option<usize>, Params)> = Vec::new();
         for param in unet {
             let index = block_index(&param.0);
