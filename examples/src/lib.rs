@@ -1,1 +1,62 @@
-//! Programs made of the toolkit; each file beside `src/` is one.
+//! What the programs beside `src/` share: devices, memory, the demonstration files.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+
+/// A device by name: `cpu`, `cuda:0`, `metal`, or `auto`, which takes a GPU if the
+/// program was built for one and one answers.
+///
+/// # Errors
+/// When the name is unknown, or the device asked for does not answer.
+pub fn device(name: &str) -> Result<Device, String> {
+    let number = |text: &str| {
+        text.parse::<usize>()
+            .map_err(|_| format!("device {name:?}: expected a number"))
+    };
+    match name.split_once(':').unwrap_or((name, "0")) {
+        ("cpu", _) => Ok(Device::Cpu),
+        ("cuda", n) => Device::new_cuda(number(n)?).map_err(|e| format!("device {name}: {e}")),
+        ("metal", n) => Device::new_metal(number(n)?).map_err(|e| format!("device {name}: {e}")),
+        ("auto", _) => Ok(Device::new_cuda(0)
+            .or_else(|_| Device::new_metal(0))
+            .unwrap_or(Device::Cpu)),
+        _ => Err(format!(
+            "unknown device {name:?}; known are auto, cpu, cuda:0, metal"
+        )),
+    }
+}
+
+/// Peak memory of this process in megabytes, where the system tells.
+pub fn peak_memory_mb() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    line.split_whitespace()
+        .nth(1)?
+        .parse::<u64>()
+        .ok()
+        .map(|kb| kb / 1024)
+}
+
+/// A file or folder of this repository.
+pub fn repository(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .map_or_else(|| path.into(), |root| root.join(path))
+}
+
+/// The bundled miniature model: SD1.5's structure with random weights. It shows that
+/// everything works; it cannot draw.
+pub fn demo_model() -> PathBuf {
+    repository("tests/golden/sd15/mini_ldm.safetensors")
+}
+
+/// The bundled pictures of one character, in kohya's folder layout.
+pub fn demo_pictures() -> PathBuf {
+    repository("assets/demo")
+}
+
+/// The programs in the main README, compiled as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct ReadmeDoctests;

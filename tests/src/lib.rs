@@ -113,7 +113,7 @@ impl Report {
             if !within {
                 failed += 1;
             }
-            if !(error <= worst.0) {
+            if error > worst.0 || error.is_nan() {
                 worst = (error, i);
             }
         }
@@ -159,7 +159,12 @@ impl Report {
             "{} of {} comparisons failed:\n{}",
             self.failures.len(),
             self.checked,
-            self.failures.join("\n")
+            self.failures
+                .iter()
+                .take(40)
+                .cloned()
+                .collect::<Vec<_>>()
+                .join("\n")
         );
         assert!(self.checked > 0, "no golden case was compared");
     }

@@ -1,1 +1,51 @@
-//! Stable Diffusion 1.5 for candle with adapter injection points: UNet, VAE, CLIP text encoder, tokenizer, samplers.
+//! Stable Diffusion 1.x for candle, every layer open to adapters.
+//!
+//! * [`StableDiffusion`]: the whole pipeline; [`Txt2Img`] describes a job
+//! * [`Checkpoint`]: single-file and diffusers-folder models, recognised and checked
+//! * [`UNet`], [`TextEncoder`], [`Vae`], [`Tokenizer`]: the parts, usable alone;
+//!   the first two implement [`lora_core::Adaptable`]
+//! * [`NoiseSchedule`], [`sampler`], [`NoiseGenerator`]: the diffusion around them
+//! * [`prompt`]: attention weights, chunks, `<lora:...>` tags
+//!
+//! ```no_run
+//! use candle_core::{DType, Device};
+//! use lora_sd15::{StableDiffusion, Txt2Img};
+//! let mut sd = StableDiffusion::load("v1-5-pruned-emaonly.safetensors", DType::F32, &Device::Cpu)?;
+//! let request = Txt2Img { prompt: "a lighthouse in a storm".into(), ..Default::default() };
+//! let images = sd.txt2img(&request, &mut |_| true)?;
+//! images[0].save_png("lighthouse.png", None)?;
+//! # Ok::<(), lora_sd15::Error>(())
+//! ```
+
+mod checkpoint;
+mod config;
+mod error;
+mod image;
+mod infotext;
+mod pipeline;
+pub mod prompt;
+mod rng;
+pub mod sampler;
+mod schedule;
+mod text_encoder;
+pub mod tokenizer;
+mod unet;
+mod vae;
+
+pub use checkpoint::{Checkpoint, Part, ldm_to_diffusers};
+pub use config::{ModelConfig, TextConfig, UnetConfig, VaeConfig};
+pub use error::{Error, Result};
+pub use image::Image;
+pub use infotext::infotext;
+pub use pipeline::{SamplerKind, StableDiffusion, Step, Txt2Img, find_adapter};
+pub use rng::{NoiseGenerator, NoiseSource};
+pub use schedule::{NoiseSchedule, TIMESTEPS};
+pub use text_encoder::{TextEncoder, weigh, weigh_restoring_mean};
+pub use tokenizer::Tokenizer;
+pub use unet::{UNet, UnevenSize, timestep_embedding};
+pub use vae::{Posterior, Vae};
+
+/// The README's programs, compiled and run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct ReadmeDoctests;

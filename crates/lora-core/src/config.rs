@@ -1,0 +1,128 @@
+//! What kind of adapter to create.
+
+use crate::control::Dropout;
+use crate::{Error, Family, Result};
+
+/// Options of a fresh adapter.
+///
+/// | name | default | meaning | kohya |
+/// |---|---|---|---|
+/// | `family` | LoRA | the formula | `network_module`, `algo` |
+/// | `rank` | 4 | rank for linear layers and 1x1 convolutions | `network_dim` |
+/// | `alpha` | 1 | scale is alpha / rank; 0 means rank | `network_alpha` |
+/// | `conv_rank` | none | rank for larger kernels; none leaves them out | `conv_dim` |
+/// | `conv_alpha` | 1 | the same for larger kernels | `conv_alpha` |
+/// | `use_tucker` | false | core tensor for larger kernels | `use_tucker`, `use_cp` |
+/// | `dropout` | off | dropout while training | `network_dropout`, ... |
+/// | `rs_lora` | false | scale is alpha / sqrt(rank) | `rs_lora` |
+/// | `factor` | -1 | LoKr: how dimensions are split, see [`factorization`](crate::factorization) | `factor` |
+/// | `decompose_both`, `full_matrix`, `unbalanced_factorization` | false | LoKr | the same |
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterConfig {
+    /// The family.
+    pub family: Family,
+    /// Rank for linear layers and 1x1 convolutions, at least 1.
+    pub rank: usize,
+    /// `alpha` for them; 0 means the rank.
+    pub alpha: f64,
+    /// Rank for convolutions with a larger kernel; `None` leaves these layers out.
+    pub conv_rank: Option<usize>,
+    /// `alpha` for them; 0 means the rank.
+    pub conv_alpha: f64,
+    /// Whether larger kernels are decomposed with a core tensor (Tucker).
+    pub use_tucker: bool,
+    /// Dropout while training.
+    pub dropout: Dropout,
+    /// rsLoRA (Kalajdzievski 2023): scale `alpha / sqrt(rank)`, written to files as an
+    /// `alpha` that every reader understands.
+    pub rs_lora: bool,
+    /// LoKr: bound of the smaller Kronecker factor; -1 for none.
+    pub factor: i64,
+    /// LoKr: make the first factor low-rank too where that saves parameters.
+    pub decompose_both: bool,
+    /// LoKr: keep both factors full.
+    pub full_matrix: bool,
+    /// LoKr: give the first factor the larger part of the outputs.
+    pub unbalanced_factorization: bool,
+}
+
+impl Default for AdapterConfig {
+    fn default() -> Self {
+        Self {
+            family: Family::Lora,
+            rank: 4,
+            alpha: 1.0,
+            conv_rank: None,
+            conv_alpha: 1.0,
+            use_tucker: false,
+            dropout: Dropout::default(),
+            rs_lora: false,
+            factor: -1,
+            decompose_both: false,
+            full_matrix: false,
+            unbalanced_factorization: false,
+        }
+    }
+}
+
+impl AdapterConfig {
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// [`Error::BadValue`] for the first that is out of range.
+    pub fn validate(&self) -> Result<()> {
+        let bad = |name, value: String, expected| {
+            Err(Error::BadValue {
+                layer: "adapter options".into(),
+                name,
+                value,
+                expected,
+            })
+        };
+        if self.rank == 0 || self.conv_rank == Some(0) {
+            return bad("rank", "0".into(), "expected at least 1");
+        }
+        for (name, alpha) in [("alpha", self.alpha), ("conv_alpha", self.conv_alpha)] {
+            if !alpha.is_finite() || alpha < 0.0 {
+                return bad(
+                    name,
+                    alpha.to_string(),
+                    "expected a finite number, 0 (meaning the rank) or more",
+                );
+            }
+        }
+        let Dropout {
+            neuron,
+            rank,
+            module,
+        } = self.dropout;
+        for (name, p) in [
+            ("dropout", neuron),
+            ("rank_dropout", rank),
+            ("module_dropout", module),
+        ] {
+            if !(0.0..1.0).contains(&p) {
+                return bad(
+                    name,
+                    p.to_string(),
+                    "expected a probability of at least 0 and less than 1",
+                );
+            }
+        }
+        if self.family != Family::Lora && neuron > 0.0 {
+            return bad(
+                "dropout",
+                neuron.to_string(),
+                "this family has no dropout inside; use rank_dropout or module_dropout",
+            );
+        }
+        if self.family == Family::Lokr && self.full_matrix && self.rs_lora {
+            return bad(
+                "rs_lora",
+                "true".into(),
+                "full matrices have no rank; leave it out",
+            );
+        }
+        Ok(())
+    }
+}

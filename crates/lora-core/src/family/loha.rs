@@ -1,0 +1,263 @@
+//! LoHa: `delta = multiplier * alpha / rank * (w1_a w1_b) o (w2_a w2_b)`, `o` being the
+//! elementwise product, so that the delta's rank reaches `rank^2`.
+//!
+//! | layer | `hada_w*_a` | `hada_w*_b` | `hada_t*` |
+//! |---|---|---|---|
+//! | linear | `[o, r]` | `[r, i]` | |
+//! | convolution | `[o, r]` | `[r, i kh kw]` | |
+//! | convolution, Tucker | `[r, o]` | `[r, i]` | `[r, r, kh, kw]` |
+//!
+//! plus `alpha`. Paper: Hyeon-Woo et al. 2021 (FedPara); files and initial values as in
+//! LyCORIS: `w1_b`, `w2_b` from N(0, 1), `w1_a` from N(0, 0.1), `w2_a` zero, cores from
+//! N(0, 0.1). A LoHa of rank r has as many parameters as a LoRA of rank 2r.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use rand::RngCore;
+
+use super::{Entry, Fresh, Parts, branch_with_row_dropout, variable};
+use crate::adapter::{Adapter, Family, var};
+use crate::control::Pass;
+use crate::layer::BaseLayer;
+use crate::{Error, init};
+
+pub(super) const ENTRY: Entry = Entry {
+    family: Family::Loha,
+    detect: |parts| parts.has("hada_w1_a"),
+    read,
+    create,
+};
+
+/// Names of one side's factors: a, b, Tucker core.
+const SIDES: [[&str; 3]; 2] = [
+    ["hada_w1_a", "hada_w1_b", "hada_t1"],
+    ["hada_w2_a", "hada_w2_b", "hada_t2"],
+];
+
+/// One side of the elementwise product.
+#[derive(Debug, Clone)]
+struct Side {
+    a: Tensor,
+    b: Tensor,
+    core: Option<Tensor>,
+}
+
+impl Side {
+    /// `[o, i kh kw]`.
+    fn product(&self, dtype: DType) -> Result<Tensor> {
+        let (a, b) = (self.a.to_dtype(dtype)?, self.b.to_dtype(dtype)?);
+        match &self.core {
+            None => lora_kernels::linear(&a, &b.t()?.contiguous()?, None),
+            Some(core) => {
+                // core [p, q, k], a [p, o], b [q, i] -> [o, i k]
+                let (p, q, kh, kw) = core.dims4()?;
+                let (o, i, k) = (a.dim(1)?, b.dim(1)?, kh * kw);
+                let core = core.to_dtype(dtype)?.reshape((p, q, k))?;
+                let right = core
+                    .transpose(1, 2)?
+                    .contiguous()?
+                    .reshape((p * k, q))?
+                    .matmul(&b)?;
+                let right = right
+                    .reshape((p, k, i))?
+                    .transpose(1, 2)?
+                    .contiguous()?
+                    .reshape((p, i * k))?;
+                a.t()?.contiguous()?.matmul(&right)?.reshape((o, i * k))
+            }
+        }
+    }
+
+    fn rank(&self) -> usize {
+        self.b.dims().first().copied().unwrap_or(0)
+    }
+
+    /// Outputs, and inputs times kernel area.
+    fn dims(&self) -> (usize, usize) {
+        let (a, b) = (self.a.dims(), self.b.dims());
+        match &self.core {
+            None => (a[0], b[1]),
+            Some(core) => (a[1], b[1] * core.dims()[2] * core.dims()[3]),
+        }
+    }
+}
+
+/// Factors of one layer's LoHa.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use lora_core::{Adapter, Loha};
+/// let column = |v: f32| Tensor::new(&[[v], [v]], &Device::Cpu);
+/// let row = |v: f32| Tensor::new(&[[v, v]], &Device::Cpu);
+/// let loha = Loha::new("fc", [(column(2.)?, row(3.)?, None), (column(5.)?, row(7.)?, None)], 1.0)?;
+/// let base = Tensor::zeros((2, 2), candle_core::DType::F32, &Device::Cpu)?;
+/// assert_eq!(loha.delta(&base, 1.0)?.to_vec2::<f32>()?, [[210., 210.], [210., 210.]]);
+/// # Ok::<(), lora_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Loha {
+    sides: [Side; 2],
+    alpha: f64,
+}
+
+impl Loha {
+    /// From the two sides' factors (a, b, Tucker core) in the shapes of the module's
+    /// table. `layer` is for messages.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] when factors disagree.
+    pub fn new(
+        layer: &str,
+        sides: [(Tensor, Tensor, Option<Tensor>); 2],
+        alpha: f64,
+    ) -> crate::Result<Self> {
+        let sides = sides.map(|(a, b, core)| Side { a, b, core });
+        let mismatch = |tensor: &str, expected: String, got: &Tensor| {
+            Err(Error::ShapeMismatch {
+                layer: layer.into(),
+                tensor: tensor.into(),
+                expected,
+                got: got.dims().to_vec(),
+            })
+        };
+        let rank = sides[0].rank();
+        for (side, [a, b, t]) in sides.iter().zip(SIDES) {
+            if side.b.rank() != 2 || side.rank() != rank || side.b.elem_count() == 0 {
+                return mismatch(b, format!("[{rank}, inputs]"), &side.b);
+            }
+            let axis = usize::from(side.core.is_none());
+            if side.a.rank() != 2 || side.a.dims()[axis] != rank || side.a.elem_count() == 0 {
+                return mismatch(a, format!("a matrix with {rank} on axis {axis}"), &side.a);
+            }
+            if let Some(core) = &side.core {
+                if !matches!(*core.dims(), [p, q, _, _] if p == rank && q == rank) {
+                    return mismatch(t, format!("[{rank}, {rank}, kh, kw]"), core);
+                }
+            }
+        }
+        if sides[0].dims() != sides[1].dims() {
+            return mismatch(
+                SIDES[1][0],
+                format!("a product of size {:?}", sides[0].dims()),
+                &sides[1].a,
+            );
+        }
+        Ok(Self { sides, alpha })
+    }
+
+    fn factors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        self.sides.iter().zip(SIDES).flat_map(|(side, [a, b, t])| {
+            [(a, &side.a), (b, &side.b)]
+                .into_iter()
+                .chain(side.core.as_ref().map(|core| (t, core)))
+        })
+    }
+
+    fn scale(&self) -> f64 {
+        self.alpha / self.sides[0].rank() as f64
+    }
+}
+
+impl Adapter for Loha {
+    fn family(&self) -> Family {
+        Family::Loha
+    }
+
+    fn rank(&self) -> Option<usize> {
+        Some(self.sides[0].rank())
+    }
+
+    fn alpha(&self) -> Option<f64> {
+        Some(self.alpha)
+    }
+
+    fn matrix_dims(&self) -> (usize, usize) {
+        self.sides[0].dims()
+    }
+
+    fn delta(&self, base: &Tensor, multiplier: f64) -> Result<Tensor> {
+        let dtype = if base.dtype() == DType::F64 {
+            DType::F64
+        } else {
+            DType::F32
+        };
+        let product = (self.sides[0].product(dtype)? * self.sides[1].product(dtype)?)?;
+        (product * (self.scale() * multiplier))?
+            .reshape(base.shape())?
+            .to_dtype(base.dtype())
+    }
+
+    fn branch(
+        &self,
+        x: &Tensor,
+        layer: &BaseLayer,
+        multiplier: f64,
+        pass: Option<&Pass<'_>>,
+    ) -> Result<Tensor> {
+        branch_with_row_dropout(self, x, layer, multiplier, pass)
+    }
+
+    fn vars(&self) -> Vec<(&'static str, Var)> {
+        self.factors()
+            .filter_map(|(name, t)| Some((name, var(t)?)))
+            .collect()
+    }
+
+    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        let alpha = Tensor::new(self.alpha as f32, &Device::Cpu)?;
+        Ok(self
+            .factors()
+            .map(|(name, t)| (name, t.clone()))
+            .chain([("alpha", alpha)])
+            .collect())
+    }
+
+    fn trainable(&self) -> Result<Arc<dyn Adapter>> {
+        let side = |s: &Side| -> Result<Side> {
+            Ok(Side {
+                a: variable(&s.a)?,
+                b: variable(&s.b)?,
+                core: s.core.as_ref().map(variable).transpose()?,
+            })
+        };
+        Ok(Arc::new(Self {
+            sides: [side(&self.sides[0])?, side(&self.sides[1])?],
+            alpha: self.alpha,
+        }))
+    }
+}
+
+fn read(parts: &mut Parts<'_>) -> crate::Result<Arc<dyn Adapter>> {
+    let mut side = |[a, b, t]: [&'static str; 3]| -> crate::Result<_> {
+        Ok((parts.require(a)?, parts.require(b)?, parts.take(t)))
+    };
+    let sides = [side(SIDES[0])?, side(SIDES[1])?];
+    let alpha = parts.take_alpha(sides[0].1.dims().first().copied().unwrap_or(0))?;
+    Ok(Arc::new(Loha::new(parts.layer, sides, alpha)?))
+}
+
+fn create(fresh: &Fresh<'_>, rng: &mut dyn RngCore) -> crate::Result<Arc<dyn Adapter>> {
+    let r = fresh.rank;
+    let (o, i, kernel) = fresh.matrix()?;
+    let tucker = fresh.config.use_tucker && kernel.0 * kernel.1 > 1;
+    let (a, b) = if tucker {
+        ([r, o], [r, i])
+    } else {
+        ([o, r], [r, i * kernel.0 * kernel.1])
+    };
+    let mut side = |first: bool| -> crate::Result<_> {
+        let b = init::normal(&b, 1.0, rng, fresh.device)?;
+        let a = if first {
+            init::normal(&a, 0.1, rng, fresh.device)?
+        } else {
+            Tensor::zeros(&a, DType::F32, fresh.device)?
+        };
+        let core = tucker
+            .then(|| init::normal(&[r, r, kernel.0, kernel.1], 0.1, rng, fresh.device))
+            .transpose()?;
+        Ok((a, b, core))
+    };
+    let sides = [side(true)?, side(false)?];
+    Ok(Loha::new(fresh.layer, sides, fresh.alpha)?.trainable()?)
+}

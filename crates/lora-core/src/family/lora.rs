@@ -1,0 +1,429 @@
+//! LoRA and LoCon: `delta = multiplier * alpha / rank * up down`.
+//!
+//! | layer | `lora_down.weight` | `lora_mid.weight` | `lora_up.weight` |
+//! |---|---|---|---|
+//! | linear | `[r, i]` | | `[o, r]` |
+//! | convolution | `[r, i, kh, kw]` | | `[o, r, 1, 1]` |
+//! | convolution, Tucker | `[r, i, 1, 1]` | `[r, r, kh, kw]` | `[o, r, 1, 1]` |
+//!
+//! plus `alpha`, a 0-d tensor. Papers: Hu et al. 2021 (linear), Yeh et al. 2023
+//! (LyCORIS: convolutions, Tucker). Files that store a projection's linear factors
+//! as 1x1 convolutions, or the other way round, are read by element count.
+//!
+//! A fresh adapter draws `down` from `U(-b, b)`, `b = 1 / sqrt(fan_in)` (PyTorch's
+//! `kaiming_uniform_(a = sqrt 5)`, as sd-scripts does) and sets `up` to zero, so
+//! that it changes nothing at first.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use lora_kernels::Conv2dParams;
+use rand::RngCore;
+
+use super::{Entry, Fresh, Parts, variable};
+use crate::adapter::{Adapter, Family, var};
+use crate::control::{DropoutKind, Pass};
+use crate::layer::{BaseLayer, LayerOp};
+use crate::{Error, init};
+
+pub(super) const ENTRY: Entry = Entry {
+    family: Family::Lora,
+    detect: |parts| parts.has("lora_up.weight") || parts.has("lora_down.weight"),
+    read,
+    create,
+};
+
+/// Factors of one layer's LoRA.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use lora_core::{Adapter, Lora};
+/// let down = Tensor::new(&[[1f32, 2.]], &Device::Cpu)?;
+/// let up = Tensor::new(&[[3f32], [4.]], &Device::Cpu)?;
+/// let lora = Lora::new("fc", down, None, up, 0.5)?;
+/// let base = Tensor::zeros((2, 2), candle_core::DType::F32, &Device::Cpu)?;
+/// assert_eq!(lora.delta(&base, 1.0)?.to_vec2::<f32>()?, [[1.5, 3.0], [2.0, 4.0]]);
+/// # Ok::<(), lora_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Lora {
+    down: Tensor,
+    mid: Option<Tensor>,
+    up: Tensor,
+    rank: usize,
+    alpha: f64,
+}
+
+impl Lora {
+    /// From factors in the shapes of the module's table. `layer` is for messages.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] when the factors disagree about the rank.
+    pub fn new(
+        layer: &str,
+        down: Tensor,
+        mid: Option<Tensor>,
+        up: Tensor,
+        alpha: f64,
+    ) -> crate::Result<Self> {
+        let mismatch = |tensor: &str, expected: String, got: &Tensor| Error::ShapeMismatch {
+            layer: layer.to_string(),
+            tensor: tensor.to_string(),
+            expected,
+            got: got.dims().to_vec(),
+        };
+        let rank = match *down.dims() {
+            [rank, _] | [rank, _, _, _] if rank > 0 && down.elem_count() > 0 => rank,
+            _ => {
+                return Err(mismatch(
+                    "lora_down.weight",
+                    "[rank, in] or [rank, in, kh, kw]".into(),
+                    &down,
+                ));
+            }
+        };
+        match *up.dims() {
+            [o, r] | [o, r, 1, 1] if r == rank && o > 0 => {}
+            _ => {
+                return Err(mismatch(
+                    "lora_up.weight",
+                    format!("[out, {rank}] or [out, {rank}, 1, 1]"),
+                    &up,
+                ));
+            }
+        }
+        if let Some(mid) = &mid {
+            let squeezed = matches!(*down.dims(), [_, _] | [_, _, 1, 1]);
+            match *mid.dims() {
+                [a, b, _, _] if a == rank && b == rank && squeezed => {}
+                _ => {
+                    return Err(mismatch(
+                        "lora_mid.weight",
+                        format!("[{rank}, {rank}, kh, kw]"),
+                        mid,
+                    ));
+                }
+            }
+        }
+        if !alpha.is_finite() {
+            return Err(Error::BadValue {
+                layer: layer.to_string(),
+                name: "alpha",
+                value: alpha.to_string(),
+                expected: "expected a finite number",
+            });
+        }
+        Ok(Self {
+            down,
+            mid,
+            up,
+            rank,
+            alpha,
+        })
+    }
+
+    /// The down factor.
+    pub fn down(&self) -> &Tensor {
+        &self.down
+    }
+
+    /// The up factor.
+    pub fn up(&self) -> &Tensor {
+        &self.up
+    }
+
+    /// `alpha / rank`.
+    pub fn scale(&self) -> f64 {
+        self.alpha / self.rank as f64
+    }
+
+    fn factors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let mid = self.mid.as_ref().map(|mid| ("lora_mid.weight", mid));
+        [("lora_down.weight", &self.down)]
+            .into_iter()
+            .chain(mid)
+            .chain([("lora_up.weight", &self.up)])
+    }
+
+    /// `[o, r]`.
+    fn up_matrix(&self, dtype: DType) -> Result<Tensor> {
+        self.up.reshape(((), self.rank))?.to_dtype(dtype)
+    }
+
+    /// `[r, i * kh * kw]`, the Tucker core applied.
+    fn down_matrix(&self, dtype: DType) -> Result<Tensor> {
+        let down = self.down.reshape((self.rank, ()))?.to_dtype(dtype)?;
+        let Some(mid) = &self.mid else {
+            return Ok(down);
+        };
+        // mid [p, q, k] and down [q, i] -> [p, i, k]
+        let (p, q, kh, kw) = mid.dims4()?;
+        let mid = mid
+            .to_dtype(dtype)?
+            .reshape((p, q, kh * kw))?
+            .transpose(1, 2)?
+            .contiguous()?;
+        let product = mid.reshape((p * kh * kw, q))?.matmul(&down)?;
+        product
+            .reshape((p, kh * kw, ()))?
+            .transpose(1, 2)?
+            .contiguous()?
+            .reshape((p, ()))
+    }
+
+    /// The branch of a convolution up to the rank-sized middle.
+    fn conv_middle(
+        &self,
+        x: &Tensor,
+        params: Conv2dParams,
+        kernel: (usize, usize),
+    ) -> Result<Tensor> {
+        let dtype = x.dtype();
+        let (kh, kw) = kernel;
+        match &self.mid {
+            None => {
+                let down = self.down.to_dtype(dtype)?;
+                let inputs = down.elem_count() / (self.rank * kh * kw);
+                lora_kernels::conv2d(x, &down.reshape((self.rank, inputs, kh, kw))?, None, params)
+            }
+            Some(mid) => {
+                let down = self.down.to_dtype(dtype)?.reshape((self.rank, (), 1, 1))?;
+                let middle = lora_kernels::conv2d(x, &down, None, Conv2dParams::default())?;
+                lora_kernels::conv2d(&middle, &mid.to_dtype(dtype)?, None, params)
+            }
+        }
+    }
+}
+
+impl Adapter for Lora {
+    fn family(&self) -> Family {
+        Family::Lora
+    }
+
+    fn rank(&self) -> Option<usize> {
+        Some(self.rank)
+    }
+
+    fn alpha(&self) -> Option<f64> {
+        Some(self.alpha)
+    }
+
+    fn matrix_dims(&self) -> (usize, usize) {
+        let kernel: usize = self
+            .mid
+            .as_ref()
+            .map_or(1, |mid| mid.dims()[2..].iter().product());
+        (
+            self.up.elem_count() / self.rank,
+            self.down.elem_count() / self.rank * kernel,
+        )
+    }
+
+    fn check(&self, layer: &str, weight: &[usize]) -> crate::Result<()> {
+        let mismatch = |tensor: &str, expected: String, got: &Tensor| {
+            Err(Error::ShapeMismatch {
+                layer: layer.to_string(),
+                tensor: tensor.to_string(),
+                expected,
+                got: got.dims().to_vec(),
+            })
+        };
+        let (Some(&o), true) = (weight.first(), weight.len() == 2 || weight.len() == 4) else {
+            return mismatch(
+                "lora_up.weight",
+                format!("a layer weight that is a matrix, not {weight:?}"),
+                &self.up,
+            );
+        };
+        let inputs: usize = weight[1..].iter().product();
+        let kernel: usize = weight[2.min(weight.len())..].iter().product();
+        if self.up.elem_count() != o * self.rank {
+            return mismatch(
+                "lora_up.weight",
+                format!("{o} outputs for weight {weight:?}"),
+                &self.up,
+            );
+        }
+        let core: usize = self
+            .mid
+            .as_ref()
+            .map_or(1, |m| m.dims()[2..].iter().product());
+        let wanted = if self.mid.is_some() {
+            inputs / kernel.max(1)
+        } else {
+            inputs
+        };
+        if self.down.elem_count() != wanted * self.rank || (self.mid.is_some() && core != kernel) {
+            return mismatch(
+                "lora_down.weight",
+                format!("{inputs} inputs for weight {weight:?}"),
+                &self.down,
+            );
+        }
+        if let (None, [_, _, kh, kw], [_, _, wh, ww]) = (&self.mid, self.down.dims(), weight)
+            && (kh, kw) != (wh, ww)
+            && !(*kh == 1 && *kw == 1 && kernel == 1)
+        {
+            return mismatch("lora_down.weight", format!("kernel {wh}x{ww}"), &self.down);
+        }
+        Ok(())
+    }
+
+    fn delta(&self, base: &Tensor, multiplier: f64) -> Result<Tensor> {
+        // f32 or better: the product is rounded once, when it is added to the base.
+        let dtype = if base.dtype() == DType::F64 {
+            DType::F64
+        } else {
+            DType::F32
+        };
+        let delta = self.up_matrix(dtype)?.matmul(&self.down_matrix(dtype)?)?;
+        (delta * (self.scale() * multiplier))?
+            .reshape(base.shape())?
+            .to_dtype(base.dtype())
+    }
+
+    fn branch(
+        &self,
+        x: &Tensor,
+        layer: &BaseLayer,
+        multiplier: f64,
+        pass: Option<&Pass<'_>>,
+    ) -> Result<Tensor> {
+        let dtype = x.dtype();
+        let middle = match layer.op {
+            LayerOp::Linear => lora_kernels::linear(x, &self.down_matrix(dtype)?, None)?,
+            LayerOp::Conv2d(params) if params.groups == 1 => {
+                let (_, _, kh, kw) = layer.weight.dims4()?;
+                self.conv_middle(x, params, (kh, kw))?
+            }
+            // Grouped convolutions and norms have no low-rank shortcut.
+            _ => {
+                return layer
+                    .op
+                    .apply(x, &self.delta(&layer.weight, multiplier)?, None);
+            }
+        };
+        let rank_axis = if layer.op == LayerOp::Linear {
+            middle.rank() - 1
+        } else {
+            1
+        };
+        let middle = drop_out(middle, rank_axis, pass)?;
+        let middle = (middle * (self.scale() * multiplier))?;
+        let up = self.up_matrix(dtype)?;
+        match layer.op {
+            LayerOp::Linear => lora_kernels::linear(&middle, &up, None),
+            _ => lora_kernels::conv2d(
+                &middle,
+                &up.reshape(((), self.rank, 1, 1))?,
+                None,
+                Conv2dParams::default(),
+            ),
+        }
+    }
+
+    fn vars(&self) -> Vec<(&'static str, Var)> {
+        self.factors()
+            .filter_map(|(name, t)| Some((name, var(t)?)))
+            .collect()
+    }
+
+    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        let alpha = Tensor::new(self.alpha as f32, &Device::Cpu)?;
+        Ok(self
+            .factors()
+            .map(|(name, t)| (name, t.clone()))
+            .chain([("alpha", alpha)])
+            .collect())
+    }
+
+    fn trainable(&self) -> Result<Arc<dyn Adapter>> {
+        Ok(Arc::new(Self {
+            down: variable(&self.down)?,
+            mid: self.mid.as_ref().map(variable).transpose()?,
+            up: variable(&self.up)?,
+            ..*self
+        }))
+    }
+
+    fn rescale(&self, ratio: f64) -> Result<f64> {
+        // sd-scripts splits the ratio over up and down; a Tucker core stays.
+        let factor = ratio.sqrt();
+        for (name, var) in self.vars() {
+            if name != "lora_mid.weight" {
+                var.set(&(var.as_detached_tensor() * factor)?)?;
+            }
+        }
+        Ok(factor)
+    }
+}
+
+/// Neuron and rank dropout on the middle of the branch, as sd-scripts applies them:
+/// a value or a (sample, rank) pair stays when its draw exceeds the probability.
+fn drop_out(middle: Tensor, rank_axis: usize, pass: Option<&Pass<'_>>) -> Result<Tensor> {
+    let Some(pass) = pass else { return Ok(middle) };
+    let mut per_rank = vec![1; middle.rank()];
+    for axis in [0, rank_axis] {
+        per_rank[axis] = middle.dim(axis)?;
+    }
+    let masks = [
+        (
+            DropoutKind::Neuron,
+            pass.dropout.neuron,
+            middle.dims().to_vec(),
+        ),
+        (DropoutKind::Rank, pass.dropout.rank, per_rank),
+    ];
+    let mut middle = middle;
+    for (kind, p, shape) in masks.into_iter().filter(|(_, p, _)| *p > 0.0) {
+        let kept = (1.0 / (1.0 - p)) as f32;
+        let draws = pass.draws.uniform(kind, shape.iter().product());
+        let mask: Vec<f32> = draws
+            .into_iter()
+            .map(|u| if f64::from(u) > p { kept } else { 0.0 })
+            .collect();
+        let mask = Tensor::from_vec(mask, shape, middle.device())?.to_dtype(middle.dtype())?;
+        middle = middle.broadcast_mul(&mask)?;
+    }
+    Ok(middle)
+}
+
+fn read(parts: &mut Parts<'_>) -> crate::Result<Arc<dyn Adapter>> {
+    let down = parts.require("lora_down.weight")?;
+    let up = parts.require("lora_up.weight")?;
+    let mid = parts.take("lora_mid.weight");
+    let rank = down.dims().first().copied().unwrap_or(0);
+    let alpha = parts.take_alpha(rank)?;
+    Ok(Arc::new(Lora::new(parts.layer, down, mid, up, alpha)?))
+}
+
+fn create(fresh: &Fresh<'_>, rng: &mut dyn RngCore) -> crate::Result<Arc<dyn Adapter>> {
+    let rank = fresh.rank;
+    let uniform = |rng: &mut dyn RngCore, dims: &[usize], bound: f64| {
+        init::uniform(dims, bound, rng, fresh.device)
+    };
+    let (down, mid, up): (Vec<usize>, Option<Vec<usize>>, Vec<usize>) = match *fresh.weight {
+        [o, i] => (vec![rank, i], None, vec![o, rank]),
+        [o, i, kh, kw] if fresh.config.use_tucker && kh * kw > 1 => (
+            vec![rank, i, 1, 1],
+            Some(vec![rank, rank, kh, kw]),
+            vec![o, rank, 1, 1],
+        ),
+        [o, i, kh, kw] => (vec![rank, i, kh, kw], None, vec![o, rank, 1, 1]),
+        _ => {
+            return Err(Error::ShapeMismatch {
+                layer: fresh.layer.to_string(),
+                tensor: "weight".into(),
+                expected: "a linear or convolution layer for LoRA".into(),
+                got: fresh.weight.to_vec(),
+            });
+        }
+    };
+    let bound = |dims: &[usize]| 1.0 / (dims[1..].iter().product::<usize>().max(1) as f64).sqrt();
+    let up = Tensor::zeros(up, DType::F32, fresh.device)?;
+    let mid = mid
+        .map(|dims| uniform(rng, &dims, bound(&dims)))
+        .transpose()?;
+    let down = uniform(rng, &down, bound(&down))?;
+    Ok(Lora::new(fresh.layer, down, mid, up, fresh.alpha)?.trainable()?)
+}

@@ -1,0 +1,14 @@
+//! Adapter files.
+//!
+//! Inside the crate a layer is known by the name that kohya's files give it:
+//! component prefix and diffusers path, dots replaced by underscores. Readers of
+//! other formats translate to it.
+
+mod file;
+mod hash;
+mod kohya;
+
+pub use file::{TensorFile, write_atomically, write_tensors};
+pub use hash::{legacy_hash, model_hash, model_hash_of_file, sha256_of_file};
+pub use kohya::SaveOptions;
+pub(crate) use kohya::{load, save};

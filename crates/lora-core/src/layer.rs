@@ -1,0 +1,306 @@
+//! A layer with frozen base weights and any number of attached adapters.
+
+use std::sync::Arc;
+
+use candle_core::{Result, Tensor};
+use candle_nn::{Module, VarBuilder};
+use lora_kernels::Conv2dParams;
+
+use crate::adapter::Adapter;
+use crate::control::Control;
+
+/// What a layer does with its weight.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum LayerOp {
+    /// `y = x W^T + b`, weight `[o, i]`.
+    Linear,
+    /// Convolution, weight `[o, i / groups, kh, kw]`.
+    Conv2d(Conv2dParams),
+    /// Normalization over the last axis, weight `[c]`.
+    LayerNorm {
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// Normalization over channel groups of `[n, c, h, w]`, weight `[c]`.
+    GroupNorm {
+        /// Number of groups.
+        groups: usize,
+        /// Added to the variance.
+        eps: f64,
+    },
+}
+
+impl LayerOp {
+    /// Applies the operation with the given weight and bias.
+    ///
+    /// Normalization statistics are computed in f32 whatever the dtype of `x`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn apply(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        match *self {
+            LayerOp::Linear => lora_kernels::linear(x, weight, bias),
+            LayerOp::Conv2d(params) => lora_kernels::conv2d(x, weight, bias, params),
+            LayerOp::LayerNorm { eps } => {
+                lora_kernels::layer_norm(x, weight, &shift(bias, weight)?, eps)
+            }
+            LayerOp::GroupNorm { groups, eps } => {
+                lora_kernels::group_norm(x, weight, &shift(bias, weight)?, groups, eps, false)
+            }
+        }
+    }
+
+    /// Whether this is a normalization layer.
+    pub fn is_norm(&self) -> bool {
+        matches!(self, LayerOp::LayerNorm { .. } | LayerOp::GroupNorm { .. })
+    }
+}
+
+/// The bias, or zeros.
+fn shift(bias: Option<&Tensor>, weight: &Tensor) -> Result<Tensor> {
+    bias.map_or_else(|| weight.zeros_like(), |bias| Ok(bias.clone()))
+}
+
+/// Frozen weight, bias and operation: what adapters change.
+#[derive(Debug, Clone)]
+pub struct BaseLayer {
+    /// The weight.
+    pub weight: Tensor,
+    /// The bias, if the layer has one.
+    pub bias: Option<Tensor>,
+    /// What the layer does with them.
+    pub op: LayerOp,
+}
+
+/// A linear, convolution or normalization layer that adapters can be attached to.
+///
+/// Without an attached adapter it is an ordinary layer. The base weight is never
+/// written to, except by [`AdapterSet::merge`](crate::AdapterSet::merge).
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_nn::{Module, VarBuilder};
+/// use lora_core::Layer;
+/// # let weights = [("fc.weight".to_string(), Tensor::new(&[[1f32, 2.]], &Device::Cpu)?),
+/// #   ("fc.bias".to_string(), Tensor::new(&[0.5f32], &Device::Cpu)?)].into_iter().collect();
+/// let vb = VarBuilder::from_tensors(weights, candle_core::DType::F32, &Device::Cpu);
+/// let layer = Layer::linear(2, 1, vb.pp("fc"))?;
+/// assert_eq!(layer.path(), "fc");
+/// let y = layer.forward(&Tensor::new(&[[3f32, 4.]], &Device::Cpu)?)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[11.5]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Layer {
+    path: String,
+    base: BaseLayer,
+    attached: Vec<Attachment>,
+}
+
+/// One adapter on one layer.
+#[derive(Debug, Clone)]
+pub(crate) struct Attachment {
+    pub(crate) name: Arc<str>,
+    pub(crate) adapter: Arc<dyn Adapter>,
+    pub(crate) control: Arc<Control>,
+}
+
+impl Layer {
+    /// A layer from its parts. `path` is its dotted place in the model, from which
+    /// adapter files derive its name.
+    pub fn new(path: impl Into<String>, base: BaseLayer) -> Self {
+        Self {
+            path: path.into(),
+            base,
+            attached: Vec::new(),
+        }
+    }
+
+    /// Reads `weight` `[o, i]` and `bias` `[o]`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn linear(in_features: usize, out_features: usize, vb: VarBuilder<'_>) -> Result<Self> {
+        let bias = Some(vb.get(out_features, "bias")?);
+        let weight = vb.get((out_features, in_features), "weight")?;
+        Ok(Self::new(
+            vb.prefix(),
+            BaseLayer {
+                weight,
+                bias,
+                op: LayerOp::Linear,
+            },
+        ))
+    }
+
+    /// Reads `weight` `[o, i]`; no bias.
+    ///
+    /// # Errors
+    /// When the tensor is missing or has another shape.
+    pub fn linear_no_bias(
+        in_features: usize,
+        out_features: usize,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        let weight = vb.get((out_features, in_features), "weight")?;
+        Ok(Self::new(
+            vb.prefix(),
+            BaseLayer {
+                weight,
+                bias: None,
+                op: LayerOp::Linear,
+            },
+        ))
+    }
+
+    /// Reads `weight` `[o, i / groups, k, k]` and `bias` `[o]`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn conv2d(
+        i: usize,
+        o: usize,
+        kernel: usize,
+        params: Conv2dParams,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        let weight = vb.get((o, i / params.groups.max(1), kernel, kernel), "weight")?;
+        let bias = Some(vb.get(o, "bias")?);
+        Ok(Self::new(
+            vb.prefix(),
+            BaseLayer {
+                weight,
+                bias,
+                op: LayerOp::Conv2d(params),
+            },
+        ))
+    }
+
+    /// Reads `weight` and `bias` `[c]` of a layer norm.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn layer_norm(channels: usize, eps: f64, vb: VarBuilder<'_>) -> Result<Self> {
+        Self::norm(channels, LayerOp::LayerNorm { eps }, vb)
+    }
+
+    /// Reads `weight` and `bias` `[c]` of a group norm.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn group_norm(
+        groups: usize,
+        channels: usize,
+        eps: f64,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        if groups == 0 || !channels.is_multiple_of(groups) {
+            candle_core::bail!(
+                "{}: {channels} channels cannot be split into {groups} groups",
+                vb.prefix()
+            );
+        }
+        Self::norm(channels, LayerOp::GroupNorm { groups, eps }, vb)
+    }
+
+    fn norm(channels: usize, op: LayerOp, vb: VarBuilder<'_>) -> Result<Self> {
+        let weight = vb.get(channels, "weight")?;
+        let bias = Some(vb.get(channels, "bias")?);
+        Ok(Self::new(vb.prefix(), BaseLayer { weight, bias, op }))
+    }
+
+    /// The layer's dotted place in its model, such as `mid_block.resnets.0.conv1`.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Weight, bias and operation.
+    pub fn base(&self) -> &BaseLayer {
+        &self.base
+    }
+
+    /// Replaces the base weight and bias; for merging.
+    pub(crate) fn set_base(&mut self, weight: Tensor, bias: Option<Tensor>) {
+        self.base.weight = weight;
+        self.base.bias = bias;
+    }
+
+    pub(crate) fn attach(&mut self, attachment: Attachment) {
+        self.attached.push(attachment);
+    }
+
+    /// Removes what the owner of `control` attached.
+    pub(crate) fn detach(&mut self, control: &Arc<Control>) {
+        self.attached.retain(|a| !Arc::ptr_eq(&a.control, control));
+    }
+
+    /// The layer's output passed through SiLU; in one pass for a group norm without
+    /// adapters.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
+        match (&self.base.op, &self.base.bias) {
+            (LayerOp::GroupNorm { groups, eps }, Some(bias)) if self.attached.is_empty() => {
+                lora_kernels::group_norm(x, &self.base.weight, bias, *groups, *eps, true)
+            }
+            _ => lora_kernels::silu(&self.forward(x)?),
+        }
+    }
+
+    /// How many adapters are attached.
+    pub fn attached(&self) -> usize {
+        self.attached.len()
+    }
+}
+
+impl Module for Layer {
+    /// The base layer's output plus the branch of every attached adapter.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut y = self
+            .base
+            .op
+            .apply(x, &self.base.weight, self.base.bias.as_ref())?;
+        for attachment in &self.attached {
+            let multiplier = attachment.control.multiplier();
+            if multiplier == 0.0 {
+                continue;
+            }
+            let branch = attachment.control.with_pass(&attachment.name, |pass| {
+                attachment.adapter.branch(x, &self.base, multiplier, pass)
+            })?;
+            if let Some(branch) = branch {
+                y = (y + branch)?;
+            }
+        }
+        Ok(y)
+    }
+}
+
+/// A model whose layers can take adapters: a hand-written visitor in declaration
+/// order.
+///
+/// ```
+/// use lora_core::{Adaptable, Component, Layer};
+/// struct Mlp { fc1: Layer, fc2: Layer }
+/// impl Adaptable for Mlp {
+///     fn component(&self) -> Component { Component::Custom("lora_mlp".into()) }
+///     fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut Layer) -> lora_core::Result<()>) -> lora_core::Result<()> {
+///         visit(&mut self.fc1)?;
+///         visit(&mut self.fc2)
+///     }
+/// }
+/// ```
+pub trait Adaptable {
+    /// Which part of a pipeline this model is: decides the prefix of names in files.
+    fn component(&self) -> crate::Component;
+
+    /// Calls `visit` with every layer, always in the same order.
+    ///
+    /// # Errors
+    /// The first error that `visit` returns.
+    fn visit_layers(
+        &mut self,
+        visit: &mut dyn FnMut(&mut Layer) -> crate::Result<()>,
+    ) -> crate::Result<()>;
+}

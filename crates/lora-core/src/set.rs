@@ -1,0 +1,496 @@
+//! All adapters of one file or one training run.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::VarBuilder;
+use rand::RngCore;
+
+use crate::adapter::Adapter;
+use crate::control::Control;
+use crate::family::{self, Fresh};
+use crate::format::{self, SaveOptions};
+use crate::layer::{Adaptable, Attachment, Layer};
+use crate::merge;
+use crate::targets::{Kind, Targets};
+use crate::{AdapterConfig, Component, Dropout, Error, Result};
+
+/// An ordered map from layer names, as files spell them, to adapters.
+///
+/// Clones share the factors, multipliers and dropout state.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{Module, VarBuilder};
+/// use lora_core::{AdapterConfig, AdapterSet, Adaptable, Component, Layer, Targets};
+/// use rand::SeedableRng;
+///
+/// struct Model { fc: Layer }
+/// impl Adaptable for Model {
+///     fn component(&self) -> Component { Component::Custom("lora_model".into()) }
+///     fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut Layer) -> lora_core::Result<()>) -> lora_core::Result<()> {
+///         visit(&mut self.fc)
+///     }
+/// }
+///
+/// let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
+/// let mut model = Model { fc: Layer::linear(8, 8, vb.pp("fc"))? };
+/// let mut rng = rand_chacha::ChaCha12Rng::seed_from_u64(1);
+/// let mut set = AdapterSet::create(&mut model, &AdapterConfig::default(), &Targets::new(&["fc"])?, &mut rng)?;
+/// set.attach(&mut model, 1.0)?;
+/// assert_eq!(set.names().collect::<Vec<_>>(), ["lora_model_fc"]);
+/// assert_eq!(set.parameter_count(), 4 * (8 + 8));
+/// let y = model.fc.forward(&Tensor::ones((1, 8), DType::F32, &Device::Cpu)?)?;
+/// assert_eq!(y.sum_all()?.to_scalar::<f32>()?, 0.0); // a fresh adapter changes nothing
+/// # Ok::<(), lora_core::Error>(())
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct AdapterSet {
+    entries: BTreeMap<String, Arc<dyn Adapter>>,
+    metadata: BTreeMap<String, String>,
+    dropout: Dropout,
+    controls: BTreeMap<Component, Arc<Control>>,
+}
+
+/// What [`AdapterSet::attach`] did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AttachReport {
+    /// How many layers carry an adapter now.
+    pub attached: usize,
+    /// Names of this component's adapters that the model has no layer for.
+    pub unmatched: Vec<String>,
+}
+
+impl AttachReport {
+    /// Turns leftovers into an error, for callers that want none.
+    ///
+    /// # Errors
+    /// [`Error::UnmatchedLayers`].
+    pub fn strict(self) -> Result<Self> {
+        if self.unmatched.is_empty() {
+            Ok(self)
+        } else {
+            Err(Error::UnmatchedLayers {
+                layers: self.unmatched,
+            })
+        }
+    }
+}
+
+/// What [`AdapterSet::scale_norms`] did.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct NormReport {
+    /// The layers that were scaled down, with the factor on each of their factors.
+    pub factors: Vec<(String, f64)>,
+    /// Mean norm of the deltas afterwards.
+    pub mean: f64,
+    /// Largest norm afterwards.
+    pub max: f64,
+}
+
+impl AdapterSet {
+    /// Draws a fresh, trainable adapter for every selected layer of `model`.
+    ///
+    /// Layers whose kernel is larger than 1x1 take part only with
+    /// [`AdapterConfig::conv_rank`].
+    ///
+    /// # Errors
+    /// [`Error::NothingSelected`] when no layer matches, [`Error::BadValue`] for bad
+    /// options.
+    pub fn create(
+        model: &mut dyn Adaptable,
+        config: &AdapterConfig,
+        targets: &Targets,
+        rng: &mut dyn RngCore,
+    ) -> Result<Self> {
+        config.validate()?;
+        let component = model.component();
+        let mut set = Self {
+            dropout: config.dropout,
+            ..Self::default()
+        };
+        let mut seen = Vec::new();
+        model.visit_layers(&mut |layer| {
+            seen.push(layer.path().to_string());
+            if targets.matches(layer.path()) {
+                set.create_one(layer, component.layer_name(layer.path()), config, rng)?;
+            }
+            Ok(())
+        })?;
+        if set.entries.is_empty() {
+            return Err(Error::NothingSelected {
+                targets: targets.to_string(),
+                layers: seen.len(),
+                example: seen.into_iter().next().unwrap_or_else(|| "none".into()),
+            });
+        }
+        Ok(set)
+    }
+
+    fn create_one(
+        &mut self,
+        layer: &Layer,
+        name: String,
+        config: &AdapterConfig,
+        rng: &mut dyn RngCore,
+    ) -> Result<()> {
+        let (rank, alpha) = match (Kind::of(layer), config.conv_rank) {
+            (Kind::Pointwise, _) => (config.rank, config.alpha),
+            (Kind::Spatial, Some(rank)) => (rank, config.conv_alpha),
+            (Kind::Spatial, None) | (Kind::Norm, _) => return Ok(()),
+        };
+        let weight = &layer.base().weight;
+        let fresh = Fresh {
+            layer: &name,
+            weight: weight.dims(),
+            rank,
+            alpha: stored_alpha(alpha, rank, config.rs_lora),
+            config,
+            device: weight.device(),
+        };
+        let adapter = (family::entry(config.family).create)(&fresh, rng)?;
+        self.insert(name, adapter);
+        Ok(())
+    }
+
+    /// Reads an adapter file, detecting its format.
+    ///
+    /// # Errors
+    /// When the file is not an adapter, damaged, or in a format that is not
+    /// supported; the error says which.
+    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        format::load(path.as_ref(), device)
+    }
+
+    /// Writes the adapter as a kohya-format safetensors file: temporary file, sync,
+    /// rename. Returns the hash of the tensor data (`sshs_model_hash`).
+    ///
+    /// # Errors
+    /// When a tensor cannot be read or the file not be written; an existing file is
+    /// then still whole.
+    pub fn save(&self, path: impl AsRef<Path>, options: &SaveOptions) -> Result<String> {
+        format::save(self, path.as_ref(), options)
+    }
+
+    /// Adds or replaces one layer's adapter. `name` is the layer's name as files
+    /// spell it, see [`Component::layer_name`].
+    pub fn insert(&mut self, name: impl Into<String>, adapter: Arc<dyn Adapter>) {
+        self.entries.insert(name.into(), adapter);
+    }
+
+    /// Keeps the adapters whose layer name passes the test.
+    pub fn retain(&mut self, mut keep: impl FnMut(&str) -> bool) {
+        self.entries.retain(|name, _| keep(name));
+    }
+
+    /// Takes over another set's adapters, for example the text encoder's.
+    pub fn extend(&mut self, other: Self) {
+        self.entries.extend(other.entries);
+        self.metadata.extend(other.metadata);
+    }
+
+    /// The layer names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Layer names and adapters, sorted by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Arc<dyn Adapter>)> {
+        self.entries
+            .iter()
+            .map(|(name, adapter)| (name.as_str(), adapter))
+    }
+
+    /// The adapter of one layer.
+    pub fn get(&self, name: &str) -> Option<&Arc<dyn Adapter>> {
+        self.entries.get(name)
+    }
+
+    /// How many layers have an adapter.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// How many layers of one component have an adapter.
+    pub fn count(&self, component: &Component) -> usize {
+        self.entries
+            .keys()
+            .filter(|name| component.owns(name))
+            .count()
+    }
+
+    /// The file's metadata (`ss_*`, `modelspec.*`), sorted.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// The metadata, to change it.
+    pub fn metadata_mut(&mut self) -> &mut BTreeMap<String, String> {
+        &mut self.metadata
+    }
+
+    /// Attaches the adapters of the model's component at `multiplier` (1 = as
+    /// trained). Attaching again replaces what this set attached before.
+    ///
+    /// # Errors
+    /// [`Error::NothingMatched`] when the set has adapters for this component and the
+    /// model none of their layers; [`Error::ShapeMismatch`] when one does not fit. The
+    /// model is then left without this set's adapters.
+    pub fn attach(&mut self, model: &mut dyn Adaptable, multiplier: f64) -> Result<AttachReport> {
+        self.detach(model)?;
+        let component = model.component();
+        let control = self.control(&component, multiplier);
+        let mut rest: BTreeMap<&str, &Arc<dyn Adapter>> = self
+            .entries
+            .iter()
+            .filter(|(n, _)| component.owns(n))
+            .map(|(n, a)| (n.as_str(), a))
+            .collect();
+        let total = rest.len();
+        let first = rest
+            .keys()
+            .next()
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        let mut attached = 0;
+        let outcome = model.visit_layers(&mut |layer| {
+            let name = component.layer_name(layer.path());
+            if let Some(adapter) = rest.remove(name.as_str()) {
+                adapter.check(&name, layer.base().weight.dims())?;
+                let (name, adapter) = (Arc::from(name), adapter.clone());
+                layer.attach(Attachment {
+                    name,
+                    adapter,
+                    control: control.clone(),
+                });
+                attached += 1;
+            }
+            Ok(())
+        });
+        let unmatched: Vec<String> = rest.keys().map(ToString::to_string).collect();
+        if let Err(error) = outcome {
+            self.detach(model)?;
+            return Err(error);
+        }
+        if attached == 0 && total > 0 {
+            return Err(Error::NothingMatched {
+                adapter_layers: total,
+                example: first,
+                component: component.to_string(),
+            });
+        }
+        Ok(AttachReport {
+            attached,
+            unmatched,
+        })
+    }
+
+    fn control(&mut self, component: &Component, multiplier: f64) -> Arc<Control> {
+        let control = self
+            .controls
+            .entry(component.clone())
+            .or_insert_with(|| Arc::new(Control::new(multiplier)));
+        control.set_multiplier(multiplier);
+        control.clone()
+    }
+
+    /// Removes what this set attached; the model computes what it did before, to the
+    /// bit.
+    ///
+    /// # Errors
+    /// When the model's visitor fails.
+    pub fn detach(&self, model: &mut dyn Adaptable) -> Result<()> {
+        let Some(control) = self.controls.get(&model.component()) else {
+            return Ok(());
+        };
+        model.visit_layers(&mut |layer| {
+            layer.detach(control);
+            Ok(())
+        })
+    }
+
+    /// Changes the multiplier of attached adapters, between two images for example.
+    pub fn set_multiplier(&self, component: &Component, multiplier: f64) {
+        if let Some(control) = self.controls.get(component) {
+            control.set_multiplier(multiplier);
+        }
+    }
+
+    /// Starts a training step: dropout masks are functions of (seed, layer), so that
+    /// recomputing a layer sees the same. Without this call there is no dropout.
+    pub fn begin_step(&self, seed: u64) {
+        for control in self.controls.values() {
+            control.set_step(Some((seed, self.dropout)));
+        }
+    }
+
+    /// Ends training: dropout is off until the next [`begin_step`](Self::begin_step).
+    pub fn end_training(&self) {
+        for control in self.controls.values() {
+            control.set_step(None);
+        }
+    }
+
+    /// The trainable factors, named `LAYER.SUFFIX`, sorted by layer.
+    pub fn params(&self) -> Vec<(String, Var)> {
+        let of = |(name, adapter): (&String, &Arc<dyn Adapter>)| {
+            let name = name.clone();
+            adapter
+                .vars()
+                .into_iter()
+                .map(move |(suffix, var)| (format!("{name}.{suffix}"), var))
+        };
+        self.entries.iter().flat_map(of).collect()
+    }
+
+    /// Number of values in all factors, `alpha` not counted.
+    pub fn parameter_count(&self) -> usize {
+        let count = |adapter: &Arc<dyn Adapter>| {
+            let tensors = adapter.tensors().unwrap_or_default();
+            tensors
+                .iter()
+                .filter(|(name, _)| *name != "alpha")
+                .map(|(_, t)| t.elem_count())
+                .sum::<usize>()
+        };
+        self.entries.values().map(count).sum()
+    }
+
+    /// The same adapters with factors that record gradients, to train them further.
+    ///
+    /// # Errors
+    /// When factors cannot be copied.
+    pub fn trainable(&self) -> Result<Self> {
+        let mut set = Self {
+            metadata: self.metadata.clone(),
+            dropout: self.dropout,
+            ..Self::default()
+        };
+        for (name, adapter) in &self.entries {
+            set.insert(name.clone(), adapter.trainable()?);
+        }
+        Ok(set)
+    }
+
+    /// Scales down every delta whose Frobenius norm exceeds `max_norm`: sd-scripts'
+    /// `scale_weight_norms`. Small norms count as half of `max_norm`, as there.
+    ///
+    /// # Errors
+    /// When a factor cannot be read or written.
+    pub fn scale_norms(&self, max_norm: f64) -> Result<NormReport> {
+        let (mut factors, mut norms) = (Vec::new(), Vec::new());
+        for (name, adapter) in &self.entries {
+            let norm = merge::delta_norm(adapter.as_ref())?;
+            let clamped = norm.max(max_norm / 2.0);
+            let ratio = clamped.min(max_norm) / clamped;
+            if ratio < 1.0 {
+                factors.push((name.clone(), adapter.rescale(ratio)?));
+            }
+            norms.push(norm * ratio);
+        }
+        let max = norms.iter().copied().fold(0.0, f64::max);
+        let mean = norms.iter().sum::<f64>() / norms.len().max(1) as f64;
+        Ok(NormReport { factors, mean, max })
+    }
+
+    /// Adds the deltas of the model's component to its base weights, for good:
+    /// computed in f32, rounded once to the weight's dtype.
+    ///
+    /// # Errors
+    /// As [`attach`](Self::attach).
+    pub fn merge(&self, model: &mut dyn Adaptable, multiplier: f64) -> Result<AttachReport> {
+        let component = model.component();
+        let mut report = AttachReport::default();
+        let mut rest: Vec<&str> = self.names().filter(|n| component.owns(n)).collect();
+        let total = rest.len();
+        model.visit_layers(&mut |layer| {
+            let name = component.layer_name(layer.path());
+            if let Some(adapter) = self.entries.get(&name) {
+                adapter.check(&name, layer.base().weight.dims())?;
+                let weight =
+                    merge::merged_weight(&layer.base().weight, &[(adapter.as_ref(), multiplier)])?;
+                let bias = merge::merged_bias(
+                    layer.base().bias.as_ref(),
+                    &[(adapter.as_ref(), multiplier)],
+                )?;
+                layer.set_base(weight, bias);
+                report.attached += 1;
+                rest.retain(|n| *n != name);
+            }
+            Ok(())
+        })?;
+        report.unmatched = rest.into_iter().map(ToString::to_string).collect();
+        if report.attached == 0 && total > 0 {
+            return Err(Error::NothingMatched {
+                adapter_layers: total,
+                example: report.unmatched.swap_remove(0),
+                component: component.to_string(),
+            });
+        }
+        Ok(report)
+    }
+
+    /// A `VarBuilder` that returns base weights with the deltas added: any candle
+    /// model built from it has the adapter merged in, without a change of its code.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use candle_nn::VarBuilder;
+    /// use lora_core::{AdapterSet, Component, Lora};
+    /// # let down = Tensor::new(&[[1f32, 2.]], &Device::Cpu)?;
+    /// # let up = Tensor::new(&[[1f32], [1.]], &Device::Cpu)?;
+    /// # let mut style = AdapterSet::default();
+    /// # style.insert("lora_unet_mid_fc", std::sync::Arc::new(Lora::new("", down, None, up, 1.0)?));
+    /// let base = VarBuilder::zeros(DType::F32, &Device::Cpu); // or from_mmaped_safetensors
+    /// let vb = style.merged(base, Component::Unet, 0.5);
+    /// let fc = candle_nn::linear(2, 2, vb.pp("mid.fc"))?;
+    /// assert_eq!(fc.weight().to_vec2::<f32>()?, [[0.5, 1.0], [0.5, 1.0]]);
+    /// # Ok::<(), lora_core::Error>(())
+    /// ```
+    pub fn merged<'a>(
+        &self,
+        base: VarBuilder<'a>,
+        component: Component,
+        multiplier: f64,
+    ) -> VarBuilder<'a> {
+        merge::merged_builder(self.entries.clone(), base, component, multiplier)
+    }
+
+    pub(crate) fn set_metadata(&mut self, metadata: BTreeMap<String, String>) {
+        self.metadata = metadata;
+    }
+
+    /// All tensors as a file holds them, in `dtype` if given.
+    ///
+    /// # Errors
+    /// When a tensor cannot be converted.
+    pub fn tensors(&self, dtype: Option<DType>) -> Result<BTreeMap<String, Tensor>> {
+        let mut all = BTreeMap::new();
+        for (name, adapter) in &self.entries {
+            for (suffix, tensor) in adapter.tensors()? {
+                let tensor = tensor.detach();
+                let tensor = match dtype {
+                    Some(dtype) => tensor.to_dtype(dtype)?,
+                    None => tensor,
+                };
+                all.insert(format!("{name}.{suffix}"), tensor);
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// `alpha` as a file holds it: 0 means the rank, and rsLoRA's scale is written so that
+/// `alpha / rank` gives it.
+fn stored_alpha(alpha: f64, rank: usize, rs_lora: bool) -> f64 {
+    let rank = rank as f64;
+    let alpha = if alpha == 0.0 { rank } else { alpha };
+    if rs_lora { alpha * rank.sqrt() } else { alpha }
+}

@@ -1,0 +1,14 @@
+//! Pictures: sizes without decoding, decoding, resizing, cropping, colours.
+
+mod area;
+mod color;
+mod decode;
+mod header;
+mod pillow;
+mod resize;
+mod taps;
+
+pub(crate) use color::shift_colors;
+pub use decode::{DecodeOptions, Picture, decode_file};
+pub use header::{Header, read_header};
+pub use resize::resize;

@@ -1,0 +1,374 @@
+//! Attention that never holds the whole score matrix: queries are taken in blocks,
+//! and the backward pass computes the scores again.
+
+use std::sync::Mutex;
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
+use rayon::prelude::*;
+
+use crate::math::{exp, sum, sum2, vectorized};
+use crate::matrix::{View, multiply_here};
+use crate::{fast, plain, values};
+
+/// Scaled dot-product attention over `heads`: `q` `[n, lq, c]`, `k` and `v`
+/// `[n, lk, c]`, heads side by side in `c`; returns `[n, lq, c]`. With `causal`,
+/// position i sees 0 to i.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
+    if !fast(&[q, k, v]) {
+        return plain::attention(q, k, v, heads, causal);
+    }
+    let op = Attention {
+        heads,
+        causal,
+        lse: Mutex::new(Vec::new()),
+    };
+    q.contiguous()?
+        .apply_op3(&k.contiguous()?, &v.contiguous()?, op)
+}
+
+/// Queries per block.
+const BLOCK: usize = 128;
+
+struct Attention {
+    heads: usize,
+    causal: bool,
+    /// Logarithm of each softmax's denominator, `[n, heads, lq]`, kept for the
+    /// backward pass.
+    lse: Mutex<Vec<f32>>,
+}
+
+#[derive(Clone, Copy)]
+struct Sizes {
+    n: usize,
+    lq: usize,
+    lk: usize,
+    c: usize,
+    heads: usize,
+    /// Width of a head.
+    d: usize,
+    scale: f32,
+    causal: bool,
+}
+
+impl Attention {
+    fn sizes(&self, q: &Shape, k: &Shape, v: &Shape) -> Result<Sizes> {
+        let ((n, lq, c), (kn, lk, kc)) = (q.dims3()?, k.dims3()?);
+        if k != v || (n, c) != (kn, kc) || self.heads == 0 || c % self.heads != 0 || lk == 0 {
+            candle_core::bail!(
+                "attention: {q:?}, {k:?}, {v:?} do not fit {} heads",
+                self.heads
+            );
+        }
+        let d = c / self.heads;
+        let scale = (d as f32).sqrt().recip();
+        Ok(Sizes {
+            n,
+            lq,
+            lk,
+            c,
+            heads: self.heads,
+            d,
+            scale,
+            causal: self.causal,
+        })
+    }
+}
+
+impl Sizes {
+    /// Rows `start..start + rows` of one head of one image.
+    fn head<'a>(
+        &self,
+        data: &'a [f32],
+        length: usize,
+        task: usize,
+        start: usize,
+        rows: usize,
+    ) -> View<'a> {
+        let (image, head) = (task / self.heads, task % self.heads);
+        View::rows(
+            &data[(image * length + start) * self.c + head * self.d..],
+            rows,
+            self.d,
+            self.c,
+        )
+    }
+
+    fn queries<'a>(&self, q: &'a [f32], task: usize, start: usize, rows: usize) -> View<'a> {
+        self.head(q, self.lq, task, start, rows)
+    }
+
+    fn keys<'a>(&self, k: &'a [f32], task: usize) -> View<'a> {
+        self.head(k, self.lk, task, 0, self.lk)
+    }
+
+    /// Blocks of queries: first row and number of rows.
+    fn blocks(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let lq = self.lq;
+        (0..lq)
+            .step_by(BLOCK)
+            .map(move |start| (start, BLOCK.min(lq - start)))
+    }
+
+    /// How many keys a query sees.
+    fn visible(&self, query: usize) -> usize {
+        if self.causal {
+            (query + 1).min(self.lk)
+        } else {
+            self.lk
+        }
+    }
+
+    /// Puts per-head results `[heads][l, d]` of each image side by side.
+    fn interleave(&self, parts: &[&[f32]], length: usize) -> Vec<f32> {
+        let mut out = vec![0f32; self.n * length * self.c];
+        out.par_chunks_mut((length * self.c).max(1))
+            .enumerate()
+            .for_each(|(image, out)| {
+                for (row, out) in out.chunks_exact_mut(self.c).enumerate() {
+                    for (head, out) in out.chunks_exact_mut(self.d).enumerate() {
+                        out.copy_from_slice(
+                            &parts[image * self.heads + head][row * self.d..][..self.d],
+                        );
+                    }
+                }
+            });
+        out
+    }
+
+    /// Output `[lq, d]` and denominators `[lq]` of one head.
+    fn forward(&self, q: &[f32], k: &[f32], v: &[f32], task: usize) -> (Vec<f32>, Vec<f32>) {
+        let mut out = vec![0f32; self.lq * self.d];
+        let mut lse = vec![0f32; self.lq];
+        let mut scores = vec![0f32; BLOCK.min(self.lq) * self.lk];
+        for (start, rows) in self.blocks() {
+            let scores = &mut scores[..rows * self.lk];
+            multiply_here(
+                scores,
+                self.lk,
+                false,
+                self.queries(q, task, start, rows),
+                self.keys(k, task).t(),
+            );
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (i, row) in scores.chunks_exact_mut(self.lk).enumerate() {
+                        lse[start + i] = softmax(row, self.visible(start + i), self.scale);
+                    }
+                },
+            );
+            let weights = View::rows(scores, rows, self.lk, self.lk);
+            multiply_here(
+                &mut out[start * self.d..],
+                self.d,
+                false,
+                weights,
+                self.keys(v, task),
+            );
+        }
+        (out, lse)
+    }
+
+    /// Gradients of one head: `[lq, d]`, and `[lk, d]` twice when `keys` asks for them.
+    fn backward(&self, t: &Saved<'_>, task: usize, keys: bool) -> [Vec<f32>; 3] {
+        let mut dq = vec![0f32; self.lq * self.d];
+        let sizes = if keys { self.lk * self.d } else { 0 };
+        let (mut dk, mut dv) = (vec![0f32; sizes], vec![0f32; sizes]);
+        let block = BLOCK.min(self.lq) * self.lk;
+        let (mut p, mut ds) = (vec![0f32; block], vec![0f32; block]);
+        for (start, rows) in self.blocks() {
+            let (p, ds) = (&mut p[..rows * self.lk], &mut ds[..rows * self.lk]);
+            let q = self.queries(t.q, task, start, rows);
+            let dy = self.queries(t.dy, task, start, rows);
+            multiply_here(p, self.lk, false, q, self.keys(t.k, task).t());
+            multiply_here(ds, self.lk, false, dy, self.keys(t.v, task).t());
+            let lse = &t.lse[task * self.lq + start..];
+            vectorized(
+                #[inline(always)]
+                || {
+                    let lines = p
+                        .chunks_exact_mut(self.lk)
+                        .zip(ds.chunks_exact_mut(self.lk));
+                    for (i, (p, ds)) in lines.enumerate() {
+                        let dot = self.dot(t, task, start + i);
+                        score_gradients(p, ds, self.visible(start + i), self.scale, lse[i], dot);
+                    }
+                },
+            );
+            let scores = View::rows(ds, rows, self.lk, self.lk);
+            multiply_here(
+                &mut dq[start * self.d..],
+                self.d,
+                false,
+                scores,
+                self.keys(t.k, task),
+            );
+            if keys {
+                multiply_here(&mut dk, self.d, true, scores.t(), q);
+                multiply_here(
+                    &mut dv,
+                    self.d,
+                    true,
+                    View::rows(p, rows, self.lk, self.lk).t(),
+                    dy,
+                );
+            }
+        }
+        [dq, dk, dv]
+    }
+
+    /// Sum over a query's output times its gradient.
+    #[inline(always)]
+    fn dot(&self, t: &Saved<'_>, task: usize, query: usize) -> f32 {
+        let (image, head) = (task / self.heads, task % self.heads);
+        let at = (image * self.lq + query) * self.c + head * self.d;
+        sum2(
+            &t.y[at..at + self.d],
+            &t.dy[at..at + self.d],
+            #[inline(always)]
+            |y, dy| y * dy,
+        ) as f32
+    }
+}
+
+/// What the backward pass reads.
+struct Saved<'a> {
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    y: &'a [f32],
+    dy: &'a [f32],
+    lse: &'a [f32],
+}
+
+/// Softmax of `row * scale` over its first `visible` entries, the others 0; returns the
+/// logarithm of the denominator.
+#[inline(always)]
+fn softmax(row: &mut [f32], visible: usize, scale: f32) -> f32 {
+    let (seen, hidden) = row.split_at_mut(visible);
+    hidden.fill(0.0);
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in seen.chunks(16) {
+        for (lane, v) in lanes.iter_mut().zip(chunk) {
+            *lane = if *v > *lane { *v } else { *lane };
+        }
+    }
+    let max = lanes
+        .iter()
+        .fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a })
+        * scale;
+    for v in seen.iter_mut() {
+        *v = exp(*v * scale - max);
+    }
+    let total = sum(
+        seen,
+        #[inline(always)]
+        |v| v,
+    ) as f32;
+    let inverse = 1.0 / total;
+    for v in seen.iter_mut() {
+        *v *= inverse;
+    }
+    max + total.ln()
+}
+
+/// Scores in `p` become weights, gradients of weights in `ds` gradients of products.
+#[inline(always)]
+fn score_gradients(p: &mut [f32], ds: &mut [f32], visible: usize, scale: f32, lse: f32, dot: f32) {
+    p[visible..].fill(0.0);
+    ds[visible..].fill(0.0);
+    for (p, ds) in p[..visible].iter_mut().zip(&mut ds[..visible]) {
+        *p = exp(*p * scale - lse);
+        *ds = *p * (*ds - dot) * scale;
+    }
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let sizes = self.sizes(l1.shape(), l2.shape(), l3.shape())?;
+        let (q, k, v) = (values(s1, l1)?, values(s2, l2)?, values(s3, l3)?);
+        let heads: Vec<(Vec<f32>, Vec<f32>)> = (0..sizes.n * sizes.heads)
+            .into_par_iter()
+            .map(|task| sizes.forward(q, k, v, task))
+            .collect();
+        let parts: Vec<&[f32]> = heads.iter().map(|(out, _)| out.as_slice()).collect();
+        let y = sizes.interleave(&parts, sizes.lq);
+        let lse = heads.iter().flat_map(|(_, lse)| lse).copied().collect();
+        *self.lse.lock().unwrap_or_else(|e| e.into_inner()) = lse;
+        Ok((CpuStorage::F32(y), l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let sizes = self.sizes(q.shape(), k.shape(), v.shape())?;
+        let keys = k.track_op() || v.track_op();
+        let tensors = [
+            q.contiguous()?,
+            k.contiguous()?,
+            v.contiguous()?,
+            y.contiguous()?,
+            dy.contiguous()?,
+        ];
+        let guards = tensors.each_ref().map(Tensor::storage_and_layout);
+        let mut slices = Vec::new();
+        for (storage, layout) in &guards {
+            match &**storage {
+                Storage::Cpu(storage) => slices.push(values(storage, layout)?),
+                _ => candle_core::bail!("expected tensors on the CPU"),
+            }
+        }
+        let [q_, k_, v_, y_, dy_] = slices[..] else {
+            candle_core::bail!("five tensors")
+        };
+        let lse = self.lse.lock().unwrap_or_else(|e| e.into_inner());
+        let saved = Saved {
+            q: q_,
+            k: k_,
+            v: v_,
+            y: y_,
+            dy: dy_,
+            lse: &lse,
+        };
+        let heads: Vec<[Vec<f32>; 3]> = (0..sizes.n * sizes.heads)
+            .into_par_iter()
+            .map(|task| sizes.backward(&saved, task, keys))
+            .collect();
+        let collect = |which: usize, like: &Tensor, length: usize| -> Result<Option<Tensor>> {
+            if !like.track_op() {
+                return Ok(None);
+            }
+            let parts: Vec<&[f32]> = heads.iter().map(|head| head[which].as_slice()).collect();
+            Ok(Some(Tensor::from_vec(
+                sizes.interleave(&parts, length),
+                like.shape(),
+                like.device(),
+            )?))
+        };
+        Ok((
+            collect(0, q, sizes.lq)?,
+            collect(1, k, sizes.lk)?,
+            collect(2, v, sizes.lk)?,
+        ))
+    }
+}

@@ -1,0 +1,419 @@
+//! Convolution by matrix products over strips of output rows.
+//!
+//! Per image, group and strip the input patches are laid out as the columns of a
+//! matrix `[c k, pixels]`; then forward is `W col`, the gradient to the input is
+//! `W^T dy` folded back, and the gradient to the weight is `dy col^T`. A strip
+//! keeps the patch matrix a few megabytes small whatever the image size. 1x1
+//! convolutions skip the layout step.
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use crate::matrix::{View, multiply};
+use crate::{fast, plain, values};
+
+/// Stride, padding (zeros, on all sides), dilation and groups of a convolution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Conv2dParams {
+    /// Step between output pixels, in both directions.
+    pub stride: usize,
+    /// Zeros added on each side.
+    pub padding: usize,
+    /// Step between kernel taps.
+    pub dilation: usize,
+    /// Number of independent channel groups.
+    pub groups: usize,
+}
+
+impl Default for Conv2dParams {
+    fn default() -> Self {
+        Self {
+            stride: 1,
+            padding: 0,
+            dilation: 1,
+            groups: 1,
+        }
+    }
+}
+
+/// Convolution of `x` `[n, i, h, w]` with `weight` `[o, i / groups, kh, kw]` and an
+/// optional `bias` `[o]`; returns `[n, o, h', w']`.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn conv2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    params: Conv2dParams,
+) -> Result<Tensor> {
+    let y = if fast(&[x, weight]) {
+        x.contiguous()?
+            .apply_op2(&weight.contiguous()?, Conv2d(params))?
+    } else {
+        plain::conv2d(x, weight, None, params)?
+    };
+    match bias {
+        Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?),
+        None => Ok(y),
+    }
+}
+
+/// Most values of one patch matrix (8 MB).
+const STRIP_VALUES: usize = 2 << 20;
+
+/// Sizes of one convolution.
+#[derive(Clone, Copy)]
+struct Geometry {
+    n: usize,
+    c: usize,
+    h: usize,
+    w: usize,
+    o: usize,
+    kh: usize,
+    kw: usize,
+    oh: usize,
+    ow: usize,
+    p: Conv2dParams,
+}
+
+impl Geometry {
+    fn new(x: &Shape, weight: &Shape, p: Conv2dParams) -> Result<Self> {
+        let (n, c, h, w) = x.dims4()?;
+        let (o, ci, kh, kw) = weight.dims4()?;
+        let size = |len: usize, k: usize| {
+            let window = p.dilation * (k.max(1) - 1) + 1;
+            (len + 2 * p.padding)
+                .checked_sub(window)
+                .map(|room| room / p.stride.max(1) + 1)
+        };
+        match (size(h, kh), size(w, kw)) {
+            (Some(oh), Some(ow))
+                if p.groups > 0 && p.stride > 0 && ci * p.groups == c && o % p.groups == 0 =>
+            {
+                Ok(Self {
+                    n,
+                    c,
+                    h,
+                    w,
+                    o,
+                    kh,
+                    kw,
+                    oh,
+                    ow,
+                    p,
+                })
+            }
+            _ => {
+                candle_core::bail!("conv2d: input {x:?} does not fit weight {weight:?} with {p:?}")
+            }
+        }
+    }
+
+    /// Input channels per group.
+    fn cg(&self) -> usize {
+        self.c / self.p.groups
+    }
+
+    /// Output channels per group.
+    fn og(&self) -> usize {
+        self.o / self.p.groups
+    }
+
+    /// Rows of the patch matrix.
+    fn patch(&self) -> usize {
+        self.cg() * self.kh * self.kw
+    }
+
+    /// A 1x1 convolution reads its input as it is.
+    fn pointwise(&self) -> bool {
+        (self.kh, self.kw, self.p.stride, self.p.padding) == (1, 1, 1, 0)
+    }
+
+    /// Output rows per strip; depends on sizes only, so sums do not depend on threads.
+    fn strip(&self) -> usize {
+        (STRIP_VALUES / (self.patch() * self.ow).max(1)).clamp(1, self.oh.max(1))
+    }
+
+    /// Input position of tap `k` for output position `out`, if inside.
+    fn source(&self, out: usize, k: usize, len: usize) -> Option<usize> {
+        (out * self.p.stride + k * self.p.dilation)
+            .checked_sub(self.p.padding)
+            .filter(|&i| i < len)
+    }
+
+    /// Lays out the patches of output rows `rows` of one group: `[patch, rows * ow]`.
+    fn unfold(&self, x: &[f32], rows: std::ops::Range<usize>, col: &mut [f32]) {
+        let pixels = rows.len() * self.ow;
+        let taps = self.kh * self.kw;
+        each_chunk(col, pixels, |row, out| {
+            let (channel, tap) = (row / taps, row % taps);
+            let (ky, kx) = (tap / self.kw, tap % self.kw);
+            let plane = &x[channel * self.h * self.w..][..self.h * self.w];
+            for (line, oy) in out.chunks_mut(self.ow).zip(rows.clone()) {
+                match self.source(oy, ky, self.h) {
+                    Some(iy) => self.unfold_line(&plane[iy * self.w..][..self.w], kx, line),
+                    None => line.fill(0.0),
+                }
+            }
+        });
+    }
+
+    fn unfold_line(&self, input: &[f32], kx: usize, line: &mut [f32]) {
+        if self.p.stride == 1 {
+            // Inside the border the line is a shifted copy.
+            let shift = kx * self.p.dilation;
+            let first = self.p.padding.saturating_sub(shift).min(line.len());
+            let last = (self.w + self.p.padding)
+                .saturating_sub(shift)
+                .clamp(first, line.len());
+            line[..first].fill(0.0);
+            line[last..].fill(0.0);
+            let from = first + shift - self.p.padding.min(first + shift);
+            line[first..last].copy_from_slice(&input[from..from + (last - first)]);
+        } else {
+            for (ox, value) in line.iter_mut().enumerate() {
+                *value = self.source(ox, kx, self.w).map_or(0.0, |ix| input[ix]);
+            }
+        }
+    }
+
+    /// Adds patch gradients back onto the input of one group.
+    fn fold(&self, col: &[f32], rows: std::ops::Range<usize>, dx: &mut [f32]) {
+        let pixels = rows.len() * self.ow;
+        let taps = self.kh * self.kw;
+        each_chunk(dx, self.h * self.w, |channel, plane| {
+            for tap in 0..taps {
+                let (ky, kx) = (tap / self.kw, tap % self.kw);
+                let patch = &col[(channel * taps + tap) * pixels..][..pixels];
+                for (line, oy) in patch.chunks(self.ow).zip(rows.clone()) {
+                    let Some(iy) = self.source(oy, ky, self.h) else {
+                        continue;
+                    };
+                    let target = &mut plane[iy * self.w..][..self.w];
+                    for (ox, value) in line.iter().enumerate() {
+                        if let Some(ix) = self.source(ox, kx, self.w) {
+                            target[ix] += value;
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    /// Calls `body(image, group, output rows)` for every strip, in a fixed order.
+    fn each_strip(&self, mut body: impl FnMut(usize, usize, std::ops::Range<usize>)) {
+        for image in 0..self.n {
+            for group in 0..self.p.groups {
+                for start in (0..self.oh).step_by(self.strip()) {
+                    body(image, group, start..(start + self.strip()).min(self.oh));
+                }
+            }
+        }
+    }
+
+    /// Where one group of an image's input starts, and its length.
+    fn input(&self, image: usize, group: usize) -> std::ops::Range<usize> {
+        let len = self.cg() * self.h * self.w;
+        let start = (image * self.p.groups + group) * len;
+        start..start + len
+    }
+
+    /// Where a strip of one group of an image's output starts; rows of the strip
+    /// as a matrix are `oh * ow` apart.
+    fn output(&self, image: usize, group: usize, first_row: usize) -> usize {
+        ((image * self.o) + group * self.og()) * self.oh * self.ow + first_row * self.ow
+    }
+
+    fn weight<'a>(&self, w: &'a [f32], group: usize) -> View<'a> {
+        let len = self.og() * self.patch();
+        View::rows(
+            &w[group * len..][..len],
+            self.og(),
+            self.patch(),
+            self.patch(),
+        )
+    }
+
+    fn forward(&self, x: &[f32], w: &[f32]) -> Vec<f32> {
+        let plane = self.oh * self.ow;
+        let mut y = vec![0f32; self.n * self.o * plane];
+        let mut col = Vec::new();
+        self.each_strip(|image, group, rows| {
+            let pixels = rows.len() * self.ow;
+            let input = &x[self.input(image, group)];
+            let out = &mut y[self.output(image, group, rows.start)..];
+            if self.pointwise() {
+                let patches = View::rows(&input[rows.start * self.ow..], self.cg(), pixels, plane);
+                multiply(out, plane, false, self.weight(w, group), patches);
+            } else {
+                col.resize(self.patch() * pixels, 0.0);
+                self.unfold(input, rows, &mut col);
+                let patches = View::rows(&col, self.patch(), pixels, pixels);
+                multiply(out, plane, false, self.weight(w, group), patches);
+            }
+        });
+        y
+    }
+
+    fn input_gradient(&self, w: &[f32], dy: &[f32]) -> Vec<f32> {
+        let plane = self.oh * self.ow;
+        let mut dx = vec![0f32; self.n * self.c * self.h * self.w];
+        let mut col = Vec::new();
+        self.each_strip(|image, group, rows| {
+            let pixels = rows.len() * self.ow;
+            let dy = View::rows(
+                &dy[self.output(image, group, rows.start)..],
+                self.og(),
+                pixels,
+                plane,
+            );
+            let target = &mut dx[self.input(image, group)];
+            if self.pointwise() {
+                multiply(
+                    &mut target[rows.start * self.ow..],
+                    plane,
+                    false,
+                    self.weight(w, group).t(),
+                    dy,
+                );
+            } else {
+                col.resize(self.patch() * pixels, 0.0);
+                multiply(&mut col, pixels, false, self.weight(w, group).t(), dy);
+                self.fold(&col, rows, target);
+            }
+        });
+        dx
+    }
+
+    fn weight_gradient(&self, x: &[f32], dy: &[f32]) -> Vec<f32> {
+        let plane = self.oh * self.ow;
+        let len = self.og() * self.patch();
+        let mut dw = vec![0f32; self.p.groups * len];
+        let mut col = Vec::new();
+        self.each_strip(|image, group, rows| {
+            let pixels = rows.len() * self.ow;
+            let dy = View::rows(
+                &dy[self.output(image, group, rows.start)..],
+                self.og(),
+                pixels,
+                plane,
+            );
+            let input = &x[self.input(image, group)];
+            let target = &mut dw[group * len..][..len];
+            if self.pointwise() {
+                let patches = View::rows(&input[rows.start * self.ow..], self.cg(), pixels, plane);
+                multiply(target, self.patch(), true, dy, patches.t());
+            } else {
+                col.resize(self.patch() * pixels, 0.0);
+                self.unfold(input, rows, &mut col);
+                multiply(
+                    target,
+                    self.patch(),
+                    true,
+                    dy,
+                    View::rows(&col, self.patch(), pixels, pixels).t(),
+                );
+            }
+        });
+        dw
+    }
+}
+
+/// Calls `body(number, chunk)` for each chunk, on several threads when there is enough
+/// to do. Chunks are independent, so the result is the same.
+fn each_chunk(data: &mut [f32], size: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
+    const PARALLEL_VALUES: usize = 1 << 17;
+    if data.len() < PARALLEL_VALUES {
+        data.chunks_mut(size)
+            .enumerate()
+            .for_each(|(i, chunk)| body(i, chunk));
+    } else {
+        data.par_chunks_mut(size)
+            .enumerate()
+            .for_each(|(i, chunk)| body(i, chunk));
+    }
+}
+
+/// The operation on (x, weight).
+struct Conv2d(Conv2dParams);
+
+impl CustomOp2 for Conv2d {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let g = Geometry::new(l1.shape(), l2.shape(), self.0)?;
+        let y = g.forward(values(s1, l1)?, values(s2, l2)?);
+        Ok((CpuStorage::F32(y), (g.n, g.o, g.oh, g.ow).into()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let g = Geometry::new(x.shape(), w.shape(), self.0)?;
+        let dy = dy.detach().contiguous()?;
+        let dx = if x.track_op() {
+            Some(w.detach().apply_op2_no_bwd(&dy, &InputGradient(g))?)
+        } else {
+            None
+        };
+        let dw = if w.track_op() {
+            Some(x.detach().apply_op2_no_bwd(&dy, &WeightGradient(g))?)
+        } else {
+            None
+        };
+        Ok((dx, dw))
+    }
+}
+
+/// `dx` from (weight, dy).
+struct InputGradient(Geometry);
+
+impl CustomOp2 for InputGradient {
+    fn name(&self) -> &'static str {
+        "conv2d_input_gradient"
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let g = self.0;
+        let dx = g.input_gradient(values(s1, l1)?, values(s2, l2)?);
+        Ok((CpuStorage::F32(dx), (g.n, g.c, g.h, g.w).into()))
+    }
+}
+
+/// `dW` from (x, dy).
+struct WeightGradient(Geometry);
+
+impl CustomOp2 for WeightGradient {
+    fn name(&self) -> &'static str {
+        "conv2d_weight_gradient"
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let g = self.0;
+        let dw = g.weight_gradient(values(s1, l1)?, values(s2, l2)?);
+        Ok((CpuStorage::F32(dw), (g.o, g.cg(), g.kh, g.kw).into()))
+    }
+}

@@ -1,0 +1,83 @@
+//! `<lora:name:0.8>` tags.
+
+use std::sync::OnceLock;
+
+use regex::Regex;
+
+/// An adapter asked for in a prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterTag {
+    /// File stem, or the name it was trained under.
+    pub name: String,
+    /// Multiplier on the text encoder.
+    pub text_encoder: f64,
+    /// Multiplier on the UNet.
+    pub unet: f64,
+    /// Rank to cut to (`dyn`), if given.
+    pub rank: Option<usize>,
+}
+
+/// Takes all `<kind:...>` tags out of a prompt; returns the prompt without them and
+/// the adapters (`lora` and `lyco`) in order. The same name given twice adds up.
+/// Tags of other kinds are returned as text in the third part.
+///
+/// ```
+/// use lora_sd15::prompt::extract_tags;
+/// let (prompt, adapters, _) = extract_tags("zoe, <lora:zoe:0.8>hat");
+/// assert_eq!(prompt, "zoe, hat");
+/// assert_eq!((adapters[0].name.as_str(), adapters[0].unet), ("zoe", 0.8));
+/// ```
+pub fn extract_tags(prompt: &str) -> (String, Vec<AdapterTag>, Vec<String>) {
+    static TAG: OnceLock<Regex> = OnceLock::new();
+    let tag = TAG.get_or_init(|| {
+        Regex::new(r"<(\w+):([^>]+)>").expect("the pattern is a constant that compiles")
+    });
+    let (mut adapters, mut others) = (Vec::<AdapterTag>::new(), Vec::new());
+    for found in tag.captures_iter(prompt) {
+        if !matches!(&found[1], "lora" | "lyco") {
+            others.push(found[0].to_string());
+            continue;
+        }
+        let new = parse(&found[2]);
+        match adapters.iter_mut().find(|a| a.name == new.name) {
+            Some(old) => {
+                old.text_encoder += new.text_encoder;
+                old.unet += new.unet;
+            }
+            None => adapters.push(new),
+        }
+    }
+    (tag.replace_all(prompt, "").into_owned(), adapters, others)
+}
+
+fn parse(arguments: &str) -> AdapterTag {
+    let (mut positional, mut named) = (Vec::new(), Vec::new());
+    for argument in arguments.split(':') {
+        match argument.split_once('=') {
+            Some(pair) => named.push(pair),
+            None => positional.push(argument),
+        }
+    }
+    let name = |key: &str| named.iter().rev().find(|(k, _)| *k == key).map(|(_, v)| *v);
+    let number = |text: Option<&str>| text.and_then(|t| t.trim().parse::<f64>().ok());
+    let text_encoder = number(name("te"))
+        .or(number(positional.get(1).copied()))
+        .unwrap_or(1.0);
+    let positional_te = number(positional.get(1).copied()).unwrap_or(1.0);
+    let unet = number(name("unet"))
+        .or(number(positional.get(2).copied()))
+        .unwrap_or(if name("te").is_some() && positional.len() < 2 {
+            text_encoder
+        } else {
+            positional_te
+        });
+    let rank = name("dyn")
+        .or(positional.get(3).copied())
+        .and_then(|t| t.trim().parse().ok());
+    AdapterTag {
+        name: positional.first().copied().unwrap_or("").to_string(),
+        text_encoder,
+        unet,
+        rank,
+    }
+}

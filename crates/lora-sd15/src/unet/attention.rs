@@ -1,0 +1,145 @@
+//! Transformers of the UNet: self-attention, cross-attention, gated feed-forward.
+
+use candle_core::{Result, Tensor};
+use candle_nn::{Module, VarBuilder};
+use lora_core::Layer;
+
+use super::POINT;
+use crate::UnetConfig;
+use lora_kernels::attention;
+
+/// Group norm, 1x1 projection, one block over pixels as tokens, projection back.
+#[derive(Debug, Clone)]
+pub(super) struct Transformer {
+    norm: Layer,
+    proj_in: Layer,
+    block: Block,
+    proj_out: Layer,
+}
+
+#[derive(Debug, Clone)]
+struct Block {
+    norm1: Layer,
+    attn1: Attention,
+    norm2: Layer,
+    attn2: Attention,
+    norm3: Layer,
+    ff: FeedForward,
+}
+
+#[derive(Debug, Clone)]
+struct Attention {
+    to_q: Layer,
+    to_k: Layer,
+    to_v: Layer,
+    to_out: Layer,
+    heads: usize,
+}
+
+#[derive(Debug, Clone)]
+struct FeedForward {
+    proj: Layer,
+    out: Layer,
+}
+
+type Visit<'a> = &'a mut dyn FnMut(&mut Layer) -> lora_core::Result<()>;
+
+impl Transformer {
+    pub(super) fn new(c: usize, config: &UnetConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        let vb_block = vb.pp("transformer_blocks.0");
+        let attention =
+            |context, name| Attention::new(c, context, config.num_heads, vb_block.pp(name));
+        Ok(Self {
+            norm: Layer::group_norm(config.norm_num_groups, c, 1e-6, vb.pp("norm"))?,
+            proj_in: Layer::conv2d(c, c, 1, POINT, vb.pp("proj_in"))?,
+            block: Block {
+                norm1: Layer::layer_norm(c, 1e-5, vb_block.pp("norm1"))?,
+                attn1: attention(c, "attn1")?,
+                norm2: Layer::layer_norm(c, 1e-5, vb_block.pp("norm2"))?,
+                attn2: attention(config.cross_attention_dim, "attn2")?,
+                norm3: Layer::layer_norm(c, 1e-5, vb_block.pp("norm3"))?,
+                ff: FeedForward {
+                    proj: Layer::linear(c, 8 * c, vb_block.pp("ff.net.0.proj"))?,
+                    out: Layer::linear(4 * c, c, vb_block.pp("ff.net.2"))?,
+                },
+            },
+            proj_out: Layer::conv2d(c, c, 1, POINT, vb.pp("proj_out"))?,
+        })
+    }
+
+    /// `x` `[n, c, h, w]`, `context` `[n, tokens, width]`.
+    pub(super) fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let (n, c, h, w) = x.dims4()?;
+        let tokens = self.proj_in.forward(&self.norm.forward(x)?)?;
+        let tokens = tokens
+            .reshape((n, c, h * w))?
+            .transpose(1, 2)?
+            .contiguous()?;
+        let tokens = self.block.forward(&tokens, context)?;
+        let y = tokens
+            .transpose(1, 2)?
+            .contiguous()?
+            .reshape((n, c, h, w))?;
+        self.proj_out.forward(&y)? + x
+    }
+
+    pub(super) fn visit(&mut self, visit: Visit<'_>) -> lora_core::Result<()> {
+        visit(&mut self.norm)?;
+        visit(&mut self.proj_in)?;
+        let block = &mut self.block;
+        visit(&mut block.norm1)?;
+        block.attn1.visit(visit)?;
+        visit(&mut block.ff.proj)?;
+        visit(&mut block.ff.out)?;
+        visit(&mut block.norm2)?;
+        block.attn2.visit(visit)?;
+        visit(&mut block.norm3)?;
+        visit(&mut self.proj_out)
+    }
+}
+
+impl Block {
+    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let normal = self.norm1.forward(x)?;
+        let x = (self.attn1.forward(&normal, &normal)? + x)?;
+        let x = (self.attn2.forward(&self.norm2.forward(&x)?, context)? + x)?;
+        self.ff.forward(&self.norm3.forward(&x)?)? + x
+    }
+}
+
+impl Attention {
+    fn new(c: usize, context: usize, heads: usize, vb: VarBuilder<'_>) -> Result<Self> {
+        Ok(Self {
+            to_q: Layer::linear_no_bias(c, c, vb.pp("to_q"))?,
+            to_k: Layer::linear_no_bias(context, c, vb.pp("to_k"))?,
+            to_v: Layer::linear_no_bias(context, c, vb.pp("to_v"))?,
+            to_out: Layer::linear(c, c, vb.pp("to_out.0"))?,
+            heads,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let (q, k, v) = (
+            self.to_q.forward(x)?,
+            self.to_k.forward(context)?,
+            self.to_v.forward(context)?,
+        );
+        self.to_out
+            .forward(&attention(&q, &k, &v, self.heads, false)?)
+    }
+
+    fn visit(&mut self, visit: Visit<'_>) -> lora_core::Result<()> {
+        visit(&mut self.to_q)?;
+        visit(&mut self.to_k)?;
+        visit(&mut self.to_v)?;
+        visit(&mut self.to_out)
+    }
+}
+
+impl FeedForward {
+    /// GEGLU: the first half of the projection times gelu (exact form) of the second.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.out
+            .forward(&lora_kernels::geglu(&self.proj.forward(x)?)?)
+    }
+}

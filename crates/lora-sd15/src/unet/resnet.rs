@@ -1,0 +1,70 @@
+//! The residual block that the UNet and the VAE share.
+
+use candle_core::{Result, Tensor};
+use candle_nn::{Module, VarBuilder};
+use lora_core::Layer;
+
+use super::{POINT, SAME};
+
+/// Norm, silu, convolution, twice; the time embedding is added in between.
+#[derive(Debug, Clone)]
+pub(crate) struct Resnet {
+    norm1: Layer,
+    conv1: Layer,
+    time_emb_proj: Option<Layer>,
+    norm2: Layer,
+    conv2: Layer,
+    conv_shortcut: Option<Layer>,
+}
+
+impl Resnet {
+    /// `temb` is the width of the time embedding, `None` in the VAE.
+    pub(crate) fn new(
+        i: usize,
+        o: usize,
+        temb: Option<usize>,
+        groups: usize,
+        eps: f64,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        Ok(Self {
+            norm1: Layer::group_norm(groups, i, eps, vb.pp("norm1"))?,
+            conv1: Layer::conv2d(i, o, 3, SAME, vb.pp("conv1"))?,
+            time_emb_proj: temb
+                .map(|temb| Layer::linear(temb, o, vb.pp("time_emb_proj")))
+                .transpose()?,
+            norm2: Layer::group_norm(groups, o, eps, vb.pp("norm2"))?,
+            conv2: Layer::conv2d(o, o, 3, SAME, vb.pp("conv2"))?,
+            conv_shortcut: (i != o)
+                .then(|| Layer::conv2d(i, o, 1, POINT, vb.pp("conv_shortcut")))
+                .transpose()?,
+        })
+    }
+
+    /// `temb` `[n, width]` has silu applied already.
+    pub(crate) fn forward(&self, x: &Tensor, temb: Option<&Tensor>) -> Result<Tensor> {
+        let mut h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
+        if let (Some(proj), Some(temb)) = (&self.time_emb_proj, temb) {
+            let shift = proj.forward(temb)?;
+            let (n, c) = shift.dims2()?;
+            h = h.broadcast_add(&shift.reshape((n, c, 1, 1))?)?;
+        }
+        let h = self.conv2.forward(&self.norm2.forward_silu(&h)?)?;
+        match &self.conv_shortcut {
+            Some(shortcut) => shortcut.forward(x)? + h,
+            None => x + h,
+        }
+    }
+
+    pub(crate) fn visit(
+        &mut self,
+        visit: &mut dyn FnMut(&mut Layer) -> lora_core::Result<()>,
+    ) -> lora_core::Result<()> {
+        visit(&mut self.norm1)?;
+        visit(&mut self.conv1)?;
+        self.time_emb_proj.iter_mut().try_for_each(&mut *visit)?;
+        visit(&mut self.norm2)?;
+        visit(&mut self.conv2)?;
+        self.conv_shortcut.iter_mut().try_for_each(visit)
+    }
+}

@@ -1,0 +1,900 @@
+//! All settings of a run and what follows from them.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::DType;
+use lora_core::{AdapterConfig, Dropout, Targets};
+use lora_data::{CaptionConfig, DatasetConfig, Interpolation, Size, SubsetConfig};
+use lora_sd15::{NoiseSchedule, TIMESTEPS};
+use serde::{Deserialize, Serialize};
+
+use crate::loss::{HuberSchedule, LossConfig, LossType};
+use crate::network::NetworkArgs;
+use crate::noise::NoiseConfig;
+use crate::options::Settings;
+use crate::text::TextConfig;
+use crate::{Error, Result};
+
+/// A number of steps, or a share of the run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Steps {
+    /// So many.
+    Count(u64),
+    /// This share of all updates; 1.0 is all of them.
+    Share(f64),
+}
+
+impl Steps {
+    /// The number for a run of `total` updates, rounded down.
+    pub fn of(self, total: usize) -> u64 {
+        match self {
+            Steps::Count(n) => n,
+            Steps::Share(part) => (part * total as f64) as u64,
+        }
+    }
+}
+
+/// Settings of a run, in sd-scripts' names. `None` and empty mean "not given".
+///
+/// Build it from a file or the command line through [`Settings`], or directly:
+///
+/// ```
+/// use lora_train::TrainConfig;
+/// let config = TrainConfig { network_dim: Some(8), ..Default::default() };
+/// assert_eq!(config.train_batch_size, 1);
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Checkpoint file or diffusers folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pretrained_model_name_or_path: Option<PathBuf>,
+    /// Separate VAE file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vae: Option<PathBuf>,
+    /// Folder of `N_name` folders, one such folder, or a plain folder of pictures.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_data_dir: Option<PathBuf>,
+    /// The same for regularization pictures.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reg_data_dir: Option<PathBuf>,
+    /// TOML file that describes datasets in detail.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dataset_config: Option<PathBuf>,
+    /// Metadata JSON with captions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub in_json: Option<PathBuf>,
+    /// Folder of masks, one per picture.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub conditioning_data_dir: Option<PathBuf>,
+    /// Where results go.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output_dir: Option<PathBuf>,
+    /// Name of the result without extension; `last` without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output_name: Option<String>,
+    /// `512` or `768,512` (width, height).
+    pub resolution: String,
+    /// Pictures per step.
+    pub train_batch_size: usize,
+    /// Epochs; beats `max_train_steps`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_train_epochs: Option<usize>,
+    /// Updates.
+    pub max_train_steps: usize,
+    /// Batches per update.
+    pub gradient_accumulation_steps: usize,
+    /// Master seed; drawn when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// Repeats of folders without a number.
+    pub dataset_repeats: u32,
+    /// Sort pictures into buckets by aspect ratio (sd-scripts: off).
+    pub enable_bucket: bool,
+    /// Smallest bucket side.
+    pub min_bucket_reso: u32,
+    /// Largest bucket side.
+    pub max_bucket_reso: u32,
+    /// Bucket sides are multiples of this.
+    pub bucket_reso_steps: u32,
+    /// Never enlarge pictures.
+    pub bucket_no_upscale: bool,
+    /// Resize filter; area down and Lanczos up when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resize_interpolation: Option<String>,
+    /// Caption files' extension; `.txt`, else `.caption`, when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub caption_extension: Option<String>,
+    /// Old spelling of `caption_extension`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub caption_extention: Option<String>,
+    /// Text between tags.
+    pub caption_separator: String,
+    /// Put before every caption.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub caption_prefix: Option<String>,
+    /// Put after every caption.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub caption_suffix: Option<String>,
+    /// Tags at the front that stay there.
+    pub keep_tokens: usize,
+    /// Marker between fixed and flexible tags.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub keep_tokens_separator: String,
+    /// Joins tags that move together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secondary_separator: Option<String>,
+    /// `{a|b}` and several lines in captions.
+    pub enable_wildcard: bool,
+    /// Shuffle tags.
+    pub shuffle_caption: bool,
+    /// Share of empty captions.
+    pub caption_dropout_rate: f64,
+    /// Epochs with empty captions only.
+    pub caption_dropout_every_n_epochs: usize,
+    /// Share of tags left out.
+    pub caption_tag_dropout_rate: f64,
+    /// Tags at the start of the warm-up.
+    pub token_warmup_min: usize,
+    /// Steps, or share of the run, until all tags are there.
+    pub token_warmup_step: f64,
+    /// `(word:1.2)` in captions sets weights.
+    pub weighted_captions: bool,
+    /// 150 or 225 for longer captions; 75 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_token_length: Option<usize>,
+    /// 1 is the last text encoder layer, 2 the one before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip_skip: Option<usize>,
+    /// Mirror pictures at random.
+    pub flip_aug: bool,
+    /// Shift colours at random.
+    pub color_aug: bool,
+    /// Crop at random instead of in the middle.
+    pub random_crop: bool,
+    /// Face crop factors `1.5,3.0`; only without buckets.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub face_crop_aug_range: Option<String>,
+    /// Use the alpha channel as loss mask.
+    pub alpha_mask: bool,
+    /// Use `conditioning_data_dir` as loss masks.
+    pub masked_loss: bool,
+    /// Draw one latent per picture for the whole run; else a new one every time.
+    pub cache_latents: bool,
+    /// Loss factor of regularization pictures.
+    pub prior_loss_weight: f64,
+    /// `networks.lora` or `lycoris.kohya`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network_module: Option<String>,
+    /// Rank; 4 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network_dim: Option<usize>,
+    /// Scale is alpha / dim; 0 means dim.
+    pub network_alpha: f64,
+    /// Dropout behind the down projection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network_dropout: Option<f64>,
+    /// `key=value` options of the network.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub network_args: Vec<String>,
+    /// Adapter file to start from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network_weights: Option<PathBuf>,
+    /// No adapters on the text encoder.
+    pub network_train_unet_only: bool,
+    /// No adapters on the UNet.
+    pub network_train_text_encoder_only: bool,
+    /// Adapters merged into the model before training.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub base_weights: Vec<PathBuf>,
+    /// Their multipliers; 1 when absent.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub base_weights_multiplier: Vec<f64>,
+    /// Optimizer name; AdamW when empty.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub optimizer_type: String,
+    /// `key=value` options of the optimizer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub optimizer_args: Vec<String>,
+    /// Learning rate; when absent 1 for Prodigy and D-Adaptation, else 1e-4 (sd-scripts: 2e-6).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub learning_rate: Option<f64>,
+    /// The UNet's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unet_lr: Option<f64>,
+    /// The text encoder's own.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub text_encoder_lr: Vec<f64>,
+    /// Learning-rate schedule.
+    pub lr_scheduler: String,
+    /// Class name of the schedule, instead of `lr_scheduler`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub lr_scheduler_type: String,
+    /// `key=value` options of the schedule.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lr_scheduler_args: Vec<String>,
+    /// Warm-up steps, or share of the run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_warmup_steps: Option<Steps>,
+    /// Decay steps, or share of the run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_decay_steps: Option<Steps>,
+    /// Restarts.
+    pub lr_scheduler_num_cycles: u32,
+    /// Exponent of the polynomial schedule.
+    pub lr_scheduler_power: f64,
+    /// Of the inverse square root schedule.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_scheduler_timescale: Option<u64>,
+    /// Lowest share of the learning rate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_scheduler_min_lr_ratio: Option<f64>,
+    /// Clips all gradients together; 0 = off.
+    pub max_grad_norm: f64,
+    /// Largest norm of a layer's delta.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scale_weight_norms: Option<f64>,
+    /// `no`, `fp16`, `bf16`: the UNet's dtype on a GPU; a CPU computes in f32.
+    pub mixed_precision: String,
+    /// See [`NoiseConfig`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub noise_offset: Option<f64>,
+    /// See [`NoiseConfig`].
+    pub noise_offset_random_strength: bool,
+    /// See [`NoiseConfig`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adaptive_noise_scale: Option<f64>,
+    /// See [`NoiseConfig`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub multires_noise_iterations: Option<usize>,
+    /// See [`NoiseConfig`].
+    pub multires_noise_discount: f64,
+    /// See [`NoiseConfig`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ip_noise_gamma: Option<f64>,
+    /// See [`NoiseConfig`].
+    pub ip_noise_gamma_random_strength: bool,
+    /// First timestep.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_timestep: Option<usize>,
+    /// End of the timesteps, excluded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_timestep: Option<usize>,
+    /// See [`LossConfig`].
+    pub loss_type: String,
+    /// See [`LossConfig`].
+    pub huber_schedule: String,
+    /// See [`LossConfig`].
+    pub huber_c: f64,
+    /// See [`LossConfig`].
+    pub huber_scale: f64,
+    /// See [`LossConfig`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_snr_gamma: Option<f64>,
+    /// See [`LossConfig`].
+    pub debiased_estimation_loss: bool,
+    /// See [`LossConfig`].
+    pub v_parameterization: bool,
+    /// See [`LossConfig`].
+    pub scale_v_pred_loss_like_noise_pred: bool,
+    /// See [`LossConfig`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub v_pred_like_loss: Option<f64>,
+    /// Rescale the schedule so that the last step is pure noise.
+    pub zero_terminal_snr: bool,
+    /// Intermediate files by epoch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_every_n_epochs: Option<usize>,
+    /// At least this many intermediate files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_n_epoch_ratio: Option<usize>,
+    /// Intermediate files by step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_every_n_steps: Option<usize>,
+    /// Keep only the newest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_last_n_epochs: Option<usize>,
+    /// Keep only those of the last steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_last_n_steps: Option<usize>,
+    /// `float`, `fp16` or `bf16`; f32 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_precision: Option<String>,
+    /// Only `safetensors`.
+    pub save_model_as: String,
+    /// Leave training metadata out of the files.
+    pub no_metadata: bool,
+    /// Free text in the metadata.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub training_comment: Option<String>,
+    /// `modelspec.title` in the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata_title: Option<String>,
+    /// `modelspec.author` in the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata_author: Option<String>,
+    /// `modelspec.description` in the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata_description: Option<String>,
+    /// `modelspec.license` in the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata_license: Option<String>,
+    /// `modelspec.tags` in the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata_tags: Option<String>,
+    /// `modelspec.usage_hint` in the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata_usage_hint: Option<String>,
+    /// `modelspec.thumbnail` in the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata_thumbnail: Option<String>,
+    /// `modelspec.merged_from` in the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata_merged_from: Option<String>,
+    /// `modelspec.trigger_phrase` in the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata_trigger_phrase: Option<String>,
+    /// `modelspec.preprocessor` in the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata_preprocessor: Option<String>,
+    /// `modelspec.is_negative_embedding` in the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata_is_negative_embedding: Option<String>,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            pretrained_model_name_or_path: None,
+            vae: None,
+            train_data_dir: None,
+            reg_data_dir: None,
+            dataset_config: None,
+            in_json: None,
+            conditioning_data_dir: None,
+            output_dir: None,
+            output_name: None,
+            resolution: "512".into(),
+            train_batch_size: 1,
+            max_train_epochs: None,
+            max_train_steps: 1600,
+            gradient_accumulation_steps: 1,
+            seed: None,
+            dataset_repeats: 1,
+            enable_bucket: true,
+            min_bucket_reso: 256,
+            max_bucket_reso: 1024,
+            bucket_reso_steps: 64,
+            bucket_no_upscale: false,
+            resize_interpolation: None,
+            caption_extension: None,
+            caption_extention: None,
+            caption_separator: ",".into(),
+            caption_prefix: None,
+            caption_suffix: None,
+            keep_tokens: 0,
+            keep_tokens_separator: String::new(),
+            secondary_separator: None,
+            enable_wildcard: false,
+            shuffle_caption: false,
+            caption_dropout_rate: 0.0,
+            caption_dropout_every_n_epochs: 0,
+            caption_tag_dropout_rate: 0.0,
+            token_warmup_min: 1,
+            token_warmup_step: 0.0,
+            weighted_captions: false,
+            max_token_length: None,
+            clip_skip: None,
+            flip_aug: false,
+            color_aug: false,
+            random_crop: false,
+            face_crop_aug_range: None,
+            alpha_mask: false,
+            masked_loss: false,
+            cache_latents: false,
+            prior_loss_weight: 1.0,
+            network_module: None,
+            network_dim: None,
+            network_alpha: 1.0,
+            network_dropout: None,
+            network_args: Vec::new(),
+            network_weights: None,
+            network_train_unet_only: false,
+            network_train_text_encoder_only: false,
+            base_weights: Vec::new(),
+            base_weights_multiplier: Vec::new(),
+            optimizer_type: String::new(),
+            optimizer_args: Vec::new(),
+            learning_rate: None,
+            unet_lr: None,
+            text_encoder_lr: Vec::new(),
+            lr_scheduler: "constant".into(),
+            lr_scheduler_type: String::new(),
+            lr_scheduler_args: Vec::new(),
+            lr_warmup_steps: None,
+            lr_decay_steps: None,
+            lr_scheduler_num_cycles: 1,
+            lr_scheduler_power: 1.0,
+            lr_scheduler_timescale: None,
+            lr_scheduler_min_lr_ratio: None,
+            max_grad_norm: 1.0,
+            scale_weight_norms: None,
+            mixed_precision: "no".into(),
+            noise_offset: None,
+            noise_offset_random_strength: false,
+            adaptive_noise_scale: None,
+            multires_noise_iterations: None,
+            multires_noise_discount: 0.3,
+            ip_noise_gamma: None,
+            ip_noise_gamma_random_strength: false,
+            min_timestep: None,
+            max_timestep: None,
+            loss_type: "l2".into(),
+            huber_schedule: "snr".into(),
+            huber_c: 0.1,
+            huber_scale: 1.0,
+            min_snr_gamma: None,
+            debiased_estimation_loss: false,
+            v_parameterization: false,
+            scale_v_pred_loss_like_noise_pred: false,
+            v_pred_like_loss: None,
+            zero_terminal_snr: false,
+            save_every_n_epochs: None,
+            save_n_epoch_ratio: None,
+            save_every_n_steps: None,
+            save_last_n_epochs: None,
+            save_last_n_steps: None,
+            save_precision: None,
+            save_model_as: "safetensors".into(),
+            no_metadata: false,
+            training_comment: None,
+            metadata_title: None,
+            metadata_author: None,
+            metadata_description: None,
+            metadata_license: None,
+            metadata_tags: None,
+            metadata_usage_hint: None,
+            metadata_thumbnail: None,
+            metadata_merged_from: None,
+            metadata_trigger_phrase: None,
+            metadata_preprocessor: None,
+            metadata_is_negative_embedding: None,
+        }
+    }
+}
+
+pub(crate) fn bad<T>(what: impl Into<String>) -> Result<T> {
+    Err(Error::Config {
+        place: "settings".into(),
+        what: what.into(),
+    })
+}
+
+impl TrainConfig {
+    /// From settings that were read from files and the command line.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for options that are not supported, [`Error::Config`] for
+    /// values out of range.
+    pub fn from_settings(settings: &Settings) -> Result<Self> {
+        let mut table = settings.used()?;
+        table.remove("config_file");
+        let config: Self = table
+            .try_into()
+            .map_err(|e: toml::de::Error| Error::Config {
+                place: "settings".into(),
+                what: e.message().to_string(),
+            })?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Every setting as TOML that [`Settings::from_toml`] and sd-scripts'
+    /// `--config_file` read.
+    ///
+    /// # Errors
+    /// When a value cannot be written as TOML.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|e| Error::Config {
+            place: "settings".into(),
+            what: e.to_string(),
+        })
+    }
+
+    /// Checks each value and the combinations that contradict each other.
+    ///
+    /// # Errors
+    /// [`Error::Config`] or [`Error::Missing`].
+    pub fn validate(&self) -> Result<()> {
+        for (name, what, given) in [
+            (
+                "pretrained_model_name_or_path",
+                "the checkpoint to train on",
+                self.pretrained_model_name_or_path.is_some(),
+            ),
+            (
+                "output_dir",
+                "where the result goes",
+                self.output_dir.is_some(),
+            ),
+        ] {
+            if !given {
+                return Err(Error::Missing { name, what });
+            }
+        }
+        if self.train_data_dir.is_none() && self.dataset_config.is_none() && self.in_json.is_none()
+        {
+            return Err(Error::Missing {
+                name: "train_data_dir",
+                what: "the folder with pictures and captions",
+            });
+        }
+        if self.train_batch_size == 0 || self.gradient_accumulation_steps == 0 {
+            return bad("train_batch_size and gradient_accumulation_steps must be at least 1");
+        }
+        if self.max_train_epochs == Some(0)
+            || (self.max_train_epochs.is_none() && self.max_train_steps == 0)
+        {
+            return bad("there is nothing to do: max_train_epochs or max_train_steps is 0");
+        }
+        if !matches!(self.max_token_length, None | Some(75 | 150 | 225)) {
+            return bad("max_token_length: expected 75, 150 or 225");
+        }
+        if self.clip_skip == Some(0) {
+            return bad("clip_skip: expected at least 1");
+        }
+        if self.save_model_as != "safetensors" {
+            return bad(
+                "save_model_as: only safetensors is supported; other formats are Python pickles",
+            );
+        }
+        if self.network_train_unet_only && self.network_train_text_encoder_only {
+            return bad(
+                "network_train_unet_only and network_train_text_encoder_only exclude each other",
+            );
+        }
+        if self.adaptive_noise_scale.is_some() && self.noise_offset.is_none() {
+            return bad("adaptive_noise_scale needs noise_offset");
+        }
+        if self.scale_v_pred_loss_like_noise_pred && !self.v_parameterization {
+            return bad("scale_v_pred_loss_like_noise_pred needs v_parameterization");
+        }
+        if self.v_pred_like_loss.is_some() && self.v_parameterization {
+            return bad("v_pred_like_loss cannot be combined with v_parameterization");
+        }
+        for (name, every) in [
+            ("save_every_n_epochs", self.save_every_n_epochs),
+            ("save_every_n_steps", self.save_every_n_steps),
+            ("save_n_epoch_ratio", self.save_n_epoch_ratio),
+        ] {
+            if every == Some(0) {
+                return bad(format!(
+                    "{name}: expected at least 1; leave it out for none"
+                ));
+            }
+        }
+        if self.cache_latents && (self.color_aug || self.random_crop) {
+            return bad("cache_latents cannot be combined with color_aug or random_crop");
+        }
+        let noise = self.noise();
+        if noise.min_timestep >= TIMESTEPS
+            || noise.max_timestep > TIMESTEPS
+            || noise.min_timestep > noise.max_timestep
+        {
+            return bad(format!(
+                "min_timestep {} and max_timestep {}: expected a range within 0 to 1000",
+                noise.min_timestep, noise.max_timestep
+            ));
+        }
+        self.adapter()?.validate()?;
+        self.loss()?;
+        self.save_dtype()?;
+        self.dataset_options()?;
+        Ok(())
+    }
+
+    /// Choices that are allowed and probably not meant, in words.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut list = Vec::new();
+        let rank = self.network_dim.unwrap_or(4);
+        if self.network_alpha > rank as f64 {
+            list.push(format!(
+                "network_alpha {} is above network_dim {rank}: the adapter acts {:.1} times as strongly as usual",
+                self.network_alpha,
+                self.network_alpha / rank as f64
+            ));
+        }
+        let loha = self
+            .adapter()
+            .is_ok_and(|a| a.family == lora_core::Family::Loha);
+        if loha && rank > 8 {
+            list.push(format!(
+                "LoHa of dim {rank} has as many parameters as LoRA of dim {}: 1 to 8 is usual",
+                2 * rank
+            ));
+        }
+        if self.learning_rate.is_none() {
+            list.push(format!(
+                "learning_rate is not given: using {} (sd-scripts would use 2e-6)",
+                self.learning_rate()
+            ));
+        }
+        if self.adaptive()
+            && [self.unet_learning_rate(), self.text_learning_rate()]
+                .iter()
+                .any(|lr| *lr != 0.0 && !(0.1..=10.0).contains(lr))
+        {
+            list.push(format!("{} finds the learning rate itself: set learning_rate, unet_lr and text_encoder_lr to 1", self.optimizer_type));
+        }
+        if self.zero_terminal_snr && !self.v_parameterization {
+            list.push("zero_terminal_snr is meant for v-prediction models".into());
+        }
+        if self.mixed_precision != "no" {
+            list.push(format!(
+                "mixed_precision {}: a CPU computes in f32, which is at least as precise",
+                self.mixed_precision
+            ));
+        }
+        list
+    }
+
+    /// Whether the optimizer finds its own learning rate.
+    pub fn adaptive(&self) -> bool {
+        let name = self.optimizer_type.to_lowercase();
+        name.starts_with("prodigy") || name.starts_with("dadapt")
+    }
+
+    /// The learning rate, with its default.
+    pub fn learning_rate(&self) -> f64 {
+        self.learning_rate
+            .unwrap_or(if self.adaptive() { 1.0 } else { 1e-4 })
+    }
+
+    /// The UNet's learning rate.
+    pub fn unet_learning_rate(&self) -> f64 {
+        self.unet_lr.unwrap_or(self.learning_rate())
+    }
+
+    /// The text encoder's learning rate; of a list the first, as in sd-scripts.
+    pub fn text_learning_rate(&self) -> f64 {
+        self.text_encoder_lr
+            .first()
+            .copied()
+            .unwrap_or(self.learning_rate())
+    }
+
+    /// The options inside `network_args`, and what `network_module` makes of them.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for one that is not known.
+    pub fn network(&self) -> Result<NetworkArgs> {
+        NetworkArgs::parse(self)
+    }
+
+    /// What kind of adapter to create.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for bad `network_args`.
+    pub fn adapter(&self) -> Result<AdapterConfig> {
+        let args = self.network()?;
+        let rank = self.network_dim.unwrap_or(4);
+        Ok(AdapterConfig {
+            rank,
+            alpha: self.network_alpha,
+            dropout: Dropout {
+                neuron: self.network_dropout.unwrap_or(0.0),
+                ..args.adapter.dropout
+            },
+            ..args.adapter
+        })
+    }
+
+    /// Which layers get an adapter: of the UNet, and of the text encoder; `None` for
+    /// none.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for bad `network_args`.
+    pub fn targets(&self) -> Result<(Option<Targets>, Option<Targets>)> {
+        let (unet, text) = self.network()?.targets;
+        Ok((
+            unet.filter(|_| !self.network_train_text_encoder_only),
+            text.filter(|_| !self.network_train_unet_only),
+        ))
+    }
+
+    /// How noise is made.
+    pub fn noise(&self) -> NoiseConfig {
+        NoiseConfig {
+            noise_offset: self.noise_offset.unwrap_or(0.0),
+            noise_offset_random_strength: self.noise_offset_random_strength,
+            adaptive_noise_scale: self.adaptive_noise_scale.unwrap_or(0.0),
+            multires_noise_iterations: self.multires_noise_iterations.unwrap_or(0),
+            multires_noise_discount: self.multires_noise_discount,
+            ip_noise_gamma: self.ip_noise_gamma.unwrap_or(0.0),
+            ip_noise_gamma_random_strength: self.ip_noise_gamma_random_strength,
+            min_timestep: self.min_timestep.unwrap_or(0),
+            max_timestep: self.max_timestep.unwrap_or(TIMESTEPS),
+        }
+    }
+
+    /// How the loss is computed.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an unknown name.
+    pub fn loss(&self) -> Result<LossConfig> {
+        Ok(LossConfig {
+            loss_type: match self.loss_type.as_str() {
+                "l2" => LossType::L2,
+                "l1" => LossType::L1,
+                "huber" => LossType::Huber,
+                "smooth_l1" => LossType::SmoothL1,
+                other => {
+                    return bad(format!(
+                        "loss_type {other:?}: expected l1, l2, huber or smooth_l1"
+                    ));
+                }
+            },
+            huber_schedule: match self.huber_schedule.as_str() {
+                "constant" => HuberSchedule::Constant,
+                "exponential" => HuberSchedule::Exponential,
+                "snr" => HuberSchedule::Snr,
+                other => {
+                    return bad(format!(
+                        "huber_schedule {other:?}: expected constant, exponential or snr"
+                    ));
+                }
+            },
+            huber_c: self.huber_c,
+            huber_scale: self.huber_scale,
+            v_parameterization: self.v_parameterization,
+            min_snr_gamma: self.min_snr_gamma.unwrap_or(0.0),
+            debiased_estimation_loss: self.debiased_estimation_loss,
+            scale_v_pred_loss_like_noise_pred: self.scale_v_pred_loss_like_noise_pred,
+            v_pred_like_loss: self.v_pred_like_loss.unwrap_or(0.0),
+        })
+    }
+
+    /// The noise schedule of training.
+    pub fn schedule(&self) -> NoiseSchedule {
+        let schedule = NoiseSchedule::sd15();
+        if self.zero_terminal_snr {
+            schedule.zero_terminal_snr()
+        } else {
+            schedule
+        }
+    }
+
+    /// How captions are encoded.
+    pub fn text(&self) -> TextConfig {
+        TextConfig {
+            chunks: self.max_token_length.unwrap_or(75).div_ceil(75),
+            clip_skip: self.clip_skip.unwrap_or(1),
+            weighted: self.weighted_captions,
+        }
+    }
+
+    /// Dtype of saved files.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an unknown name.
+    pub fn save_dtype(&self) -> Result<DType> {
+        match self.save_precision.as_deref() {
+            None | Some("float") => Ok(DType::F32),
+            Some("fp16") => Ok(DType::F16),
+            Some("bf16") => Ok(DType::BF16),
+            Some(other) => bad(format!(
+                "save_precision {other:?}: expected float, fp16 or bf16"
+            )),
+        }
+    }
+
+    /// The result's name without extension.
+    pub fn name(&self) -> &str {
+        self.output_name.as_deref().unwrap_or("last")
+    }
+
+    /// Where results go.
+    pub fn output_dir(&self) -> &Path {
+        self.output_dir.as_deref().unwrap_or(Path::new("."))
+    }
+
+    /// The dataset options that are not paths.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for values that cannot be read; [`Error::Data`] for values out
+    /// of range.
+    pub fn dataset_options(&self) -> Result<DatasetConfig> {
+        let extension = self
+            .caption_extention
+            .clone()
+            .or_else(|| self.caption_extension.clone());
+        let options = DatasetConfig {
+            resolution: parse_resolution(&self.resolution)?,
+            batch_size: self.train_batch_size,
+            enable_bucket: self.enable_bucket,
+            min_bucket_reso: self.min_bucket_reso,
+            max_bucket_reso: self.max_bucket_reso,
+            bucket_reso_steps: self.bucket_reso_steps,
+            bucket_no_upscale: self.bucket_no_upscale,
+            resize_interpolation: self.interpolation()?,
+            subset: SubsetConfig {
+                num_repeats: self.dataset_repeats,
+                caption_extension: extension,
+                captions: self.captions(),
+                flip_aug: self.flip_aug,
+                color_aug: self.color_aug,
+                random_crop: self.random_crop,
+                face_crop_aug_range: self.face_crop()?,
+                alpha_mask: self.alpha_mask,
+                conditioning_data_dir: self.conditioning_data_dir.clone(),
+                ..SubsetConfig::default()
+            },
+            ..DatasetConfig::default()
+        };
+        options.validate()?;
+        Ok(options)
+    }
+
+    fn interpolation(&self) -> Result<Option<Interpolation>> {
+        let Some(name) = &self.resize_interpolation else {
+            return Ok(None);
+        };
+        let value = serde_json::Value::from(name.as_str());
+        match serde_json::from_value(value) {
+            Ok(filter) => Ok(Some(filter)),
+            Err(e) => bad(format!("resize_interpolation: {e}")),
+        }
+    }
+
+    fn face_crop(&self) -> Result<Option<(f64, f64)>> {
+        let Some(text) = &self.face_crop_aug_range else {
+            return Ok(None);
+        };
+        let pair = text
+            .split_once(',')
+            .and_then(|(a, b)| Some((a.trim().parse().ok()?, b.trim().parse().ok()?)));
+        match pair {
+            Some(pair) => Ok(Some(pair)),
+            None => bad(format!(
+                "face_crop_aug_range {text:?}: expected two numbers such as 2.0,4.0"
+            )),
+        }
+    }
+
+    fn captions(&self) -> CaptionConfig {
+        CaptionConfig {
+            shuffle_caption: self.shuffle_caption,
+            caption_separator: self.caption_separator.clone(),
+            keep_tokens: self.keep_tokens,
+            keep_tokens_separator: self.keep_tokens_separator.clone(),
+            secondary_separator: self.secondary_separator.clone(),
+            enable_wildcard: self.enable_wildcard,
+            caption_prefix: self.caption_prefix.clone(),
+            caption_suffix: self.caption_suffix.clone(),
+            caption_dropout_rate: self.caption_dropout_rate,
+            caption_dropout_every_n_epochs: self.caption_dropout_every_n_epochs,
+            caption_tag_dropout_rate: self.caption_tag_dropout_rate,
+            token_warmup_min: self.token_warmup_min,
+            token_warmup_step: self.token_warmup_step,
+        }
+    }
+}
+
+/// `512` or `768,512`, width first.
+fn parse_resolution(text: &str) -> Result<Size> {
+    let numbers: Option<Vec<u32>> = text.split(',').map(|n| n.trim().parse().ok()).collect();
+    match numbers.as_deref() {
+        Some([side]) if *side > 0 => Ok(Size {
+            width: *side,
+            height: *side,
+        }),
+        Some([width, height]) if *width > 0 && *height > 0 => Ok(Size {
+            width: *width,
+            height: *height,
+        }),
+        _ => bad(format!(
+            "resolution {text:?}: expected a size such as 512 or 768,512"
+        )),
+    }
+}

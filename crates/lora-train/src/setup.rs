@@ -1,0 +1,240 @@
+//! The steps before training: each checks one thing and builds it.
+
+use std::path::Path;
+
+use candle_core::Device;
+use lora_core::{Adaptable, AdapterSet, Targets};
+use lora_data::{ConfigFile, DataConfig, Dataset, DatasetConfig, Finding, Place, Purpose, Streams};
+use lora_optim::kohya::{GroupOptions, KohyaOptimizer, KohyaScheduler, block_index};
+use lora_optim::{LrSchedule, Optimizer, ParamGroup};
+use lora_sd15::{Checkpoint, TextEncoder, UNet};
+
+use crate::config::{Steps, TrainConfig};
+use crate::trainer::open_checkpoint;
+use crate::{Error, Plan, Result};
+
+/// Creates the output folder and proves that files can be written there.
+pub(crate) fn check_output(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let probe = folder.join(format!(".probe-{}.tmp", std::process::id()));
+    std::fs::write(&probe, b"probe").map_err(Error::io(folder))?;
+    std::fs::remove_file(&probe).map_err(Error::io(&probe))
+}
+
+/// Lists pictures and captions; also returns what the dataset config noticed.
+pub(crate) fn dataset(config: &TrainConfig) -> Result<(Dataset, Vec<Finding>)> {
+    let run = DataConfig {
+        prior_loss_weight: config.prior_loss_weight as f32,
+        masked_loss: config.masked_loss,
+        ..DataConfig::default()
+    };
+    let options = config.dataset_options()?;
+    if let Some(path) = &config.dataset_config {
+        let file = ConfigFile::read(path, &options, &run)?;
+        return Ok((Dataset::load(file.config)?, file.findings));
+    }
+    if let Some(json) = &config.in_json {
+        let mut subset = options.subset.clone();
+        subset.metadata_file = Some(json.clone());
+        subset.image_dir = config.train_data_dir.clone();
+        let options = DatasetConfig {
+            subsets: vec![subset],
+            ..options
+        };
+        return Ok((
+            Dataset::load(DataConfig {
+                datasets: vec![options],
+                ..run
+            })?,
+            Vec::new(),
+        ));
+    }
+    let Some(train) = &config.train_data_dir else {
+        return Err(Error::Missing {
+            name: "train_data_dir",
+            what: "the folder with pictures and captions",
+        });
+    };
+    Ok((
+        Dataset::from_folders(train, config.reg_data_dir.as_deref(), &options, &run)?,
+        Vec::new(),
+    ))
+}
+
+/// Opens and checks the checkpoint.
+pub(crate) fn checkpoint(config: &TrainConfig) -> Result<Checkpoint> {
+    let Some(path) = &config.pretrained_model_name_or_path else {
+        return Err(Error::Missing {
+            name: "pretrained_model_name_or_path",
+            what: "the checkpoint to train on",
+        });
+    };
+    open_checkpoint(path, config.vae.as_deref())
+}
+
+/// The learning-rate schedule for the whole run.
+pub(crate) fn lr_schedule(config: &TrainConfig, plan: &Plan) -> Result<Box<dyn LrSchedule>> {
+    // Shares become counts here: a share of 1.0 is the whole run, a count of 1 one step.
+    let steps = |s: Option<Steps>| s.map_or(0.0, |s| s.of(plan.total_steps) as f64);
+    let schedule = KohyaScheduler {
+        lr_scheduler: config.lr_scheduler.clone(),
+        lr_scheduler_type: config.lr_scheduler_type.clone(),
+        lr_scheduler_args: config.lr_scheduler_args.clone(),
+        max_train_steps: plan.total_steps as u64,
+        lr_warmup_steps: steps(config.lr_warmup_steps),
+        lr_decay_steps: steps(config.lr_decay_steps),
+        lr_scheduler_num_cycles: f64::from(config.lr_scheduler_num_cycles),
+        lr_scheduler_power: config.lr_scheduler_power,
+        lr_scheduler_timescale: config.lr_scheduler_timescale.map(|t| t as f64),
+        lr_scheduler_min_lr_ratio: config.lr_scheduler_min_lr_ratio,
+        learning_rate: config.learning_rate(),
+    };
+    Ok(schedule.build()?)
+}
+
+/// Merges `base_weights` into the model.
+pub(crate) fn merge_base_weights(
+    config: &TrainConfig,
+    unet: &mut UNet,
+    text_encoder: &mut TextEncoder,
+    device: &Device,
+) -> Result<()> {
+    for (i, path) in config.base_weights.iter().enumerate() {
+        let multiplier = config
+            .base_weights_multiplier
+            .get(i)
+            .copied()
+            .unwrap_or(1.0);
+        let set = AdapterSet::load(path, device)?;
+        set.merge(unet, multiplier)?.strict()?;
+        set.merge(text_encoder, multiplier)?.strict()?;
+    }
+    Ok(())
+}
+
+/// Creates the adapters, loads `network_weights` into them and attaches them.
+pub(crate) fn adapters(
+    config: &TrainConfig,
+    unet: &mut UNet,
+    text_encoder: &mut TextEncoder,
+    streams: Streams,
+    warn: &mut dyn FnMut(&str),
+) -> Result<AdapterSet> {
+    let options = config.adapter()?;
+    let rng = |item| streams.stream(Purpose::ADAPTER_INIT, Place::item(item));
+    let (unet_targets, text_targets) = config.targets()?;
+    let parts: [(Option<Targets>, &mut dyn Adaptable, u64); 2] =
+        [(unet_targets, unet, 0), (text_targets, text_encoder, 1)];
+    let mut set: Option<AdapterSet> = None;
+    for (targets, model, item) in parts {
+        let Some(targets) = targets else { continue };
+        let part = AdapterSet::create(model, &options, &targets, &mut rng(item))?;
+        match &mut set {
+            None => set = Some(part),
+            Some(set) => set.extend(part),
+        }
+    }
+    let mut set = set.unwrap_or_default();
+    if let Some(weights) = config
+        .network()?
+        .groups
+        .block_weights
+        .filter(|w| w.is_set())
+    {
+        // A block with weight 0 gets no adapters at all.
+        let weights = weights.all();
+        set.retain(|name| block_index(name).and_then(|i| weights.get(i)) != Some(&0.0));
+    }
+    if let Some(path) = &config.network_weights {
+        load_weights(&mut set, path, config.network_alpha, warn)?;
+    }
+    set.attach(unet, 1.0)?.strict()?;
+    set.attach(text_encoder, 1.0)?.strict()?;
+    Ok(set)
+}
+
+/// Puts a file's adapters in place of the fresh ones.
+fn load_weights(
+    set: &mut AdapterSet,
+    path: &Path,
+    alpha: f64,
+    warn: &mut dyn FnMut(&str),
+) -> Result<()> {
+    let loaded = AdapterSet::load(path, &Device::Cpu)?.trainable()?;
+    let mut unused = Vec::new();
+    let mut other_alpha = 0;
+    for (name, adapter) in loaded.iter() {
+        let Some(fresh) = set.get(name) else {
+            unused.push(name.to_string());
+            continue;
+        };
+        if fresh.rank() != adapter.rank() {
+            return Err(Error::Config {
+                place: path.display().to_string(),
+                what: format!(
+                    "{name} has rank {:?}, the run is set to {:?}: make network_dim equal",
+                    adapter.rank(),
+                    fresh.rank()
+                ),
+            });
+        }
+        other_alpha += usize::from(adapter.alpha().is_some_and(|a| a != alpha && alpha != 0.0));
+        set.insert(name.to_string(), adapter.clone());
+    }
+    if !unused.is_empty() {
+        return Err(lora_core::Error::UnmatchedLayers { layers: unused }.into());
+    }
+    if other_alpha > 0 {
+        warn(&format!(
+            "{}: {other_alpha} layers keep the alpha of the file, not network_alpha {alpha}",
+            path.display()
+        ));
+    }
+    if loaded.len() < set.len() {
+        warn(&format!(
+            "{}: has {} of {} layers; the others start fresh",
+            path.display(),
+            loaded.len(),
+            set.len()
+        ));
+    }
+    Ok(())
+}
+
+/// sd-scripts' parameter groups: text encoder, then UNet, split further by LoRA+ and
+/// block weights. A group with learning rate 0 is left out.
+///
+/// # Errors
+/// [`Error::Config`] when nothing is left to train.
+pub fn param_groups(config: &TrainConfig, adapters: &AdapterSet) -> Result<Vec<ParamGroup>> {
+    let options = GroupOptions {
+        learning_rate: config.learning_rate(),
+        text_encoder_lr: config.text_encoder_lr.first().copied(),
+        unet_lr: config.unet_lr,
+        ..config.network()?.groups
+    };
+    let groups = options.groups(adapters.params())?;
+    if groups.is_empty() {
+        let what = "nothing is trained: all learning rates are 0".into();
+        return Err(Error::Config {
+            place: "settings".into(),
+            what,
+        });
+    }
+    Ok(groups)
+}
+
+/// The optimizer by sd-scripts' name and arguments. Prodigy without `betas` gets
+/// (0.9, 0.99) here.
+pub(crate) fn optimizer(
+    config: &TrainConfig,
+    groups: Vec<ParamGroup>,
+) -> Result<Box<dyn Optimizer>> {
+    let optimizer = KohyaOptimizer {
+        optimizer_type: config.optimizer_type.clone(),
+        optimizer_args: config.optimizer_args.clone(),
+        learning_rate: config.learning_rate(),
+        prodigy_betas: (0.9, 0.99),
+    };
+    Ok(optimizer.build(groups)?)
+}

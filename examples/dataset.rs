@@ -1,0 +1,126 @@
+//! Looks at a dataset before it is trained: the sum, the findings, a contact sheet.
+//!
+//!     cargo run --release -p lora-examples --example dataset -- photos --sheet sheet.png
+//!
+//! Takes what kohya users have: the parent of folders named `10_name`, one such
+//! folder, a plain folder of images, or a dataset config file. Exits with 1 when
+//! the dataset cannot be used, and with `--strict` also when something was found.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use lora_data::doctor::{DoctorConfig, examine};
+use lora_data::{
+    ContactSheetConfig, DataConfig, Dataset, DatasetConfig, DatasetReport, Finding, ReportConfig,
+    RunLength, Severity, Size, write_contact_sheet,
+};
+
+#[derive(Parser)]
+#[command(
+    about = "Shows what a training run will make of a dataset, and what is likely to go wrong"
+)]
+struct Options {
+    /// A folder of images, the parent of `N_name` folders, or a dataset config (.toml, .json)
+    data: PathBuf,
+    /// Folder of regularization images
+    #[arg(long)]
+    reg: Option<PathBuf>,
+    /// Resolution, as 512 or 768,512
+    #[arg(long, default_value = "512")]
+    resolution: Size,
+    /// Images per batch
+    #[arg(long, default_value_t = 1)]
+    batch_size: usize,
+    /// Batches per update
+    #[arg(long, default_value_t = 1)]
+    gradient_accumulation_steps: usize,
+    /// Epochs of the run
+    #[arg(long, default_value_t = 10)]
+    epochs: usize,
+    /// Never enlarge an image
+    #[arg(long)]
+    bucket_no_upscale: bool,
+    /// Shuffle tags
+    #[arg(long)]
+    shuffle_caption: bool,
+    /// Tags at the front that stay
+    #[arg(long, default_value_t = 0)]
+    keep_tokens: usize,
+    /// The trigger word, if it is not the most frequent first tag
+    #[arg(long)]
+    trigger: Option<String>,
+    /// Write a contact sheet of the pictures as they are trained
+    #[arg(long, value_name = "FILE.png")]
+    sheet: Option<PathBuf>,
+    /// Do not decode the pictures (finds no near-duplicates)
+    #[arg(long)]
+    quick: bool,
+    /// Exit with 1 when there is a warning
+    #[arg(long)]
+    strict: bool,
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
+    let dataset = load(options)?;
+    let config = ReportConfig {
+        gradient_accumulation_steps: options.gradient_accumulation_steps,
+        length: RunLength::Epochs(options.epochs),
+        ..Default::default()
+    };
+    print!("{}", DatasetReport::new(&dataset, &config));
+
+    let doctor = DoctorConfig {
+        look_at_images: !options.quick,
+        trigger: options.trigger.clone(),
+    };
+    let mut findings: Vec<Finding> = dataset.findings().to_vec();
+    findings.extend(examine(&dataset, &doctor));
+    findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
+    println!("\n{} findings", findings.len());
+    for finding in &findings {
+        println!("  {:?}: {finding}", finding.severity);
+    }
+
+    if let Some(path) = &options.sheet {
+        write_contact_sheet(&dataset, path, &ContactSheetConfig::default())?;
+        println!("\ncontact sheet: {}", path.display());
+    }
+    let is_worrying = findings
+        .iter()
+        .any(|finding| finding.severity >= Severity::Warning);
+    Ok(if options.strict && is_worrying {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn load(options: &Options) -> lora_data::Result<Dataset> {
+    let mut dataset = DatasetConfig {
+        resolution: options.resolution,
+        batch_size: options.batch_size,
+        bucket_no_upscale: options.bucket_no_upscale,
+        ..Default::default()
+    };
+    dataset.subset.captions.shuffle_caption = options.shuffle_caption;
+    dataset.subset.captions.keep_tokens = options.keep_tokens;
+    let run = DataConfig::default();
+    if options.data.is_file() {
+        // In a file the defaults are sd-scripts' own: no buckets unless it says so.
+        dataset.enable_bucket = false;
+        return Dataset::from_config_file(&options.data, &dataset, &run);
+    }
+    Dataset::from_folders(&options.data, options.reg.as_ref(), &dataset, &run)
+}

@@ -1,0 +1,305 @@
+//! Trains a LoRA.
+//!
+//! ```text
+//! cargo run --release --example train                       # demonstration
+//! cargo run --release --example train -- --config_file my.toml
+//! cargo run --release --example train -- --pretrained_model_name_or_path v1-5.safetensors \
+//!     --train_data_dir img --output_dir out --output_name zoe --resolution 512 \
+//!     --network_dim 8 --network_alpha 4 --optimizer_type Prodigy --optimizer_args betas=0.9,0.99 \
+//!     --max_train_epochs 10 --save_every_n_epochs 2
+//! ```
+//!
+//! Options are sd-scripts'; `--help` lists them. The command line beats the file.
+//! `--device` is ours: auto, cpu, cuda:0, metal.
+
+use std::error::Error;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device};
+use indicatif::{ProgressBar, ProgressStyle};
+use lora_core::AdapterSet;
+use lora_examples::{demo_model, demo_pictures, device, peak_memory_mb};
+use lora_sd15::{Image, StableDiffusion, Txt2Img};
+use lora_train::options::{Kind, OPTIONS, Settings, Status};
+use lora_train::{BatchReport, Event, Outcome, TrainConfig, Trainer};
+
+fn main() {
+    if let Err(error) = run() {
+        eprintln!("error: {error}");
+        std::process::exit(1);
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    lora_kernels::keep_freed_memory();
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.iter().any(|a| a == "--help" || a == "-h") {
+        print_help();
+        return Ok(());
+    }
+    let device = device(&take(&mut arguments, "--device")?.unwrap_or_else(|| "auto".into()))?;
+    if arguments.is_empty() {
+        return demonstration(&device);
+    }
+    let config = TrainConfig::from_settings(&settings(&arguments)?)?;
+    train(config, &device)?;
+    Ok(())
+}
+
+/// Removes `--name VALUE` from the arguments.
+fn take(arguments: &mut Vec<String>, name: &str) -> Result<Option<String>, String> {
+    let Some(at) = arguments.iter().position(|a| a == name) else {
+        return Ok(None);
+    };
+    arguments.remove(at);
+    if at < arguments.len() {
+        Ok(Some(arguments.remove(at)))
+    } else {
+        Err(format!("{name} needs a value"))
+    }
+}
+
+/// Config file below, command line on top.
+fn settings(arguments: &[String]) -> Result<Settings, Box<dyn Error>> {
+    let (line, rest) = Settings::from_arguments(arguments)?;
+    if let Some(word) = rest.first() {
+        return Err(
+            format!("unexpected argument {word:?}; options start with --, see --help").into(),
+        );
+    }
+    let mut settings = match line.get("config_file").and_then(|v| v.as_str()) {
+        Some(file) => Settings::from_toml(Path::new(file))?,
+        None => Settings::default(),
+    };
+    settings.overlay(line);
+    for (name, reason) in settings.without_effect() {
+        eprintln!("note: {name} has no effect: {reason}");
+    }
+    Ok(settings)
+}
+
+fn train(config: TrainConfig, device: &Device) -> Result<Outcome, Box<dyn Error>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    // The second Ctrl-C ends the program at once.
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this batch and saving; press again to quit at once");
+    })?;
+    let mut display = Display::default();
+    let mut trainer = Trainer::new(config, device, &mut |event: &Event<'_>| {
+        display.event(event)
+    })?;
+    let outcome = trainer.run(&mut |event: &Event<'_>| display.event(event), &stop)?;
+    display.finish(&outcome);
+    Ok(outcome)
+}
+
+/// The progress bar, or plain lines when standard error is not a terminal.
+#[derive(Default)]
+struct Display {
+    bar: Option<ProgressBar>,
+    last_line: Option<Instant>,
+    batch_times: Vec<f64>,
+}
+
+impl Display {
+    fn event(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Warning(text) => self.line(&format!("warning: {text}")),
+            Event::Planned(plan) => self.line(&plan.to_string()),
+            Event::Encoding { done, total } => {
+                self.bar(*total, "encoding").set_position(*done as u64)
+            }
+            Event::EpochStarted { .. } | Event::EpochFinished { .. } => {}
+            Event::Batch(report) => self.batch(report),
+            Event::Skipped { what, .. } => self.line(&format!("skipped a batch: {what}")),
+            Event::Saved(path) => self.line(&format!("saved {}", path.display())),
+            Event::Removed(path) => self.line(&format!("removed {}", path.display())),
+            _ => {}
+        }
+    }
+
+    /// A line above the bar.
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{text}")),
+            None => eprintln!("{text}"),
+        }
+    }
+
+    fn bar(&mut self, total: usize, what: &str) -> &ProgressBar {
+        let fresh = self
+            .bar
+            .as_ref()
+            .is_none_or(|b| b.length() != Some(total as u64) || b.prefix() != what);
+        if fresh {
+            if let Some(old) = self.bar.take() {
+                old.finish_and_clear();
+            }
+            let bar = ProgressBar::new(total as u64).with_prefix(what.to_string());
+            let template = "{prefix} {bar:30} {pos}/{len} [{elapsed}<{eta}] {msg}";
+            bar.set_style(
+                ProgressStyle::with_template(template)
+                    .unwrap_or_else(|_| ProgressStyle::default_bar()),
+            );
+            self.bar = Some(bar);
+        }
+        self.bar.get_or_insert_with(ProgressBar::hidden)
+    }
+
+    fn batch(&mut self, report: &BatchReport) {
+        self.batch_times.push(report.elapsed.as_secs_f64());
+        let rates: Vec<String> = report
+            .learning_rates
+            .iter()
+            .map(|(name, _, effective)| format!("{name} {effective:.2e}"))
+            .collect();
+        let message = format!("loss {:.4}, lr {}", report.average_loss, rates.join(", "));
+        let bar = self.bar(report.total_steps, "training");
+        bar.set_message(message.clone());
+        bar.set_position(report.step as u64);
+        let hidden = bar.is_hidden();
+        let due = self
+            .last_line
+            .is_none_or(|t| t.elapsed() > Duration::from_secs(10));
+        if hidden && (due || report.step == report.total_steps) {
+            self.last_line = Some(Instant::now());
+            eprintln!(
+                "epoch {}, step {}/{}: {message}",
+                report.epoch, report.step, report.total_steps
+            );
+        }
+    }
+
+    fn finish(&mut self, outcome: &Outcome) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish();
+        }
+        self.batch_times.sort_by(f64::total_cmp);
+        if let Some(median) = self.batch_times.get(self.batch_times.len() / 2) {
+            let memory = peak_memory_mb()
+                .map(|mb| format!(", peak memory {mb} MB"))
+                .unwrap_or_default();
+            eprintln!("median time per batch {median:.3} s{memory}");
+        }
+        match outcome {
+            Outcome::Finished(path) => {
+                println!("{}", path.display());
+                if let Some(name) = path.file_stem().and_then(|s| s.to_str()) {
+                    eprintln!(
+                        "copy it to models/Lora of the web UI and write <lora:{name}:0.8> in a prompt"
+                    );
+                }
+            }
+            Outcome::Stopped(path) => println!("stopped; what there was is in {}", path.display()),
+        }
+    }
+}
+
+/// Trains on the bundled miniature and pictures, then draws with and without the
+/// result.
+fn demonstration(device: &Device) -> Result<(), Box<dyn Error>> {
+    eprintln!("demonstration: the bundled miniature model has random weights, so its pictures are");
+    eprintln!("patterns; what changes between before and after is what the LoRA learned.");
+    let config = TrainConfig {
+        pretrained_model_name_or_path: Some(demo_model()),
+        train_data_dir: Some(demo_pictures()),
+        output_dir: Some("out/demo".into()),
+        output_name: Some("zoe".into()),
+        resolution: "128".into(),
+        min_bucket_reso: 64,
+        max_bucket_reso: 128,
+        network_dim: Some(4),
+        network_alpha: 4.0,
+        optimizer_type: "Prodigy".into(),
+        optimizer_args: vec!["betas=0.9,0.99".into(), "weight_decay=0.01".into()],
+        train_batch_size: 2,
+        max_train_epochs: Some(10),
+        save_every_n_epochs: Some(5),
+        seed: Some(1),
+        ..TrainConfig::default()
+    };
+    let Outcome::Finished(file) = train(config, device)? else {
+        return Ok(());
+    };
+
+    let mut sd = StableDiffusion::load(demo_model(), DType::F32, device)?;
+    sd.add_adapter("zoe", AdapterSet::load(&file, device)?);
+    let mut rows = Vec::new();
+    for prompt in [
+        "zoe, smile",
+        "zoe, glasses, blue background",
+        "zoe, red hat",
+    ] {
+        let mut row = Vec::new();
+        for tag in ["", " <lora:zoe:1>"] {
+            let request = Txt2Img {
+                prompt: format!("{prompt}{tag}"),
+                width: 128,
+                height: 128,
+                seed: 1,
+                ..Txt2Img::default()
+            };
+            row.extend(sd.txt2img(&request, &mut |_| true)?);
+        }
+        rows.push(row);
+    }
+    let sheet = Path::new("out/demo/before-after.png");
+    grid(&rows).save_png(sheet, None)?;
+    println!("{} (left: before, right: with the LoRA)", sheet.display());
+    Ok(())
+}
+
+/// Pictures of one size side by side.
+fn grid(rows: &[Vec<Image>]) -> Image {
+    let (width, height) = rows
+        .first()
+        .and_then(|r| r.first())
+        .map_or((0, 0), |i| (i.width, i.height));
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let mut rgb = Vec::with_capacity(3 * columns * width * rows.len() * height);
+    for row in rows {
+        for y in 0..height {
+            for picture in row {
+                rgb.extend_from_slice(&picture.rgb[3 * y * width..3 * (y + 1) * width]);
+            }
+        }
+    }
+    Image {
+        width: columns * width,
+        height: rows.len() * height,
+        rgb,
+    }
+}
+
+fn print_help() {
+    println!(
+        "usage: train [--config_file FILE.toml] [--OPTION VALUE ...] [--device auto|cpu|cuda:0|metal]"
+    );
+    println!(
+        "without options: a demonstration on the bundled miniature\n\noptions (as in sd-scripts):"
+    );
+    for option in OPTIONS {
+        let takes = match option.kind {
+            Kind::Switch => "",
+            Kind::Integer => "N",
+            Kind::Number => "X",
+            Kind::Text => "TEXT",
+            Kind::List => "TEXT ...",
+            Kind::Numbers => "X ...",
+            Kind::Steps => "N or SHARE",
+        };
+        let note = match option.status {
+            Status::Used => option.choices.join(", "),
+            Status::NoEffect(reason) => format!("accepted, no effect: {reason}"),
+            Status::Refused(advice) => format!("not supported: {advice}"),
+        };
+        println!("  --{:<38} {note}", format!("{} {takes}", option.name));
+    }
+}
