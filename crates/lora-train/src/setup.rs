@@ -6,6 +6,7 @@ use candle_core::Device;
 use lora_core::{Adaptable, AdapterSet, Targets};
 use lora_data::{ConfigFile, DataConfig, Dataset, DatasetConfig, Finding, Place, Purpose, Streams};
 use lora_optim::kohya::{GroupOptions, KohyaOptimizer, KohyaScheduler, block_index};
+use lora_optim::schedule::Constant;
 use lora_optim::{LrSchedule, Optimizer, ParamGroup};
 use lora_sd15::{Checkpoint, TextEncoder, UNet};
 
@@ -74,6 +75,9 @@ pub(crate) fn checkpoint(config: &TrainConfig) -> Result<Checkpoint> {
 
 /// The learning-rate schedule for the whole run.
 pub(crate) fn lr_schedule(config: &TrainConfig, plan: &Plan) -> Result<Box<dyn LrSchedule>> {
+    if kohya_optimizer(config).has_own_schedule()? {
+        return Ok(Box::new(Constant));
+    }
     // Shares become counts here: a share of 1.0 is the whole run, a count of 1 one step.
     let steps = |s: Option<Steps>| s.map_or(0.0, |s| s.of(plan.total_steps) as f64);
     let schedule = KohyaScheduler {
@@ -224,17 +228,20 @@ pub fn param_groups(config: &TrainConfig, adapters: &AdapterSet) -> Result<Vec<P
     Ok(groups)
 }
 
-/// The optimizer by sd-scripts' name and arguments. Prodigy without `betas` gets
-/// (0.9, 0.99) here.
+/// The optimizer by sd-scripts' name and arguments.
 pub(crate) fn optimizer(
     config: &TrainConfig,
     groups: Vec<ParamGroup>,
 ) -> Result<Box<dyn Optimizer>> {
-    let optimizer = KohyaOptimizer {
+    Ok(kohya_optimizer(config).build(groups)?)
+}
+
+/// Prodigy without `betas` gets (0.9, 0.99) here.
+fn kohya_optimizer(config: &TrainConfig) -> KohyaOptimizer {
+    KohyaOptimizer {
         optimizer_type: config.optimizer_type.clone(),
         optimizer_args: config.optimizer_args.clone(),
         learning_rate: config.learning_rate(),
         prodigy_betas: (0.9, 0.99),
-    };
-    Ok(optimizer.build(groups)?)
+    }
 }

@@ -257,8 +257,8 @@ impl Trainer {
         if complete {
             progress.in_window = 0;
             if let Some(grads) = progress.grads.take() {
-                self.optimizer
-                    .set_lr_factor(self.lr_schedule.factor(progress.step as u64));
+                self.lr_schedule
+                    .apply(progress.step as u64, self.optimizer.as_mut());
                 let report = self.optimizer.step(&grads)?;
                 grad_norm = report.grad_norm;
                 match report.non_finite {
