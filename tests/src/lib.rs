@@ -23,13 +23,28 @@ pub fn golden_path(topic: &str, file: &str) -> PathBuf {
     golden_dir().join(topic).join(file)
 }
 
+/// A JSON table that is the same for every golden set, read from this package.
+///
+/// # Panics
+/// When it cannot be read or is not JSON.
+pub fn bundled_json(topic: &str, file: &str) -> Value {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("golden")
+        .join(topic)
+        .join(file);
+    read_json(&path)
+}
+
 /// A golden JSON file.
 ///
 /// # Panics
 /// When it cannot be read or is not JSON: the test cannot go on.
 pub fn golden_json(topic: &str, file: &str) -> Value {
-    let path = golden_path(topic, file);
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    read_json(&golden_path(topic, file))
+}
+
+fn read_json(path: &std::path::Path) -> Value {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 

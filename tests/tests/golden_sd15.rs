@@ -146,7 +146,10 @@ fn golden_sd15_basics() {
 #[test]
 fn golden_sd15_key_map() {
     let mut report = Report::default();
-    for row in golden_json("sd15", "key_map.json").as_array().unwrap() {
+    for row in lora_tests::bundled_json("sd15", "key_map.json")
+        .as_array()
+        .unwrap()
+    {
         let part = match text(row, "component") {
             "unet" => Part::Unet,
             "vae" => Part::Vae,

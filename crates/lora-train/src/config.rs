@@ -597,7 +597,7 @@ impl TrainConfig {
     /// Choices that are allowed and probably not meant, in words.
     pub fn warnings(&self) -> Vec<String> {
         let mut list = Vec::new();
-        let rank = self.network_dim.unwrap_or(4);
+        let rank = self.network_rank();
         if self.network_alpha > rank as f64 {
             list.push(format!(
                 "network_alpha {} is above network_dim {rank}: the adapter acts {:.1} times as strongly as usual",
@@ -651,6 +651,11 @@ impl TrainConfig {
             .unwrap_or(if self.adaptive() { 1.0 } else { 1e-4 })
     }
 
+    /// `network_dim`, with its default.
+    pub fn network_rank(&self) -> usize {
+        self.network_dim.unwrap_or(4)
+    }
+
     /// The UNet's learning rate.
     pub fn unet_learning_rate(&self) -> f64 {
         self.unet_lr.unwrap_or(self.learning_rate())
@@ -678,7 +683,7 @@ impl TrainConfig {
     /// [`Error::Config`] for bad `network_args`.
     pub fn adapter(&self) -> Result<AdapterConfig> {
         let args = self.network()?;
-        let rank = self.network_dim.unwrap_or(4);
+        let rank = self.network_rank();
         Ok(AdapterConfig {
             rank,
             alpha: self.network_alpha,

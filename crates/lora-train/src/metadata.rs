@@ -79,7 +79,7 @@ fn run(m: &mut Writer, config: &TrainConfig, plan: &Plan, started_at: f64) -> Re
         "ss_network_module",
         config.network_module.as_deref().unwrap_or("networks.lora"),
     );
-    m.text("ss_network_dim", config.network_dim.unwrap_or(4));
+    m.text("ss_network_dim", config.network_rank());
     m.float("ss_network_alpha", config.network_alpha);
     m.option("ss_network_dropout", config.network_dropout.map(py_float));
     if !config.network_args.is_empty() {

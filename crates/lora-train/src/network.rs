@@ -144,7 +144,7 @@ impl Reader {
     }
 
     fn finish(mut self, config: &TrainConfig) -> Result<NetworkArgs> {
-        let rank = config.network_dim.unwrap_or(4);
+        let rank = config.network_rank();
         let (targets, kxk) = if self.lycoris {
             self.adapter.family = match self.algo.as_str() {
                 "lora" | "locon" => Family::Lora,

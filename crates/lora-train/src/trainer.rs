@@ -94,6 +94,11 @@ impl Trainer {
         for warning in config.warnings() {
             observer.event(&Event::Warning(&warning));
         }
+        // The settings written beside the result are those in effect.
+        let rate = config.learning_rate();
+        config.learning_rate.get_or_insert(rate);
+        let rank = config.network_rank();
+        config.network_dim.get_or_insert(rank);
         setup::check_output(config.output_dir())?;
         let (dataset, noticed) = setup::dataset(&config)?;
         for finding in noticed.iter().chain(dataset.findings()) {
