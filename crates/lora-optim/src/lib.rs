@@ -19,6 +19,7 @@ mod lion;
 mod lion8bit;
 mod number;
 mod optimizer;
+mod plain;
 mod prodigy;
 mod prodigy_plus;
 pub mod quantize;

@@ -571,12 +571,15 @@ fn to_tensor(buffer: &Buffer, dims: &[usize]) -> Result<Tensor> {
             Tensor::from_slice(v, shaped(v.len()), &Device::Cpu)?.to_dtype(DType::BF16)?
         }
         Buffer::U8(v) => Tensor::from_slice(v, shaped(v.len()), &Device::Cpu)?,
-        Buffer::Device(t) => t.to_device(&Device::Cpu)?.copy()?,
+        Buffer::Device(t) => t
+            .to_device(&Device::Cpu)?
+            .copy()?
+            .reshape(shaped(t.elem_count()))?,
     })
 }
 
 fn from_tensor(tensor: &Tensor, slot: &crate::slot::Slot, host: bool) -> Result<Buffer> {
-    if slot.plain && !host && tensor.dtype() == DType::F32 && tensor.elem_count() == slot.numel() {
+    if slot.plain && !host {
         return Ok(Buffer::Device(tensor.to_device(slot.var.device())?.copy()?));
     }
     let flat = tensor.flatten_all()?;
