@@ -23,6 +23,7 @@ mod plain;
 mod prodigy;
 mod prodigy_plus;
 pub mod quantize;
+mod quantize_tensor;
 mod registry;
 mod rounding;
 pub mod schedule;
