@@ -98,9 +98,6 @@ fn evaluating_in_between_changes_no_bit() {
 #[test]
 fn the_fused_path_equals_plain_candle_operations() {
     for (name, options, _) in all() {
-        if name.starts_with("ProdigyPlus") {
-            continue; // One path only.
-        }
         let fused = Problem::new(DType::F32, true);
         run(&fused, &mut *build(name, &options, fused.groups()), 0, 10);
         let plain = Problem::new(DType::F32, true);
@@ -137,9 +134,6 @@ fn the_fused_path_equals_plain_candle_operations() {
 #[test]
 fn a_run_of_plain_operations_resumes_bit_for_bit() {
     for (name, options, _) in all() {
-        if name.starts_with("ProdigyPlus") {
-            continue; // One path only.
-        }
         let start = || {
             let problem = Problem::new(DType::F32, true);
             let mut optimizer = build(name, &options, problem.groups());
