@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, check, check_beta, check_not_negative, check_positive};
 use crate::factored::{Matrices, rms};
+use crate::plain::{self, clip_factor, mix};
 use crate::slot::{Buffer, Slot};
 use crate::stepper::{Rule, RuleConfig, Stepper};
 use crate::table::{GroupDefaults, Table};
@@ -153,7 +154,6 @@ impl Rule for AdafactorRule {
     const NAME: &'static str = "Adafactor";
     const BUFFERS: &'static [&'static str] =
         &["exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq", "exp_avg"];
-    const HOST: bool = true;
 
     fn new(config: &AdafactorConfig, table: &Table) -> Result<Self> {
         if config.relative_step && table.groups.iter().any(|g| g.lr.is_some()) {
@@ -169,7 +169,7 @@ impl Rule for AdafactorRule {
 
     fn update(&mut self, config: &AdafactorConfig, table: &mut Table) -> Result<()> {
         let numbers = table.per_group(|g, n| (table.rate(g), *n));
-        table.for_each(|slot| {
+        table.for_each_sum(|slot| {
             let (lr, n) = numbers[slot.group];
             step(
                 config,
@@ -206,6 +206,29 @@ fn step(
     slot: &mut Slot,
 ) -> Result<()> {
     let t = slot.steps as f64;
+    let numbers = Numbers {
+        rate: lr.unwrap_or_else(|| {
+            multiplier * (1.0 / t.sqrt()).min(if config.warmup_init { 1e-6 * t } else { 1e-2 })
+        }),
+        beta: 1.0 - t.powf(config.decay_rate),
+        decay,
+    };
+    if slot.plain {
+        step_tensors(config, &numbers, slot)
+    } else {
+        step_slices(config, &numbers, slot)
+    }
+}
+
+/// Numbers of one parameter's step.
+struct Numbers {
+    /// Before the scale of the parameter.
+    rate: f64,
+    beta: f64,
+    decay: f64,
+}
+
+fn step_slices(config: &AdafactorConfig, numbers: &Numbers, slot: &mut Slot) -> Result<()> {
     let (scale, len) = (slot.grad_scale, slot.numel());
     let matrices = Matrices::of(slot.dims());
     if config.beta1.is_some() && slot.buffers[M].is_none() {
@@ -219,11 +242,9 @@ fn step(
         None if slot.buffers[V].is_none() => slot.buffers[V] = Some(Buffer::F32(vec![0.0; len])),
         _ => {}
     }
-    let beta = 1.0 - t.powf(config.decay_rate);
+    let Numbers { beta, decay, .. } = *numbers;
     let rate = slot.on_host(|p, g, buffers| {
-        let mut rate = lr.unwrap_or_else(|| {
-            multiplier * (1.0 / t.sqrt()).min(if config.warmup_init { 1e-6 * t } else { 1e-2 })
-        });
+        let mut rate = numbers.rate;
         if config.scale_parameter {
             rate *= rms(p).max(config.eps.1);
         }
@@ -273,6 +294,56 @@ fn step(
     })?;
     slot.sums[0] = rate;
     Ok(())
+}
+
+/// The same with whole tensors. The rate of a scaled parameter stays on the device; it
+/// comes back with those of all others, to be shown.
+fn step_tensors(config: &AdafactorConfig, numbers: &Numbers, slot: &mut Slot) -> Result<()> {
+    let Numbers { beta, decay, .. } = *numbers;
+    let (p, g) = (slot.weights_tensor(), slot.grad_tensor()?);
+    let squares = g.sqr()?.affine(1.0, config.eps.0)?;
+    let mut update = match Matrices::of(slot.dims()) {
+        Some(matrices) => {
+            if slot.buffers[ROW].is_none() {
+                let (rows, cols) = matrices.zeros_on(p.device())?;
+                slot.put_state(ROW, rows);
+                slot.put_state(COL, cols);
+            }
+            let (rows, cols) = (slot.state_tensor(ROW)?, slot.state_tensor(COL)?);
+            let (rows, cols) = matrices.updated(rows, cols, beta, &squares)?;
+            let update = matrices.normalised(&g, &rows, &cols)?;
+            slot.put_state(ROW, rows);
+            slot.put_state(COL, cols);
+            update.reshape(slot.dims())?
+        }
+        None => {
+            slot.ensure_zeros(V)?;
+            let v = mix(slot.state_tensor(V)?, beta, &squares, 1.0 - beta)?;
+            let update = (g * v.sqrt()?.recip()?)?;
+            slot.put_state(V, v);
+            update
+        }
+    };
+    let clip = clip_factor(&update, config.clip_threshold)?;
+    let kept = if config.scale_parameter {
+        let rate = plain::rms(&p)?
+            .maximum(config.eps.1)?
+            .affine(numbers.rate, 0.0)?;
+        update = update.broadcast_mul(&(clip * &rate)?)?;
+        let kept = p.broadcast_mul(&rate.affine(-decay, 1.0)?)?;
+        slot.restore_device_sums(vec![rate]);
+        kept
+    } else {
+        slot.sums[0] = numbers.rate;
+        update = update.broadcast_mul(&clip.affine(numbers.rate, 0.0)?)?;
+        p.affine(1.0 - decay * numbers.rate, 0.0)?
+    };
+    if let Some(beta1) = config.beta1 {
+        slot.ensure_zeros(M)?;
+        update = mix(slot.state_tensor(M)?, beta1, &update, 1.0 - beta1)?;
+        slot.put_state(M, update.clone());
+    }
+    slot.put_weights(&(kept - update)?)
 }
 
 /// The last part of a step: scale, first moment, decay, subtraction.

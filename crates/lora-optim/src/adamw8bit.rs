@@ -15,8 +15,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, check_beta, check_not_negative};
-use crate::lane::{Lane, decay_into, decay_into_square};
+use crate::lane::{Lane, TensorLane, decay_into, decay_into_square};
 use crate::quantize::{BLOCK, SIGNED, UNSIGNED};
+use crate::quantize_tensor::{TensorTable, cached};
 use crate::slot::{Buffer, Kernel, Slot, Source};
 use crate::stepper::{Rule, RuleConfig, Stepper};
 use crate::table::{GroupDefaults, Table};
@@ -96,7 +97,10 @@ pub type AdamW8bit = Stepper<AdamW8bitRule>;
 
 /// The update rule of [`AdamW8bit`].
 #[derive(Debug)]
-pub struct AdamW8bitRule;
+pub struct AdamW8bitRule {
+    /// The signed and the unsigned codes, for plain operations.
+    tables: Option<[TensorTable; 2]>,
+}
 
 const M: usize = 0;
 const V: usize = 1;
@@ -115,11 +119,12 @@ impl Rule for AdamW8bitRule {
     ];
 
     fn new(_: &AdamW8bitConfig, _: &Table) -> Result<Self> {
-        Ok(Self)
+        Ok(Self { tables: None })
     }
 
     fn update(&mut self, config: &AdamW8bitConfig, table: &mut Table) -> Result<()> {
         let numbers = table.per_group(|g, n| (table.rate(g), *n));
+        let tables = cached(&mut self.tables, &table.slots, [&SIGNED, &UNSIGNED])?;
         table.for_each(|slot| {
             let (lr, n) = numbers[slot.group];
             let t = slot.steps as i32;
@@ -143,7 +148,12 @@ impl Rule for AdamW8bitRule {
                     &step,
                 );
             }
-            step.quantized(config.keep_second_moment, slot)
+            match tables {
+                Some(tables) if slot.plain => {
+                    step.quantized_tensors(config.keep_second_moment, tables, slot)
+                }
+                _ => step.quantized(config.keep_second_moment, slot),
+            }
         })
     }
 }
@@ -218,5 +228,33 @@ impl Step8 {
             }
             Ok(())
         })
+    }
+
+    /// The same with whole tensors.
+    fn quantized_tensors(
+        &self,
+        keep_second_moment: bool,
+        [signed, unsigned]: &[TensorTable; 2],
+        slot: &mut Slot,
+    ) -> Result<()> {
+        let mut lanes = [
+            slot.weights_tensor(),
+            signed.restore(slot, CODES1, CODES1 + 1)?,
+            unsigned.restore(slot, CODES1 + 2, CODES1 + 3)?,
+        ]
+        .map(TensorLane::new);
+        let [] = self.element(&mut lanes, [TensorLane::new(slot.grad_tensor()?)]);
+        let [p, m, v] = lanes;
+        let (m, v) = (m.finish()?, v.finish()?);
+        let (codes, largest) = signed.quantize(&m)?;
+        slot.put_state(CODES1, codes);
+        slot.put_state(CODES1 + 1, largest);
+        let (mut codes, largest) = unsigned.quantize(&v)?;
+        if keep_second_moment {
+            codes = codes.maximum(&v.flatten_all()?.gt(0f32)?)?;
+        }
+        slot.put_state(CODES1 + 2, codes);
+        slot.put_state(CODES1 + 3, largest);
+        slot.put_weights(&p.finish()?)
     }
 }

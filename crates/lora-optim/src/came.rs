@@ -12,10 +12,12 @@
 //! `exp_avg_res_row`, `exp_avg_res_col`. Follows `came-pytorch` 0.1.3.
 //! <https://arxiv.org/abs/2307.02047>
 
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, check_beta, check_not_negative, check_positive};
 use crate::factored::Matrices;
+use crate::plain::{clip_factor, mix};
 use crate::slot::{Buffer, Slot};
 use crate::stepper::{Rule, RuleConfig, Stepper};
 use crate::table::{GroupDefaults, Table};
@@ -115,7 +117,6 @@ impl Rule for CameRule {
         "exp_avg_res_row",
         "exp_avg_res_col",
     ];
-    const HOST: bool = true;
 
     fn new(_: &CameConfig, _: &Table) -> Result<Self> {
         Ok(Self)
@@ -126,6 +127,7 @@ impl Rule for CameRule {
         table.for_each(|slot| {
             let (lr, decay) = numbers[slot.group];
             match Matrices::of(slot.dims()) {
+                matrices if slot.plain => tensor_step(config, lr, decay, matrices, slot),
                 Some(matrices) => matrix_step(config, lr, decay, matrices, slot),
                 None => vector_step(config, lr, decay, slot),
             }
@@ -220,4 +222,61 @@ fn vector_step(config: &CameConfig, lr: f64, decay: f64, slot: &mut Slot) -> Res
         }
         Ok(())
     })
+}
+
+/// Either of the two with whole tensors.
+fn tensor_step(
+    config: &CameConfig,
+    lr: f64,
+    decay: f64,
+    matrices: Option<Matrices>,
+    slot: &mut Slot,
+) -> Result<()> {
+    let (b1, b2, b3) = config.betas;
+    let (p, g) = (slot.weights_tensor(), slot.grad_tensor()?);
+    slot.ensure_zeros(M)?;
+    let squares = g.sqr()?.affine(1.0, config.eps.0)?;
+    let update = match matrices {
+        Some(matrices) => factored_tensors(matrices, (ROW, COL), b2, &squares, &g, slot)?,
+        None => {
+            slot.ensure_zeros(V)?;
+            let v = mix(slot.state_tensor(V)?, b2, &squares, 1.0 - b2)?;
+            let update = (g * v.sqrt()?.recip()?)?;
+            slot.put_state(V, v);
+            update
+        }
+    };
+    let update = update.broadcast_mul(&clip_factor(&update, config.clip_threshold)?)?;
+    let m = mix(slot.state_tensor(M)?, b1, &update, 1.0 - b1)?;
+    let direction = match matrices {
+        Some(matrices) => {
+            let differences = (update - &m)?.sqr()?.affine(1.0, config.eps.1)?;
+            factored_tensors(matrices, (RES_ROW, RES_COL), b3, &differences, &m, slot)?
+        }
+        None => m.clone(),
+    };
+    slot.put_state(M, m);
+    slot.put_weights(&(p.affine(1.0 - lr * decay, 0.0)? - direction.affine(lr, 0.0)?)?)
+}
+
+/// Takes `squares` into the row and column means; returns `values` over their root.
+fn factored_tensors(
+    matrices: Matrices,
+    (row, col): (usize, usize),
+    beta: f64,
+    squares: &Tensor,
+    values: &Tensor,
+    slot: &mut Slot,
+) -> Result<Tensor> {
+    if slot.buffers[row].is_none() {
+        let (rows, cols) = matrices.zeros_on(values.device())?;
+        slot.put_state(row, rows);
+        slot.put_state(col, cols);
+    }
+    let (rows, cols) = (slot.state_tensor(row)?, slot.state_tensor(col)?);
+    let (rows, cols) = matrices.updated(rows, cols, beta, squares)?;
+    let result = matrices.normalised(values, &rows, &cols)?;
+    slot.put_state(row, rows);
+    slot.put_state(col, cols);
+    Ok(result.reshape(slot.dims())?)
 }

@@ -3,6 +3,10 @@
 //! The matrix is restored as `R / mean(R) * C` (Shazeer and Stern 2018): n + m numbers in
 //! place of n * m. Leading dimensions are a batch of matrices.
 
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::Result;
+use crate::plain::mix;
 use crate::slot::Buffer;
 
 /// Batches, rows and columns of a tensor, over its last two dimensions.
@@ -81,6 +85,65 @@ impl Matrices {
                 }
             }
         }
+    }
+
+    /// Zero row and column means on a device.
+    pub(crate) fn zeros_on(self, device: &Device) -> Result<(Tensor, Tensor)> {
+        let zeros = |len: usize| Tensor::zeros(len, DType::F32, device);
+        Ok((
+            zeros(self.batches * self.rows)?,
+            zeros(self.batches * self.cols)?,
+        ))
+    }
+
+    /// A tensor as its batch of matrices.
+    pub(crate) fn shaped(self, tensor: &Tensor) -> Result<Tensor> {
+        Ok(tensor.reshape((self.batches, self.rows, self.cols))?)
+    }
+
+    /// As [`Matrices::update`], for whole tensors: the new row and column means.
+    pub(crate) fn updated(
+        self,
+        row_means: &Tensor,
+        col_means: &Tensor,
+        beta: f64,
+        values: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let values = self.shaped(values)?;
+        let (rows, cols) = (values.mean(2)?, values.mean(1)?);
+        Ok((
+            mix(
+                &row_means.flatten_all()?,
+                beta,
+                &rows.flatten_all()?,
+                1.0 - beta,
+            )?,
+            mix(
+                &col_means.flatten_all()?,
+                beta,
+                &cols.flatten_all()?,
+                1.0 - beta,
+            )?,
+        ))
+    }
+
+    /// `matrices / sqrt(restored mean square)`.
+    pub(crate) fn normalised(
+        self,
+        matrices: &Tensor,
+        row_means: &Tensor,
+        col_means: &Tensor,
+    ) -> Result<Tensor> {
+        let rows = row_means.reshape((self.batches, self.rows, 1))?;
+        let cols = col_means.reshape((self.batches, 1, self.cols))?;
+        let row_factors = rows
+            .broadcast_div(&rows.mean_keepdim(1)?)?
+            .sqrt()?
+            .recip()?;
+        Ok(self
+            .shaped(matrices)?
+            .broadcast_mul(&row_factors)?
+            .broadcast_mul(&cols.sqrt()?.recip()?)?)
     }
 }
 

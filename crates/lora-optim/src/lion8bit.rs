@@ -3,9 +3,11 @@
 //! 32 bits. State: `state1`, `absmax1`, or `exp_avg` for small tensors.
 
 use crate::error::{Error, Result};
+use crate::lane::TensorLane;
 use crate::lion::{LionConfig, LionStep};
 use crate::quantize::{BLOCK, SIGNED};
-use crate::slot::{Buffer, Kernel, Source};
+use crate::quantize_tensor::{TensorTable, cached};
+use crate::slot::{Buffer, Kernel, Slot, Source};
 use crate::stepper::{Rule, Stepper};
 use crate::table::Table;
 
@@ -25,7 +27,10 @@ pub type Lion8bit = Stepper<Lion8bitRule>;
 
 /// The update rule of [`Lion8bit`].
 #[derive(Debug)]
-pub struct Lion8bitRule;
+pub struct Lion8bitRule {
+    /// The signed codes, for plain operations.
+    tables: Option<[TensorTable; 1]>,
+}
 
 /// Smaller tensors keep 32-bit state.
 const MIN_8BIT_SIZE: usize = 4096;
@@ -39,7 +44,7 @@ impl Rule for Lion8bitRule {
     const BUFFERS: &'static [&'static str] = &["exp_avg", "state1", "absmax1"];
 
     fn new(_: &LionConfig, _: &Table) -> Result<Self> {
-        Ok(Self)
+        Ok(Self { tables: None })
     }
 
     fn update(&mut self, config: &LionConfig, table: &mut Table) -> Result<()> {
@@ -47,11 +52,15 @@ impl Rule for Lion8bitRule {
             let lr = table.rate(g);
             LionStep::new(lr, config.keep(lr, n), n.betas)
         });
+        let tables = cached(&mut self.tables, &table.slots, [&SIGNED])?;
         table.for_each(|slot| {
             let step = &steps[slot.group];
             if slot.numel() < MIN_8BIT_SIZE {
                 slot.ensure_zeros(M)?;
                 return slot.run([Source::Param, Source::State(M)], [Source::Grad], step);
+            }
+            if let (true, Some([codes])) = (slot.plain, tables) {
+                return step_tensors(step, codes, slot);
             }
             if slot.buffers[CODES].is_none() {
                 slot.buffers[CODES] = Some(Buffer::U8(vec![127; slot.numel()]));
@@ -80,4 +89,16 @@ impl Rule for Lion8bitRule {
             })
         })
     }
+}
+
+/// The step of a large tensor with whole tensors.
+fn step_tensors(step: &LionStep, table: &TensorTable, slot: &mut Slot) -> Result<()> {
+    let mut lanes =
+        [slot.weights_tensor(), table.restore(slot, CODES, LARGEST)?].map(TensorLane::new);
+    let [] = step.element(&mut lanes, [TensorLane::new(slot.grad_tensor()?)]);
+    let [p, m] = lanes;
+    let (codes, largest) = table.quantize(&m.finish()?)?;
+    slot.put_state(CODES, codes);
+    slot.put_state(LARGEST, largest);
+    slot.put_weights(&p.finish()?)
 }

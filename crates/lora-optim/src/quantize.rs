@@ -59,6 +59,16 @@ impl CodeTable {
         &self.values
     }
 
+    /// The 255 borders between neighbouring code values.
+    pub(crate) fn borders(&self) -> &[f32; 255] {
+        &self.borders
+    }
+
+    /// Whether the codes have signs.
+    pub(crate) fn is_signed(&self) -> bool {
+        self.signed
+    }
+
     /// Code of the nearest value to `x` in [-1, 1]; half-way values go down.
     #[inline]
     fn nearest(&self, x: f32) -> u8 {

@@ -22,7 +22,7 @@ pub enum Buffer {
     Bf16(Vec<f32>),
     /// Codes of a block-wise quantized state.
     U8(Vec<u8>),
-    /// 32-bit values on the parameter's device.
+    /// Values on the parameter's device.
     Device(Tensor),
 }
 
@@ -132,7 +132,7 @@ impl Slot {
         self.var.dims()
     }
 
-    fn is_half(&self) -> bool {
+    pub(crate) fn is_half(&self) -> bool {
         self.var.dtype() != DType::F32
     }
 

@@ -44,8 +44,6 @@ pub trait Rule: Debug + Send + Sized {
     const NAME: &'static str;
     /// Names of the state buffers, as the reference implementation calls them.
     const BUFFERS: &'static [&'static str];
-    /// The rule walks slices in host memory, whatever the device.
-    const HOST: bool = false;
 
     /// Fresh scalars; refuses combinations of options and groups.
     ///
@@ -524,9 +522,9 @@ impl<R: Rule> Optimizer for Stepper<R> {
             let mut buffers = Vec::with_capacity(R::BUFFERS.len());
             for kind in R::BUFFERS {
                 let tensor = state.tensors.get(&format!("state.{}.{kind}", slot.name));
-                buffers.push(tensor.map(|t| from_tensor(t, slot, R::HOST)).transpose()?);
+                buffers.push(tensor.map(|t| from_tensor(t, slot)).transpose()?);
             }
-            slots.push((from_tensor(weight, slot, false)?, count, buffers));
+            slots.push((from_tensor(weight, slot)?, count, buffers));
         }
         for (slot, (weight, count, buffers)) in self.table.slots.iter_mut().zip(slots) {
             slot.master = None;
@@ -542,14 +540,14 @@ impl<R: Rule> Optimizer for Stepper<R> {
     }
 
     fn use_plain_operations(&mut self) -> Result<()> {
-        if self.table.steps > 0 || R::HOST {
+        if self.table.steps > 0 {
             return Err(Error::Combination {
                 what: format!(
                     "plain operations and {} after {} steps",
                     R::NAME,
                     self.table.steps
                 ),
-                instead: "choose before the first step; rules that walk host memory have one path only",
+                instead: "choose before the first step",
             });
         }
         self.table.slots.iter_mut().for_each(|s| s.plain = true);
@@ -571,12 +569,15 @@ fn to_tensor(buffer: &Buffer, dims: &[usize]) -> Result<Tensor> {
             Tensor::from_slice(v, shaped(v.len()), &Device::Cpu)?.to_dtype(DType::BF16)?
         }
         Buffer::U8(v) => Tensor::from_slice(v, shaped(v.len()), &Device::Cpu)?,
-        Buffer::Device(t) => t.to_device(&Device::Cpu)?.copy()?,
+        Buffer::Device(t) => t
+            .to_device(&Device::Cpu)?
+            .copy()?
+            .reshape(shaped(t.elem_count()))?,
     })
 }
 
-fn from_tensor(tensor: &Tensor, slot: &crate::slot::Slot, host: bool) -> Result<Buffer> {
-    if slot.plain && !host && tensor.dtype() == DType::F32 && tensor.elem_count() == slot.numel() {
+fn from_tensor(tensor: &Tensor, slot: &crate::slot::Slot) -> Result<Buffer> {
+    if slot.plain {
         return Ok(Buffer::Device(tensor.to_device(slot.var.device())?.copy()?));
     }
     let flat = tensor.flatten_all()?;

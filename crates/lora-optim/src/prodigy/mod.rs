@@ -26,6 +26,8 @@ mod kernels;
 pub use config::ProdigyConfig;
 
 use crate::error::{Error, Result};
+use crate::lane::TensorLane;
+use crate::plain::every;
 use crate::prodigy::kernels::{Apply, Both, Moments, Statistics, WithDisplacement};
 use crate::slot::{Buffer, Slot, Source};
 use crate::stepper::{Rule, Stepper};
@@ -263,7 +265,14 @@ impl Rule for ProdigyRule {
                         slot.var.device(),
                     )?,
                 };
-                Some(f64::from((p0 - p)?.sqr()?.sum_all()?.to_scalar::<f32>()?))
+                let moved = if p0.elem_count() == 1 {
+                    p.broadcast_sub(&p0.flatten_all()?)?
+                } else if p0.elem_count() == p.elem_count() {
+                    (p - p0.reshape(slot.dims())?)?
+                } else {
+                    return Ok(None);
+                };
+                Some(f64::from(moved.sqr()?.sum_all()?.to_scalar::<f32>()?))
             }
             (None, Some(p0)) => {
                 let p = slot.weights()?;
@@ -303,7 +312,13 @@ impl Rule for ProdigyRule {
         let share = 1.0 - 1.0 / factor;
         slot.buffers[P0] = Some(match (slot.weights()?, p0) {
             (Buffer::Device(p), Buffer::Device(p0)) => {
-                Buffer::Device((p0 + p.affine(share, 0.0)?)?)
+                let moved = every(&p, config.slice_p)?.affine(share, 0.0)?;
+                let p0 = moved.broadcast_add(&p0.flatten_all()?)?;
+                Buffer::Device(if config.slice_p == 1 {
+                    p0.reshape(slot.dims())?
+                } else {
+                    p0
+                })
             }
             (p, p0) => {
                 let p0 = p0.f32();
@@ -342,10 +357,12 @@ fn prepare(config: &ProdigyConfig, slot: &mut Slot) -> Result<()> {
     }
     slot.ensure_zeros(V)?;
     if config.slice_p > 1 {
-        slot.buffers[S] = Some(Buffer::F32(vec![
-            0.0;
-            slot.numel().div_ceil(config.slice_p)
-        ]));
+        let len = slot.numel().div_ceil(config.slice_p);
+        if slot.plain {
+            slot.ensure_device_zeros(S, len)?;
+        } else {
+            slot.buffers[S] = Some(Buffer::F32(vec![0.0; len]));
+        }
     } else {
         slot.ensure_zeros(S)?;
     }
@@ -361,14 +378,7 @@ fn prepare(config: &ProdigyConfig, slot: &mut Slot) -> Result<()> {
 fn start(stride: usize, slot: &Slot) -> Result<Buffer> {
     Ok(match slot.weights()? {
         Buffer::Device(tensor) if stride == 1 => Buffer::Device(tensor),
-        Buffer::Device(tensor) => Buffer::F32(
-            tensor
-                .flatten_all()?
-                .to_vec1::<f32>()?
-                .into_iter()
-                .step_by(stride)
-                .collect(),
-        ),
+        Buffer::Device(tensor) => Buffer::Device(every(&tensor, stride)?),
         host if host.f32().iter().all(|x| *x == 0.0) => Buffer::F32(vec![0.0]),
         host if stride == 1 => host,
         host => Buffer::F32(host.f32().iter().copied().step_by(stride).collect()),
@@ -405,10 +415,11 @@ fn gather(
     };
     let (m, v, s) = (Source::State(M), Source::State(V), Source::State(S));
     let (g, p) = (Source::Grad, Source::Param);
-    let zero_start = !slot.plain
-        && slot.buffers[P0]
-            .as_ref()
-            .is_some_and(|p0| p0.f32().len() == 1);
+    let zero_start = slot.numel() > 1
+        && slot.buffers[P0].as_ref().is_some_and(|p0| match p0 {
+            Buffer::Device(p0) => p0.elem_count() == 1,
+            host => host.f32().len() == 1,
+        });
     if b1 > 0.0 && config.slice_p == 1 && !config.exact_displacement && !frozen {
         let both = Both { moments, stats };
         return if zero_start {
@@ -422,7 +433,12 @@ fn gather(
         [0.0; 2]
     } else if config.slice_p > 1 {
         slot.sums = [0.0; 4];
-        sliced(&stats, config.slice_p, slot)?
+        if slot.plain {
+            sliced_tensors(&stats, config.slice_p, slot)?;
+            [0.0; 2]
+        } else {
+            sliced(&stats, config.slice_p, slot)?
+        }
     } else if config.exact_displacement {
         slot.run([s], [g, p, Source::State(U)], &WithDisplacement(stats))?;
         [slot.sums[0], slot.sums[1]]
@@ -501,4 +517,26 @@ fn sliced(stats: &Statistics, stride: usize, slot: &mut Slot) -> Result<[f64; 2]
         }
         Ok(total)
     })
+}
+
+/// The same with whole tensors; the sums stay on the device until all of them come back.
+fn sliced_tensors(stats: &Statistics, stride: usize, slot: &mut Slot) -> Result<()> {
+    let (p, g) = (slot.weights_tensor(), slot.grad_tensor()?);
+    let (p, g) = (every(&p, stride)?, every(&g, stride)?);
+    let g = if stats.coupled == 0.0 {
+        g
+    } else {
+        (g + p.affine(f64::from(stats.coupled), 0.0)?)?
+    };
+    let p0 = slot.state_tensor(P0)?.flatten_all()?;
+    let displacement = p.neg()?.broadcast_add(&p0)?;
+    let mut s = TensorLane::new(slot.state_tensor(S)?.flatten_all()?);
+    let sums = stats.sums(&mut s, TensorLane::new(g), TensorLane::new(displacement));
+    slot.put_state(S, s.finish()?);
+    let mut kept = Vec::with_capacity(sums.len());
+    for sum in sums {
+        kept.push(sum.finish()?.sum_all()?);
+    }
+    slot.restore_device_sums(kept);
+    Ok(())
 }

@@ -24,6 +24,7 @@
 mod config;
 mod second_moment;
 mod step;
+mod tensors;
 
 pub use config::ProdigyPlusConfig;
 
@@ -101,7 +102,6 @@ impl Rule for ProdigyPlusRule {
         "s",
         "speed",
     ];
-    const HOST: bool = true;
 
     fn new(config: &ProdigyPlusConfig, table: &Table) -> Result<Self> {
         if config.use_schedulefree && table.numbers.iter().any(|n| n.betas.0 == 0.0) {

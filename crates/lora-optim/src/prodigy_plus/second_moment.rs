@@ -1,5 +1,8 @@
 //! The second moment of Prodigy+, whole or as two means over the largest dimensions.
 
+use candle_core::Tensor;
+
+use crate::error::Result;
 use crate::prodigy_plus::{COL, ROW, V};
 use crate::slot::Buffer;
 
@@ -61,16 +64,43 @@ impl Factoring {
         self.outer * self.low * self.middle * self.inner
     }
 
+    /// Numbers of row and column means.
+    pub(super) fn lengths(self) -> (usize, usize) {
+        self.in_order(self.without_low(), self.without_high())
+    }
+
     pub(super) fn zeros(self) -> (Buffer, Buffer) {
-        let (low, high) = (
-            Buffer::F32(vec![0.0; self.without_low()]),
-            Buffer::F32(vec![0.0; self.without_high()]),
-        );
+        let (rows, cols) = self.lengths();
+        (Buffer::F32(vec![0.0; rows]), Buffer::F32(vec![0.0; cols]))
+    }
+
+    /// What is without the low and without the high dimension, as rows and columns; and
+    /// back.
+    fn in_order<T>(self, low: T, high: T) -> (T, T) {
         if self.largest_is_low {
             (low, high)
         } else {
             (high, low)
         }
+    }
+
+    /// Row and column means of a whole tensor, as vectors.
+    pub(super) fn means(self, values: &Tensor) -> Result<(Tensor, Tensor)> {
+        let dims = [self.outer, self.low, self.middle, self.high, self.inner];
+        let values = values.reshape(&dims)?;
+        let (low, high) = (values.mean(1)?, values.mean(3)?);
+        Ok(self.in_order(low.flatten_all()?, high.flatten_all()?))
+    }
+
+    /// The second moment that the means stand for, as `[outer, low, middle, high, inner]`.
+    pub(super) fn restored(self, rows: &Tensor, cols: &Tensor) -> Result<Tensor> {
+        let shaped = rows.reshape(self.mean)?;
+        let mean = shaped.mean_keepdim(1)?.affine(1.0, 1e-30)?;
+        let rows = shaped.broadcast_div(&mean)?;
+        let (low, high) = self.in_order(&rows, cols);
+        let low = low.reshape(&[self.outer, 1, self.middle, self.high, self.inner])?;
+        let high = high.reshape(&[self.outer, self.low, self.middle, 1, self.inner])?;
+        Ok(low.broadcast_mul(&high)?)
     }
 
     /// Calls `visit(element, row index, column index)` in row-major order.

@@ -4,12 +4,13 @@ use crate::error::{Error, Result};
 use crate::factored::rms;
 use crate::lane::lerp;
 use crate::prodigy_plus::second_moment::{self, Factoring};
+use crate::prodigy_plus::tensors;
 use crate::prodigy_plus::{M, P0, ProdigyPlusConfig, S, SPEED, Z};
 use crate::rounding::nearest;
 use crate::slot::{Buffer, Slot};
 
 /// Statistics take every so-manieth value.
-const STRIDE: usize = 11;
+pub(super) const STRIDE: usize = 11;
 
 /// Numbers that all parameters of a group share in a step.
 #[derive(Debug, Clone, Copy)]
@@ -39,6 +40,10 @@ pub(super) fn step(
 ) -> Result<[f64; 4]> {
     let factoring = Factoring::of(slot.dims(), config.narrow_row_mean)
         .filter(|_| config.factored && !config.use_focus);
+    if slot.plain {
+        let moved = tensors::step(config, group, factoring, slot)?;
+        return Ok([0.0, 0.0, f64::from(u8::from(moved)), 0.0]);
+    }
     let (scale, len) = (slot.grad_scale, slot.numel());
     slot.on_host(|p, g, buffers| {
         prepare(config, factoring, p, buffers);
@@ -132,10 +137,6 @@ pub(super) fn rebase(
     if slot.buffers[P0].is_none() {
         return Ok(());
     }
-    let now = match slot.weights()? {
-        Buffer::Device(tensor) => tensor.flatten_all()?.to_vec1::<f32>()?,
-        host => host.f32().to_vec(),
-    };
     // What the statistics subtract is z (still unscaled here) when averaging, else p.
     let share = factor.filter(|f| *f != 0.0).map(|f| {
         if config.use_schedulefree {
@@ -144,9 +145,14 @@ pub(super) fn rebase(
             1.0 - 1.0 / f
         }
     });
+    if slot.plain {
+        return tensors::rebase(config, slot, share);
+    }
+    let now = slot.weights()?;
+    let now = now.f32();
     slot.buffers[P0] = match (share, &slot.buffers[P0], &slot.buffers[Z]) {
         (Some(share), Some(p0), z) => {
-            let moved = z.as_ref().map_or(&now[..], Buffer::f32);
+            let moved = z.as_ref().map_or(now, Buffer::f32);
             let p0 = p0.f32();
             let at = |i: usize| if p0.len() == 1 { p0[0] } else { p0[i] };
             let moved = moved.iter().step_by(STRIDE).enumerate();
@@ -155,7 +161,7 @@ pub(super) fn rebase(
                 moved.map(|(i, x)| at(i) + x * share as f32).collect(),
             ))
         }
-        _ => Some(start(config, &now)),
+        _ => Some(start(config, now)),
     };
     Ok(())
 }

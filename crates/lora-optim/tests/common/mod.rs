@@ -151,6 +151,22 @@ impl Problem {
         total / self.vars.len() as f64
     }
 
+    /// The greatest difference between two weights at the same place.
+    #[allow(dead_code, reason = "not every test compares two problems")]
+    pub(crate) fn worst_difference(&self, other: &Self) -> f32 {
+        let values = |var: &Var| {
+            var.as_detached_tensor()
+                .to_dtype(DType::F32)
+                .and_then(|t| t.flatten_all()?.to_vec1::<f32>())
+                .expect("values")
+        };
+        let pairs = self.vars.iter().flat_map(|(name, var)| {
+            let others = values(&other.vars[name]);
+            values(var).into_iter().zip(others)
+        });
+        pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    }
+
     /// The bits of all weights.
     pub(crate) fn bits(&self) -> Vec<Vec<u32>> {
         let bits = |var: &Var| {
