@@ -1,16 +1,16 @@
 //! Single layers with an adapter against LyCORIS: the file's tensors are written, read
 //! back, attached to a layer, and output, gradients and delta compared.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Module;
-use lora_core::format::write_tensors;
+use lora_core::format::{layer_from_ldm, write_tensors};
 use lora_core::{
-    Adaptable, AdapterConfig, AdapterSet, BaseLayer, Component, Conv2dParams, Family, Layer,
-    LayerOp, Targets, merge,
+    Adaptable, Adapter, AdapterConfig, AdapterSet, BaseLayer, Component, Conv2dParams,
+    DoraMultiplier, Family, Layer, LayerOp, Lora, Reading, Targets, merge,
 };
-use lora_tests::{Report, Tolerance, golden_json, golden_tensors, values};
+use lora_tests::{Report, Tolerance, golden_json, golden_path, golden_tensors, values};
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::SeedableRng;
 use serde_json::Value;
@@ -43,6 +43,12 @@ fn base_layer(case: &Value, get: &dyn Fn(&str) -> Option<Tensor>) -> BaseLayer {
             dilation: number("dilation", 1),
             groups: number("groups", 1),
         }),
+        // The peer's layers have torch's default epsilon.
+        Some("layernorm") => LayerOp::LayerNorm { eps: 1e-5 },
+        Some("groupnorm") => LayerOp::GroupNorm {
+            groups: number("groups", 1),
+            eps: 1e-5,
+        },
         other => panic!("unknown kind of layer {other:?}"),
     };
     BaseLayer {
@@ -55,81 +61,205 @@ fn base_layer(case: &Value, get: &dyn Fn(&str) -> Option<Tensor>) -> BaseLayer {
 /// Writes the tensors as the peer saves them and reads them as any file.
 fn through_a_file(case: &Value, get: &dyn Fn(&str) -> Option<Tensor>) -> AdapterSet {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("case.safetensors");
+    let path = folder.path().join("adapter_model.safetensors");
     let mut tensors = Tensors::new();
     for (key, source) in case["state_dict_keys"].as_object().unwrap() {
         let tensor = get(source.as_str().unwrap()).unwrap_or_else(|| panic!("no tensor {source}"));
-        tensors.insert(format!("lora_unet_layer.{key}"), tensor);
+        let key = match is_peft(case) {
+            true => key.clone(),
+            false => format!("lora_unet_layer.{key}"),
+        };
+        tensors.insert(key, tensor);
     }
     write_tensors(&path, &tensors, &BTreeMap::new()).unwrap();
+    if is_peft(case) {
+        let config = folder.path().join("adapter_config.json");
+        std::fs::write(config, case["config"].to_string()).unwrap();
+    }
     AdapterSet::load(&path, &Device::Cpu).unwrap()
 }
 
-fn check_case(report: &mut Report, case: &Value, t: &Tensors) {
-    let name = case["name"].as_str().unwrap();
-    let get = |key: &str| t.get(&format!("{name}/{key}")).cloned();
-    let tolerance = |key: &str| {
-        let want = &t[&format!("{name}/{key}")];
-        let size = values(want).iter().fold(0f64, |m, v| m.max(v.abs()));
-        let relative = case["outputs"][key]["rtol_of_max"]
+/// Whether PEFT made the case.
+fn is_peft(case: &Value) -> bool {
+    case["algo"].as_str().unwrap().starts_with("peft_")
+}
+
+/// The name under which the gradient of a factor is recorded; none for a factor that
+/// saving changed (a folded scalar).
+fn recorded_gradient(case: &Value, suffix: &str) -> Option<String> {
+    if is_peft(case) {
+        let name = match suffix {
+            "lora_down.weight" => "lora_A.weight",
+            "lora_up.weight" => "lora_B.weight",
+            "dora_scale" => "lora_magnitude_vector.weight",
+            other => other,
+        };
+        return Some(format!("out/grad/{name}"));
+    }
+    let source = case["state_dict_keys"][suffix].as_str()?;
+    Some(format!("out/grad/{}", source.strip_prefix("param/")?))
+}
+
+/// The peer's own meaning where programs differ.
+fn peers_reading(case: &Value) -> Reading {
+    Reading {
+        dora: DoraMultiplier::Lycoris,
+        detached_norm: is_peft(case),
+        through_bias: case["config"]["bypass_mode"].as_bool().unwrap_or(false),
+        ..Reading::default()
+    }
+}
+
+/// The reading that an `out/alt/` tensor is recorded for.
+fn alternative(name: &str) -> Option<Reading> {
+    let dora = match name {
+        "interp" => DoraMultiplier::Interpolate,
+        "scale_inside" => DoraMultiplier::ScaleInside,
+        "norm_of_base" => DoraMultiplier::BaseNorm,
+        _ => return None,
+    };
+    Some(Reading {
+        dora,
+        boft_interpolate: name == "interp",
+        ..Reading::default()
+    })
+}
+
+/// One case: its tensors by short name, and which outputs were compared.
+struct Case<'a> {
+    json: &'a Value,
+    name: &'a str,
+    tensors: &'a Tensors,
+    report: &'a mut Report,
+    compared: BTreeSet<String>,
+}
+
+impl Case<'_> {
+    fn get(&self, key: &str) -> Option<Tensor> {
+        self.tensors.get(&format!("{}/{key}", self.name)).cloned()
+    }
+
+    fn compare(&mut self, key: &str, got: &Tensor) {
+        let want = self
+            .get(key)
+            .unwrap_or_else(|| panic!("{}: no tensor {key}", self.name));
+        let size = values(&want).iter().fold(0f64, |m, v| m.max(v.abs()));
+        let relative = self.json["outputs"][key]["rtol_of_max"]
             .as_f64()
             .unwrap_or(1.5e-6);
-        Tolerance {
+        let tolerance = Tolerance {
             atol: relative * size,
             rtol: 0.0,
-        }
-    };
-    let mut compare = |key: &str, got: &Tensor| {
-        report.tensor(name, key, got, &t[&format!("{name}/{key}")], tolerance(key))
-    };
+        };
+        self.report.tensor(self.name, key, got, &want, tolerance);
+        self.compared.insert(key.to_string());
+    }
 
-    let multiplier = case["multiplier"].as_f64().unwrap();
-    let set = through_a_file(case, &get);
-    let base = base_layer(case, &get);
-    let adapter = set
-        .get("lora_unet_layer")
-        .expect("the layer's adapter")
-        .clone();
-    let delta = adapter.delta(&base.weight, multiplier).unwrap();
-    let scale = case["scale"].as_f64().unwrap_or(1.0);
-    if adapter.rank().is_none() && scale != 1.0 {
+    /// Every recorded output must have been compared, except gradients of factors that
+    /// saving changed (a scalar folded into one).
+    fn finish(self) {
+        let folded = self.json["config"]["use_scalar"].as_bool().unwrap_or(false);
+        for key in self.json["outputs"].as_object().unwrap().keys() {
+            if !self.compared.contains(key) && !(folded && key.starts_with("out/grad/")) {
+                self.report
+                    .fail(self.name, key, "recorded but not compared");
+            }
+        }
+    }
+
+    /// Weight and bias, by themselves and added to the base.
+    fn check_weights(&mut self, adapter: &dyn Adapter, base: &BaseLayer, multiplier: f64) {
+        let delta = adapter.delta(&base.weight, multiplier).unwrap();
+        self.compare("out/delta", &delta);
+        if self.get("out/merged").is_some() {
+            let merged = merge::merged_weight(&base.weight, &[(adapter, multiplier)]).unwrap();
+            self.compare("out/merged", &merged);
+        }
+        if self.get("out/merged_bias").is_some() {
+            let bias = merge::merged_bias(base.bias.as_ref(), &[(adapter, multiplier)]).unwrap();
+            self.compare("out/merged_bias", &bias.unwrap());
+        }
+        let outputs = self.json["outputs"].as_object().unwrap();
+        for key in outputs.keys().filter(|key| key.starts_with("out/alt/")) {
+            let reading = alternative(key.trim_start_matches("out/alt/"))
+                .unwrap_or_else(|| panic!("{}: unknown meaning {key}", self.name));
+            let adapter = adapter.read_as(&reading).unwrap();
+            let merged =
+                merge::merged_weight(&base.weight, &[(adapter.as_ref(), multiplier)]).unwrap();
+            self.compare(key, &merged);
+        }
+    }
+
+    /// Output and gradients of the attached, trainable adapter.
+    fn check_training(&mut self, set: &AdapterSet, base: BaseLayer, multiplier: f64) {
+        let mut set = set.trainable().unwrap();
+        let mut model = One(Layer::new("layer", base));
+        set.attach(&mut model, multiplier)
+            .unwrap()
+            .strict()
+            .unwrap();
+        let x = Var::from_tensor(&self.get("x").unwrap()).unwrap();
+        let y = model.0.forward(&x).unwrap();
+        self.compare("out/y", &y);
+        let loss = (&y * self.get("gy").unwrap()).unwrap().sum_all().unwrap();
+        let grads = loss.backward().unwrap();
+        self.compare("out/grad/x", grads.get(&x).unwrap());
+        let full = set.iter().all(|(_, adapter)| adapter.rank().is_none());
+        let set_has_cores = set
+            .params()
+            .iter()
+            .any(|(name, _)| name.ends_with("hada_t1"));
+        for (param, var) in set.params() {
+            let (_, suffix) = param.split_once('.').unwrap();
+            let Some(key) = recorded_gradient(self.json, suffix) else {
+                continue;
+            };
+            if is_peft(self.json) && set_has_cores && suffix.ends_with("_a") {
+                // PEFT's gradient of these is wrong: it takes the other side's core, as
+                // older LyCORIS did. The group `loha` has the right ones.
+                self.compared.insert(key);
+                continue;
+            }
+            let mut gradient = grads.get(&var).unwrap().clone();
+            if is_peft(self.json) {
+                // PEFT's scale of two full LoKr matrices is folded into the first here.
+                if full && suffix == "lokr_w1" {
+                    gradient = (gradient * self.json["scale"].as_f64().unwrap()).unwrap();
+                }
+                // Its magnitudes have another shape.
+                let shape = self.get(&key).unwrap().shape().clone();
+                gradient = gradient.reshape(shape).unwrap();
+            }
+            self.compare(&key, &gradient);
+        }
+    }
+}
+
+fn check_case(report: &mut Report, json: &Value, tensors: &Tensors) {
+    let mut case = Case {
+        json,
+        name: json["name"].as_str().unwrap(),
+        tensors,
+        report,
+        compared: BTreeSet::new(),
+    };
+    let multiplier = json["multiplier"].as_f64().unwrap();
+    let get = |key: &str| case.get(key);
+    let (mut set, base) = (through_a_file(json, &get), base_layer(json, &get));
+    set.set_reading(&peers_reading(json));
+    let adapter = set.get("lora_unet_layer").expect("an adapter").clone();
+    let scale = json["scale"].as_f64().unwrap_or(1.0);
+    let full = adapter.family() == Family::Lokr && adapter.rank().is_none();
+    if full && !is_peft(json) && scale != 1.0 {
         // Full LoKr matrices under rsLoRA: the peer trains with a scale that its file
         // does not tell and no reader applies; our trainer refuses to make such files.
-        compare("out/delta", &(delta * scale).unwrap());
+        let delta = adapter.delta(&base.weight, multiplier).unwrap();
+        case.compare("out/delta", &(delta * scale).unwrap());
         return;
     }
-    compare("out/delta", &delta);
-    if get("out/merged").is_some() {
-        let merged = merge::merged_weight(&base.weight, &[(adapter.as_ref(), multiplier)]).unwrap();
-        compare("out/merged", &merged);
-    }
-
-    let mut set = set.trainable().unwrap();
-    let mut model = One(Layer::new("layer", base));
-    set.attach(&mut model, multiplier)
-        .unwrap()
-        .strict()
-        .unwrap();
-    let x = Var::from_tensor(&get("x").unwrap()).unwrap();
-    let y = model.0.forward(&x).unwrap();
-    compare("out/y", &y);
-    let grads = (&y * get("gy").unwrap())
-        .unwrap()
-        .sum_all()
-        .unwrap()
-        .backward()
-        .unwrap();
-    compare("out/grad/x", grads.get(&x).unwrap());
-    for (param, var) in set.params() {
-        let (_, suffix) = param.split_once('.').unwrap();
-        // A factor that saving changed (a folded scalar) has no recorded gradient.
-        let raw = case["state_dict_keys"][suffix]
-            .as_str()
-            .is_some_and(|s| s.starts_with("param/"));
-        if raw {
-            compare(&format!("out/grad/{suffix}"), grads.get(&var).unwrap());
-        }
-    }
+    case.check_weights(adapter.as_ref(), &base, multiplier);
+    case.check_training(&set, base, multiplier);
+    case.finish();
 }
 
 fn check_group(group: &str) {
@@ -163,6 +293,203 @@ fn golden_adapters_lokr() {
 }
 
 #[test]
+fn golden_adapters_dora() {
+    check_group("dora");
+}
+
+#[test]
+fn golden_adapters_misc() {
+    check_group("misc");
+}
+
+#[test]
+fn golden_adapters_oft() {
+    check_group("oft");
+}
+
+#[test]
+fn golden_adapters_peft() {
+    check_group("peft");
+}
+
+const FINGERPRINT: &str = "delta_fingerprint [sum, sum_sq, dot cos(1..n)]";
+
+/// Sum, sum of squares, dot product with cos(1), cos(2), ...
+fn fingerprint(delta: &Tensor) -> [f64; 3] {
+    let values = values(delta);
+    let cosines = (1..).map(|n| f64::from(n).cos());
+    [
+        values.iter().sum(),
+        values.iter().map(|v| v * v).sum(),
+        values.iter().zip(cosines).map(|(v, c)| v * c).sum(),
+    ]
+}
+
+/// The base weights by layer name.
+fn base_weights(file: &str) -> BTreeMap<String, Tensor> {
+    let by_path = golden_tensors("adapters", file).into_iter();
+    by_path
+        .filter_map(|(key, tensor)| {
+            let (component, path) = key.strip_suffix(".weight")?.split_once('.')?;
+            let component = match component {
+                "unet" => Component::Unet,
+                "text_encoder" => Component::TextEncoder,
+                other => panic!("unknown component {other}"),
+            };
+            Some((component.layer_name(path), tensor))
+        })
+        .collect()
+}
+
+/// The scale that a format does not hold, for the entries that tell it.
+fn missing_scale(entry: &Value, adapter: &dyn Adapter) -> f64 {
+    let Some(alphas) = entry["network_alphas"].as_object() else {
+        return 1.0;
+    };
+    let mut alphas = alphas.values().map(|v| v.as_f64().unwrap());
+    let alpha = alphas.next().unwrap();
+    assert!(alphas.all(|other| other == alpha), "different alphas");
+    alpha / adapter.rank().unwrap() as f64
+}
+
+#[test]
+fn golden_adapters_whole_files() {
+    let index = golden_json("adapters", "index.json");
+    let whole = &index["whole_files"];
+    let files = whole["files"].as_array().unwrap();
+    let bases = base_weights(whole["base_weights"].as_str().unwrap());
+    let mut report = Report::default();
+    for entry in files {
+        let file = entry["file"].as_str().unwrap();
+        let source = match entry["same_adapter_as"].as_str() {
+            None => entry,
+            Some(other) => files.iter().find(|f| f["file"] == other).unwrap(),
+        };
+        let set = AdapterSet::load(golden_path("adapters", file), &Device::Cpu).unwrap();
+        let component = match entry["subset"].as_str() {
+            None => None,
+            Some("unet") => Some(Component::Unet),
+            Some("text_encoder") => Some(Component::TextEncoder),
+            Some(other) => panic!("unknown subset {other}"),
+        };
+        let wanted: BTreeMap<String, [f64; 3]> =
+            serde_json::from_value(source[FINGERPRINT].clone()).unwrap();
+        let wanted: BTreeMap<_, _> = wanted
+            .into_iter()
+            .filter(|(name, _)| component.as_ref().is_none_or(|c| c.owns(name)))
+            .collect();
+        report.equal(
+            file,
+            "layers",
+            &set.names().collect::<Vec<_>>(),
+            &wanted.keys().map(String::as_str).collect::<Vec<_>>(),
+        );
+        let multiplier = source["multiplier"].as_f64().unwrap();
+        let rtol = source["rtol"].as_f64().unwrap();
+        for (name, want) in &wanted {
+            let Some(adapter) = set.get(name) else {
+                continue;
+            };
+            let base = &bases[name];
+            adapter.check(name, base.dims()).unwrap();
+            let strength = multiplier * missing_scale(entry, adapter.as_ref());
+            let got = fingerprint(&adapter.delta(base, strength).unwrap());
+            let size = want[1].sqrt();
+            for (i, atol) in [size, 0.0, size].into_iter().enumerate() {
+                let tolerance = Tolerance {
+                    atol: rtol * atol,
+                    rtol,
+                };
+                report.slice(file, name, &got[i..=i], &want[i..=i], tolerance);
+            }
+        }
+        let bundled = set.bundled_embeddings().count();
+        report.equal(file, "bundled", &(bundled > 0), &file.contains("bundle"));
+    }
+    report.finish();
+}
+
+#[test]
+fn golden_adapters_ldm_names() {
+    let names = golden_json("adapters", "sd15_module_names.json");
+    let mut report = Report::default();
+    for module in names["unet"].as_array().unwrap() {
+        let path = |key: &str| {
+            module[key]
+                .as_str()
+                .unwrap()
+                .trim_start_matches("lora_unet_")
+        };
+        let got = layer_from_ldm(path("kohya_ldm"));
+        report.equal(
+            path("kohya_ldm"),
+            "layer",
+            &got.as_deref(),
+            &Some(path("kohya")),
+        );
+    }
+    report.finish();
+}
+
+#[test]
+fn golden_adapters_merge_dtypes() {
+    let index = golden_json("adapters", "index.json");
+    let group = &index["merge_dtypes"];
+    let t = golden_tensors("adapters", group["file"].as_str().unwrap());
+    let mut report = Report::default();
+    for case in group["cases"].as_array().unwrap() {
+        let name = case["name"].as_str().unwrap();
+        let get = |key: &str| t[&format!("{name}/{key}")].clone();
+        let adapters: Vec<(Lora, f64)> = case["multipliers"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .enumerate()
+            .map(|(i, m)| {
+                let part = |suffix: &str| get(&format!("{i}/{suffix}"));
+                let alpha = values(&part("alpha"))[0];
+                let (down, up) = (part("lora_down.weight"), part("lora_up.weight"));
+                (
+                    Lora::new(name, down, None, up, alpha).unwrap(),
+                    m.as_f64().unwrap(),
+                )
+            })
+            .collect();
+        let parts: Vec<(&dyn Adapter, f64)> = adapters
+            .iter()
+            .map(|(a, m)| (a as &dyn Adapter, *m))
+            .collect();
+        let weight = get("weight");
+        let ulp = match weight.dtype() {
+            DType::F16 => 2f64.powi(-10),
+            DType::BF16 => 2f64.powi(-7),
+            _ => 2f64.powi(-23),
+        };
+        // One unit of the storage type; f32 is also the type of the sum, whose own
+        // rounding is relative to its largest term.
+        let largest = values(&weight).iter().fold(0f64, |m, v| m.max(v.abs()));
+        let sum = if weight.dtype() == DType::F32 {
+            ulp
+        } else {
+            0.0
+        };
+        let tolerance = Tolerance {
+            atol: sum * largest,
+            rtol: ulp,
+        };
+        for (key, parts) in [
+            ("merged_first", &parts[..1]),
+            ("merged_both_one_rounding", &parts[..]),
+        ] {
+            let merged = merge::merged_weight(&weight, parts).unwrap();
+            assert_eq!(merged.dtype(), weight.dtype());
+            report.tensor(name, key, &merged, &get(key), tolerance);
+        }
+    }
+    report.finish();
+}
+
+#[test]
 fn golden_adapters_factorization() {
     let tables = golden_json("adapters", "tables.json");
     let mut report = Report::default();
@@ -186,7 +513,12 @@ fn golden_adapters_parameter_counts() {
             "locon" => Family::Lora,
             "loha" => Family::Loha,
             "lokr" => Family::Lokr,
-            _ => continue,
+            "glora" => Family::Glora,
+            "diag-oft" => Family::Oft,
+            "boft" => Family::Boft,
+            "ia3" => Family::Ia3,
+            "full" => Family::Full,
+            other => panic!("unknown family {other}"),
         };
         let size = |i: usize| row["in_out_k"][i].as_u64().unwrap() as usize;
         let (i, o) = (size(0), size(1));
@@ -216,7 +548,7 @@ fn golden_adapters_parameter_counts() {
             "layer",
             BaseLayer {
                 weight,
-                bias: None,
+                bias: Some(Tensor::zeros(o, DType::F32, &Device::Cpu).unwrap()),
                 op,
             },
         ));
@@ -234,10 +566,13 @@ fn golden_adapters_parameter_counts() {
             .params()
             .into_iter()
             .map(|(name, var)| {
-                (
-                    name.split_once('.').unwrap().1.to_string(),
-                    var.dims().to_vec(),
-                )
+                // The peer trains the absolute weight and writes the difference.
+                let suffix = match name.split_once('.').unwrap().1 {
+                    "diff" => "weight",
+                    "diff_b" => "bias",
+                    other => other,
+                };
+                (suffix.to_string(), var.dims().to_vec())
             })
             .collect();
         let want: BTreeMap<String, Vec<usize>> =

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 
 use crate::control::Pass;
 use crate::layer::BaseLayer;
@@ -18,6 +18,20 @@ pub enum Family {
     Loha,
     /// Kronecker product (Yeh et al. 2023).
     Lokr,
+    /// LoRA, LoHa or LoKr with learned magnitudes (Liu et al. 2024).
+    Dora,
+    /// Learned factors on outputs or inputs, (IA)^3 (Liu et al. 2022).
+    Ia3,
+    /// Low-rank change that also multiplies the base weight (Chavan et al. 2023).
+    Glora,
+    /// Block rotations of the outputs, Diag-OFT (Qiu et al. 2023).
+    Oft,
+    /// Butterfly rotations of the outputs (Liu et al. 2023).
+    Boft,
+    /// The whole weight difference.
+    Full,
+    /// Weight and bias differences of normalization layers.
+    Norm,
 }
 
 impl Family {
@@ -27,6 +41,13 @@ impl Family {
             Family::Lora => "lora",
             Family::Loha => "loha",
             Family::Lokr => "lokr",
+            Family::Dora => "dora",
+            Family::Ia3 => "ia3",
+            Family::Glora => "glora",
+            Family::Oft => "diag-oft",
+            Family::Boft => "boft",
+            Family::Full => "full",
+            Family::Norm => "norm",
         }
     }
 }
@@ -35,6 +56,44 @@ impl std::fmt::Display for Family {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
     }
+}
+
+/// What a multiplier other than 1 means for DoRA; programs disagree. `V` is the adapted
+/// weight, `s` the magnitudes, `n` the norms of `V`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum DoraMultiplier {
+    /// `W + m (V s / n - W)`: the web UI's; 0 gives `W`.
+    #[default]
+    Interpolate,
+    /// `V (1 + m (s / n - 1))`: LyCORIS'; 0 gives `V`.
+    Lycoris,
+    /// `V_m s / |V_m|` with `V_m = W + m D`: PEFT's and diffusers'; 0 gives `W s / |W|`.
+    ScaleInside,
+    /// As `Interpolate`, with the norms of `W` instead of `V` where magnitudes are per
+    /// output: ComfyUI's.
+    BaseNorm,
+}
+
+/// Choices among the meanings that programs give to the same file. The default is the
+/// meaning that agrees with training at multiplier 1 and leaves the base at 0.
+///
+/// ```
+/// use lora_core::{DoraMultiplier, Reading};
+/// let lycoris = Reading { dora: DoraMultiplier::Lycoris, ..Reading::default() };
+/// assert_ne!(lycoris, Reading::default());
+/// ```
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// DoRA: what the multiplier means.
+    pub dora: DoraMultiplier,
+    /// DoRA: the gradient takes the norms as constants, as the paper and PEFT do.
+    pub detached_norm: bool,
+    /// (IA)^3 on outputs, OFT, BOFT: the layer's bias is changed like its outputs, as in
+    /// LyCORIS' bypass mode.
+    pub through_bias: bool,
+    /// BOFT: the multiplier interpolates the resulting weight, as in the web UI, not each
+    /// stage.
+    pub boft_interpolate: bool,
 }
 
 /// One layer's adapter.
@@ -118,6 +177,23 @@ pub trait Adapter: Debug + Send + Sync {
     /// # Errors
     /// When the factors cannot be copied.
     fn trainable(&self) -> Result<Arc<dyn Adapter>>;
+
+    /// Frobenius norm of the delta at multiplier 1, for families whose delta does not
+    /// depend on the base weight; of DoRA's direction, its delta before the magnitudes.
+    ///
+    /// # Errors
+    /// When the delta cannot be computed.
+    fn norm(&self) -> Result<Option<f64>> {
+        let base = Tensor::zeros(self.matrix_dims(), DType::F32, &Device::Cpu)?;
+        let delta = self.delta(&base, 1.0)?.detach().to_dtype(DType::F64)?;
+        Ok(Some(delta.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt()))
+    }
+
+    /// The same factors under another reading; `None` for families that all programs
+    /// read alike.
+    fn read_as(&self, _reading: &Reading) -> Option<Arc<dyn Adapter>> {
+        None
+    }
 
     /// Multiplies the delta by `ratio`, spread evenly over the factors in place; for
     /// max-norm scaling. Does nothing to an adapter loaded for inference. Returns the

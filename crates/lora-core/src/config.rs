@@ -17,6 +17,14 @@ use crate::{Error, Family, Result};
 /// | `rs_lora` | false | scale is alpha / sqrt(rank) | `rs_lora` |
 /// | `factor` | -1 | LoKr: how dimensions are split, see [`factorization`](crate::factorization) | `factor` |
 /// | `decompose_both`, `full_matrix`, `unbalanced_factorization` | false | LoKr | the same |
+/// | `weight_decompose` | false | DoRA on top of LoRA, LoHa or LoKr | `dora_wd` |
+/// | `wd_on_output` | true | DoRA: a magnitude per output, not per input | `wd_on_output` |
+/// | `train_norm` | false | train the selected normalization layers too | `train_norm` |
+/// | `train_on_input` | false | (IA)^3: factors on inputs | `train_on_input` |
+/// | `constraint` | 0 | OFT, BOFT: bound of the rotation; 0 for none | `constraint` |
+/// | `rescaled` | false | OFT, BOFT: a factor per output row | `rescaled` |
+///
+/// For OFT and BOFT `rank` bounds the block size; Full, Norm and (IA)^3 have none.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterConfig {
     /// The family.
@@ -44,6 +52,18 @@ pub struct AdapterConfig {
     pub full_matrix: bool,
     /// LoKr: give the first factor the larger part of the outputs.
     pub unbalanced_factorization: bool,
+    /// DoRA: learned magnitudes on top of LoRA, LoHa or LoKr.
+    pub weight_decompose: bool,
+    /// DoRA: one magnitude per output; false: per input.
+    pub wd_on_output: bool,
+    /// Train the selected normalization layers too, see [`Norm`](crate::Norm).
+    pub train_norm: bool,
+    /// (IA)^3: factors on the inputs instead of the outputs.
+    pub train_on_input: bool,
+    /// OFT, BOFT: bound of the skew blocks' norm per output; 0 for none.
+    pub constraint: f64,
+    /// OFT, BOFT: learn a factor for every output row.
+    pub rescaled: bool,
 }
 
 impl Default for AdapterConfig {
@@ -61,6 +81,12 @@ impl Default for AdapterConfig {
             decompose_both: false,
             full_matrix: false,
             unbalanced_factorization: false,
+            weight_decompose: false,
+            wd_on_output: true,
+            train_norm: false,
+            train_on_input: false,
+            constraint: 0.0,
+            rescaled: false,
         }
     }
 }
@@ -114,6 +140,32 @@ impl AdapterConfig {
                 "dropout",
                 neuron.to_string(),
                 "this family has no dropout inside; use rank_dropout or module_dropout",
+            );
+        }
+        let decomposable = matches!(
+            self.family,
+            Family::Lora | Family::Loha | Family::Lokr | Family::Dora
+        );
+        if self.weight_decompose && !decomposable {
+            return bad(
+                "weight_decompose",
+                "true".into(),
+                "expected LoRA, LoHa or LoKr as the family",
+            );
+        }
+        let low_rank = matches!(self.family, Family::Lora | Family::Loha | Family::Lokr);
+        if (self.weight_decompose || !low_rank) && neuron.max(rank) > 0.0 {
+            return bad(
+                "dropout",
+                neuron.max(rank).to_string(),
+                "this family and weight decomposition have no dropout inside; use module_dropout",
+            );
+        }
+        if !self.constraint.is_finite() || self.constraint < 0.0 {
+            return bad(
+                "constraint",
+                self.constraint.to_string(),
+                "expected a finite number of at least 0",
             );
         }
         if self.family == Family::Lokr && self.full_matrix && self.rs_lora {

@@ -42,12 +42,14 @@ pub mod merge;
 mod set;
 mod targets;
 
-pub use adapter::{Adapter, Family};
+pub use adapter::{Adapter, DoraMultiplier, Family, Reading};
 pub use component::Component;
 pub use config::AdapterConfig;
 pub use control::{Draws, Dropout, DropoutKind, Pass};
 pub use error::{Error, Result};
-pub use family::{Loha, Lokr, LokrFactor, Lora, factorization};
+pub use family::{
+    Boft, Dora, Full, Glora, Ia3, Loha, Lokr, LokrFactor, Lora, Norm, Oft, factorization,
+};
 pub use format::SaveOptions;
 pub use layer::{Adaptable, BaseLayer, Layer, LayerOp};
 pub use lora_kernels::Conv2dParams;

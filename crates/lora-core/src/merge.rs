@@ -44,13 +44,6 @@ pub fn merged_bias(bias: Option<&Tensor>, parts: &[(&dyn Adapter, f64)]) -> Resu
     sum.map(|b| b.to_dtype(dtype)).transpose()
 }
 
-/// Frobenius norm of an additive adapter's delta at multiplier 1.
-pub(crate) fn delta_norm(adapter: &dyn Adapter) -> Result<f64> {
-    let base = Tensor::zeros(adapter.matrix_dims(), DType::F32, &Device::Cpu)?;
-    let delta = adapter.delta(&base, 1.0)?.detach().to_dtype(DType::F64)?;
-    Ok(delta.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt())
-}
-
 /// See [`AdapterSet::merged`](crate::AdapterSet::merged).
 pub(crate) fn merged_builder<'a>(
     entries: BTreeMap<String, Arc<dyn Adapter>>,

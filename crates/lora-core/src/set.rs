@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use rand::RngCore;
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Family, Reading};
 use crate::control::Control;
 use crate::family::{self, Fresh};
 use crate::format::{self, SaveOptions};
@@ -49,6 +49,8 @@ use crate::{AdapterConfig, Component, Dropout, Error, Result};
 #[derive(Debug, Clone, Default)]
 pub struct AdapterSet {
     entries: BTreeMap<String, Arc<dyn Adapter>>,
+    /// Embeddings that came with the file, by full key.
+    bundled: BTreeMap<String, Tensor>,
     metadata: BTreeMap<String, String>,
     dropout: Dropout,
     controls: BTreeMap<Component, Arc<Control>>,
@@ -139,18 +141,28 @@ impl AdapterSet {
         let (rank, alpha) = match (Kind::of(layer), config.conv_rank) {
             (Kind::Pointwise, _) => (config.rank, config.alpha),
             (Kind::Spatial, Some(rank)) => (rank, config.conv_alpha),
+            (Kind::Norm, _) if config.train_norm || config.family == Family::Norm => {
+                (config.rank, config.alpha)
+            }
             (Kind::Spatial, None) | (Kind::Norm, _) => return Ok(()),
+        };
+        let family = match Kind::of(layer) {
+            Kind::Norm => Family::Norm,
+            _ if config.family == Family::Norm => return Ok(()),
+            _ if config.weight_decompose => Family::Dora,
+            _ => config.family,
         };
         let weight = &layer.base().weight;
         let fresh = Fresh {
             layer: &name,
             weight: weight.dims(),
+            base: layer.base(),
             rank,
             alpha: stored_alpha(alpha, rank, config.rs_lora),
             config,
             device: weight.device(),
         };
-        let adapter = (family::entry(config.family).create)(&fresh, rng)?;
+        let adapter = (family::entry(family).create)(&fresh, rng)?;
         self.insert(name, adapter);
         Ok(())
     }
@@ -180,6 +192,20 @@ impl AdapterSet {
         self.entries.insert(name.into(), adapter);
     }
 
+    /// Keeps an embedding that came with the file, by its full key.
+    pub(crate) fn insert_bundled(&mut self, key: String, tensor: Tensor) {
+        self.bundled.insert(key, tensor);
+    }
+
+    /// Embeddings bundled with the adapter: name and the key inside the embedding
+    /// (`style.string_to_param.*`), and the tensor. They are written back when the set is
+    /// saved.
+    pub fn bundled_embeddings(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.bundled
+            .iter()
+            .map(|(key, t)| (key.strip_prefix(format::BUNDLE).unwrap_or(key), t))
+    }
+
     /// Keeps the adapters whose layer name passes the test.
     pub fn retain(&mut self, mut keep: impl FnMut(&str) -> bool) {
         self.entries.retain(|name, _| keep(name));
@@ -188,6 +214,7 @@ impl AdapterSet {
     /// Takes over another set's adapters, for example the text encoder's.
     pub fn extend(&mut self, other: Self) {
         self.entries.extend(other.entries);
+        self.bundled.extend(other.bundled);
         self.metadata.extend(other.metadata);
     }
 
@@ -350,13 +377,23 @@ impl AdapterSet {
         self.entries.iter().flat_map(of).collect()
     }
 
+    /// Chooses among the meanings that programs give to some families' files. Attach the
+    /// set anew afterwards: layers keep the reading that they were attached with.
+    pub fn set_reading(&mut self, reading: &Reading) {
+        for adapter in self.entries.values_mut() {
+            if let Some(other) = adapter.read_as(reading) {
+                *adapter = other;
+            }
+        }
+    }
+
     /// Number of values in all factors, `alpha` not counted.
     pub fn parameter_count(&self) -> usize {
         let count = |adapter: &Arc<dyn Adapter>| {
             let tensors = adapter.tensors().unwrap_or_default();
             tensors
                 .iter()
-                .filter(|(name, _)| *name != "alpha")
+                .filter(|(name, _)| !matches!(*name, "alpha" | "on_input"))
                 .map(|(_, t)| t.elem_count())
                 .sum::<usize>()
         };
@@ -369,6 +406,7 @@ impl AdapterSet {
     /// When factors cannot be copied.
     pub fn trainable(&self) -> Result<Self> {
         let mut set = Self {
+            bundled: self.bundled.clone(),
             metadata: self.metadata.clone(),
             dropout: self.dropout,
             ..Self::default()
@@ -387,7 +425,10 @@ impl AdapterSet {
     pub fn scale_norms(&self, max_norm: f64) -> Result<NormReport> {
         let (mut factors, mut norms) = (Vec::new(), Vec::new());
         for (name, adapter) in &self.entries {
-            let norm = merge::delta_norm(adapter.as_ref())?;
+            // Families whose delta depends on the base weight have no norm of their own.
+            let Some(norm) = adapter.norm()? else {
+                continue;
+            };
             let clamped = norm.max(max_norm / 2.0);
             let ratio = clamped.min(max_norm) / clamped;
             if ratio < 1.0 {
@@ -482,6 +523,13 @@ impl AdapterSet {
                 };
                 all.insert(format!("{name}.{suffix}"), tensor);
             }
+        }
+        for (key, tensor) in &self.bundled {
+            let tensor = match dtype {
+                Some(dtype) => tensor.to_dtype(dtype)?,
+                None => tensor.clone(),
+            };
+            all.insert(key.clone(), tensor);
         }
         Ok(all)
     }

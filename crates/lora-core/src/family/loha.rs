@@ -130,10 +130,10 @@ impl Loha {
             if side.a.rank() != 2 || side.a.dims()[axis] != rank || side.a.elem_count() == 0 {
                 return mismatch(a, format!("a matrix with {rank} on axis {axis}"), &side.a);
             }
-            if let Some(core) = &side.core {
-                if !matches!(*core.dims(), [p, q, _, _] if p == rank && q == rank) {
-                    return mismatch(t, format!("[{rank}, {rank}, kh, kw]"), core);
-                }
+            if let Some(core) = &side.core
+                && !matches!(*core.dims(), [p, q, _, _] if p == rank && q == rank)
+            {
+                return mismatch(t, format!("[{rank}, {rank}, kh, kw]"), core);
             }
         }
         if sides[0].dims() != sides[1].dims() {

@@ -289,10 +289,11 @@ fn read(parts: &mut Parts<'_>) -> crate::Result<Arc<dyn Adapter>> {
 /// ```
 pub fn factorization(n: usize, factor: i64) -> (usize, usize) {
     let sorted = |a: usize, b: usize| (a.min(b), a.max(b));
-    if let Ok(factor) = usize::try_from(factor) {
-        if factor > 0 && n.is_multiple_of(factor) {
-            return sorted(factor, n / factor);
-        }
+    if let Ok(factor) = usize::try_from(factor)
+        && factor > 0
+        && n.is_multiple_of(factor)
+    {
+        return sorted(factor, n / factor);
     }
     let bound = usize::try_from(factor).ok().filter(|f| *f > 0).unwrap_or(n);
     let best = n + 1;

@@ -1,8 +1,16 @@
 //! The families: one file each, and the table that makes them known.
 
+mod boft;
+mod cayley;
+mod dora;
+mod full;
+mod glora;
+mod ia3;
 mod loha;
 mod lokr;
 mod lora;
+mod norm;
+mod oft;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,9 +24,16 @@ use crate::control::{DropoutKind, Pass};
 use crate::layer::BaseLayer;
 use crate::{AdapterConfig, Error, Family, Result};
 
+pub use boft::Boft;
+pub use dora::Dora;
+pub use full::Full;
+pub use glora::Glora;
+pub use ia3::Ia3;
 pub use loha::Loha;
 pub use lokr::{Lokr, LokrFactor, factorization};
 pub use lora::Lora;
+pub use norm::Norm;
+pub use oft::Oft;
 
 /// What the rest of the crate needs to know of a family.
 pub(crate) struct Entry {
@@ -31,8 +46,20 @@ pub(crate) struct Entry {
     pub(crate) create: fn(&Fresh<'_>, &mut dyn RngCore) -> Result<Arc<dyn Adapter>>,
 }
 
-/// Every family, in the order in which files are tested for it.
-pub(crate) const FAMILIES: &[Entry] = &[lora::ENTRY, loha::ENTRY, lokr::ENTRY];
+/// Every family, in the order in which files are tested for it; DoRA before those that
+/// it builds on.
+pub(crate) const FAMILIES: &[Entry] = &[
+    dora::ENTRY,
+    lora::ENTRY,
+    loha::ENTRY,
+    lokr::ENTRY,
+    ia3::ENTRY,
+    glora::ENTRY,
+    oft::ENTRY,
+    boft::ENTRY,
+    full::ENTRY,
+    norm::ENTRY,
+];
 
 /// The table's row of a family.
 pub(crate) fn entry(family: Family) -> &'static Entry {
@@ -46,6 +73,7 @@ pub(crate) fn entry(family: Family) -> &'static Entry {
 pub(crate) struct Fresh<'a> {
     pub(crate) layer: &'a str,
     pub(crate) weight: &'a [usize],
+    pub(crate) base: &'a BaseLayer,
     pub(crate) rank: usize,
     pub(crate) alpha: f64,
     pub(crate) config: &'a AdapterConfig,
@@ -71,6 +99,25 @@ impl Fresh<'_> {
 /// A copy of a factor that records gradients, f32.
 pub(crate) fn variable(factor: &Tensor) -> candle_core::Result<Tensor> {
     Ok(Var::from_tensor(&factor.detach().to_dtype(DType::F32)?)?.into_inner())
+}
+
+/// The dtype in which deltas for `base` are computed: f32 or better.
+pub(crate) fn precision(base: &Tensor) -> DType {
+    match base.dtype() {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}
+
+/// `change * multiplier` in the dtype of `base`.
+pub(crate) fn scaled_like(
+    change: &Tensor,
+    base: &Tensor,
+    multiplier: f64,
+) -> candle_core::Result<Tensor> {
+    (change.to_dtype(precision(base))? * multiplier)?
+        .reshape(base.shape())?
+        .to_dtype(base.dtype())
 }
 
 /// The branch of families that build their delta: LyCORIS drops whole output rows of
@@ -116,36 +163,59 @@ impl Parts<'_> {
         self.tensors.remove(name)
     }
 
+    /// How many axes a tensor has.
+    pub(crate) fn axes(&self, name: &str) -> Option<usize> {
+        self.tensors.get(name).map(Tensor::rank)
+    }
+
     pub(crate) fn require(&mut self, name: &'static str) -> Result<Tensor> {
-        self.take(name).ok_or_else(|| Error::MissingPart {
+        self.take(name).ok_or_else(|| self.missing(name))
+    }
+
+    pub(crate) fn missing(&self, missing: &'static str) -> Error {
+        Error::MissingPart {
             path: self.path.to_path_buf(),
             layer: self.layer.to_string(),
-            missing: name,
-        })
+            missing,
+        }
     }
 
     /// `alpha`, a single number; absent means scale 1, that is `rank`.
     pub(crate) fn take_alpha(&mut self, rank: usize) -> Result<f64> {
-        let Some(tensor) = self.take("alpha") else {
-            return Ok(rank as f64);
+        Ok(self.take_number("alpha")?.unwrap_or(rank as f64))
+    }
+
+    /// `alpha` where it is a constraint; absent or 0 means none.
+    pub(crate) fn take_constraint(&mut self) -> Result<f64> {
+        let constraint = self.take_number("alpha")?.unwrap_or(0.0);
+        if constraint < 0.0 {
+            return Err(self.bad_value("alpha", constraint, "expected a constraint of 0 or more"));
+        }
+        Ok(constraint)
+    }
+
+    /// A finite number stored as a tensor of one element.
+    pub(crate) fn take_number(&mut self, name: &'static str) -> Result<Option<f64>> {
+        let Some(tensor) = self.take(name) else {
+            return Ok(None);
         };
         if tensor.elem_count() != 1 {
             return Err(Error::ShapeMismatch {
                 layer: self.layer.to_string(),
-                tensor: "alpha".into(),
+                tensor: name.into(),
                 expected: "a single number".into(),
                 got: tensor.dims().to_vec(),
             });
         }
-        let alpha = tensor
+        let number = tensor
             .flatten_all()?
-            .to_dtype(candle_core::DType::F64)?
+            .to_dtype(DType::F64)?
             .get(0)?
             .to_scalar::<f64>()?;
-        if !alpha.is_finite() {
-            return Err(self.bad_value("alpha", alpha, "expected a finite number"));
+        if !number.is_finite() {
+            return Err(self.bad_value(name, number, "expected a finite number"));
         }
-        Ok(alpha)
+        Ok(Some(number))
     }
 
     pub(crate) fn bad_value(

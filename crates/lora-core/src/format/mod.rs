@@ -7,8 +7,13 @@
 mod file;
 mod hash;
 mod kohya;
+mod names;
+mod peft;
+mod read;
 
 pub use file::{TensorFile, write_atomically, write_tensors};
 pub use hash::{legacy_hash, model_hash, model_hash_of_file, sha256_of_file};
 pub use kohya::SaveOptions;
-pub(crate) use kohya::{load, save};
+pub(crate) use kohya::save;
+pub use names::layer_from_ldm;
+pub(crate) use read::{BUNDLE, load};

@@ -1,0 +1,244 @@
+//! DoRA, weight decomposition: the magnitude of every output row (or input column) of
+//! the adapted weight is a parameter of its own.
+//!
+//! With `D` the scaled delta of a LoRA, LoHa or LoKr, `V = W + D`, `n` the norms of `V`
+//! over all axes but one and `s` the magnitudes: `W' = V s / n` at multiplier 1. What
+//! other multipliers mean is [`DoraMultiplier`].
+//!
+//! `dora_scale` `[o, 1]` or `[o, 1, 1, 1]`: norms per output; `[1, i]` or `[1, i, 1, 1]`:
+//! per input (LyCORIS before 3.2). Paper: Liu et al. 2024. Fresh magnitudes are the norms
+//! of `W`. The gradient goes through `n`, as in LyCORIS; the paper and PEFT hold `n`
+//! constant, see [`Reading::detached_norm`].
+
+use std::sync::Arc;
+
+use candle_core::{DType, Result, Tensor, Var};
+use rand::RngCore;
+
+use super::{Entry, FAMILIES, Fresh, Parts, entry, precision, variable};
+use crate::Error;
+use crate::adapter::{Adapter, DoraMultiplier, Family, Reading, var};
+
+pub(super) const ENTRY: Entry = Entry {
+    family: Family::Dora,
+    detect: |parts| parts.has("dora_scale"),
+    read,
+    create,
+};
+
+/// Which norms the magnitudes replace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Axis {
+    Output,
+    Input,
+}
+
+impl Axis {
+    /// Norms of a weight over every axis but this one, in a shape that broadcasts.
+    fn norms(self, weight: &Tensor) -> Result<Tensor> {
+        let kept = usize::from(self == Axis::Input);
+        let others: Vec<usize> = (0..weight.rank()).filter(|axis| *axis != kept).collect();
+        weight.sqr()?.sum_keepdim(others)?.sqrt()
+    }
+
+    /// The shape in which magnitudes broadcast over a weight of `rank` axes.
+    fn shape(self, count: usize, rank: usize) -> Vec<usize> {
+        let kept = usize::from(self == Axis::Input);
+        (0..rank)
+            .map(|axis| if axis == kept { count } else { 1 })
+            .collect()
+    }
+}
+
+/// A LoRA, LoHa or LoKr with magnitudes.
+///
+/// ```
+/// use std::sync::Arc;
+/// use candle_core::{Device, Tensor};
+/// use lora_core::{Adapter, Dora, Lora};
+/// let down = Tensor::new(&[[0f32, 4.]], &Device::Cpu)?;
+/// let up = Tensor::new(&[[1f32]], &Device::Cpu)?;
+/// let lora = Arc::new(Lora::new("fc", down, None, up, 1.0)?);
+/// let dora = Dora::new("fc", lora, Tensor::new(&[[10f32]], &Device::Cpu)?)?;
+/// let base = Tensor::new(&[[3f32, 0.]], &Device::Cpu)?;
+/// // V = [3, 4] has norm 5, so W' = [6, 8].
+/// assert_eq!(dora.delta(&base, 1.0)?.to_vec2::<f32>()?, [[3., 8.]]);
+/// assert_eq!(dora.delta(&base, 0.5)?.to_vec2::<f32>()?, [[1.5, 4.]]);
+/// # Ok::<(), lora_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Dora {
+    inner: Arc<dyn Adapter>,
+    scale: Tensor,
+    axis: Axis,
+    reading: Reading,
+}
+
+impl Dora {
+    /// From the adapter of the direction and the magnitudes, whose shape tells the
+    /// axis. `layer` is for messages.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] for magnitudes of another shape.
+    pub fn new(layer: &str, inner: Arc<dyn Adapter>, scale: Tensor) -> crate::Result<Self> {
+        let (outputs, inputs) = inner.matrix_dims();
+        let axis = match *scale.dims() {
+            [o] | [o, 1] | [o, 1, 1, 1] if o == outputs => Axis::Output,
+            [1, i] | [1, i, 1, 1] if i > 0 && inputs.is_multiple_of(i) => Axis::Input,
+            _ => {
+                return Err(Error::ShapeMismatch {
+                    layer: layer.into(),
+                    tensor: "dora_scale".into(),
+                    expected: format!("[{outputs}, 1] or [1, inputs]"),
+                    got: scale.dims().to_vec(),
+                });
+            }
+        };
+        Ok(Self {
+            inner,
+            scale,
+            axis,
+            reading: Reading::default(),
+        })
+    }
+
+    /// `weight` with its norms replaced by the magnitudes, as the factor `s / n`. `norm`
+    /// is the tensor whose norms count.
+    fn ratio(&self, norm: &Tensor) -> Result<Tensor> {
+        let dtype = norm.dtype();
+        let eps = if dtype == DType::F64 {
+            f64::EPSILON
+        } else {
+            f64::from(f32::EPSILON)
+        };
+        let mut norms = (self.axis.norms(norm)? + eps)?;
+        if self.reading.detached_norm {
+            norms = norms.detach();
+        }
+        let shape = self.axis.shape(self.scale.elem_count(), norm.rank());
+        self.scale.reshape(shape)?.to_dtype(dtype)?.div(&norms)
+    }
+}
+
+impl Adapter for Dora {
+    fn family(&self) -> Family {
+        Family::Dora
+    }
+
+    fn rank(&self) -> Option<usize> {
+        self.inner.rank()
+    }
+
+    fn alpha(&self) -> Option<f64> {
+        self.inner.alpha()
+    }
+
+    fn matrix_dims(&self) -> (usize, usize) {
+        self.inner.matrix_dims()
+    }
+
+    fn check(&self, layer: &str, weight: &[usize]) -> crate::Result<()> {
+        self.inner.check(layer, weight)?;
+        let count = self.scale.elem_count();
+        let kept = usize::from(self.axis == Axis::Input);
+        if weight.get(kept) == Some(&count) {
+            return Ok(());
+        }
+        Err(Error::ShapeMismatch {
+            layer: layer.into(),
+            tensor: "dora_scale".into(),
+            expected: format!("one magnitude per entry of axis {kept} of {weight:?}"),
+            got: self.scale.dims().to_vec(),
+        })
+    }
+
+    fn delta(&self, base: &Tensor, multiplier: f64) -> Result<Tensor> {
+        let weight = base.to_dtype(precision(base))?;
+        let inside = match self.reading.dora {
+            DoraMultiplier::ScaleInside => multiplier,
+            _ => 1.0,
+        };
+        let adapted = (&weight + self.inner.delta(&weight, inside)?)?;
+        let ratio = match (self.reading.dora, self.axis) {
+            (DoraMultiplier::BaseNorm, Axis::Output) => self.ratio(&weight)?,
+            _ => self.ratio(&adapted)?,
+        };
+        let delta = match self.reading.dora {
+            DoraMultiplier::Interpolate | DoraMultiplier::BaseNorm => {
+                ((adapted.broadcast_mul(&ratio)? - weight)? * multiplier)?
+            }
+            DoraMultiplier::ScaleInside => (adapted.broadcast_mul(&ratio)? - weight)?,
+            DoraMultiplier::Lycoris => {
+                let ratio = (((ratio - 1.0)? * multiplier)? + 1.0)?;
+                (adapted.broadcast_mul(&ratio)? - weight)?
+            }
+        };
+        delta.to_dtype(base.dtype())
+    }
+
+    fn vars(&self) -> Vec<(&'static str, Var)> {
+        let scale = var(&self.scale).map(|v| ("dora_scale", v));
+        self.inner.vars().into_iter().chain(scale).collect()
+    }
+
+    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        let mut tensors = self.inner.tensors()?;
+        tensors.push(("dora_scale", self.scale.clone()));
+        Ok(tensors)
+    }
+
+    fn trainable(&self) -> Result<Arc<dyn Adapter>> {
+        Ok(Arc::new(Self {
+            inner: self.inner.trainable()?,
+            scale: variable(&self.scale)?,
+            ..*self
+        }))
+    }
+
+    fn rescale(&self, ratio: f64) -> Result<f64> {
+        self.inner.rescale(ratio)
+    }
+
+    fn norm(&self) -> Result<Option<f64>> {
+        self.inner.norm()
+    }
+
+    fn read_as(&self, reading: &Reading) -> Option<Arc<dyn Adapter>> {
+        Some(Arc::new(Self {
+            reading: *reading,
+            ..self.clone()
+        }))
+    }
+}
+
+/// The families that can be decomposed.
+fn decomposable(family: Family) -> bool {
+    matches!(family, Family::Lora | Family::Loha | Family::Lokr)
+}
+
+fn read(parts: &mut Parts<'_>) -> crate::Result<Arc<dyn Adapter>> {
+    let scale = parts.require("dora_scale")?;
+    let inner = FAMILIES
+        .iter()
+        .find(|e| decomposable(e.family) && (e.detect)(parts));
+    let Some(inner) = inner else {
+        return Err(parts.missing("lora_down.weight, hada_w1_a or lokr_w1 beside dora_scale"));
+    };
+    let inner = (inner.read)(parts)?;
+    Ok(Arc::new(Dora::new(parts.layer, inner, scale)?))
+}
+
+fn create(fresh: &Fresh<'_>, rng: &mut dyn RngCore) -> crate::Result<Arc<dyn Adapter>> {
+    let family = match fresh.config.family {
+        Family::Dora => Family::Lora,
+        family => family,
+    };
+    let inner = (entry(family).create)(fresh, rng)?;
+    let axis = if fresh.config.wd_on_output {
+        Axis::Output
+    } else {
+        Axis::Input
+    };
+    let scale = axis.norms(&fresh.base.weight.to_dtype(DType::F32)?)?;
+    Ok(Dora::new(fresh.layer, inner, scale)?.trainable()?)
+}

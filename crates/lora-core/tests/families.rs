@@ -1,0 +1,297 @@
+//! Files of every family that the golden data does not hold: older layouts, damaged
+//! parts, options that stand beside the file.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use lora_core::format::write_tensors;
+use lora_core::{AdapterSet, Family};
+
+type Parts = Vec<(&'static str, Tensor)>;
+
+/// Values that differ from each other, in a shape.
+fn counting(dims: &[usize]) -> Tensor {
+    let n: usize = dims.iter().product();
+    let values: Vec<f32> = (0..n).map(|i| 0.1 * (i + 1) as f32).collect();
+    Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
+}
+
+fn write(path: &Path, prefix: &str, parts: &Parts) {
+    let tensors: BTreeMap<String, Tensor> = parts
+        .iter()
+        .map(|(name, tensor)| (format!("{prefix}{name}"), tensor.clone()))
+        .collect();
+    write_tensors(path, &tensors, &BTreeMap::new()).unwrap();
+}
+
+fn load(prefix: &str, parts: &Parts) -> lora_core::Result<AdapterSet> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file.safetensors");
+    write(&path, prefix, parts);
+    AdapterSet::load(&path, &Device::Cpu)
+}
+
+fn delta(set: &AdapterSet, base: &Tensor) -> Vec<f32> {
+    let (_, adapter) = set.iter().next().unwrap();
+    let delta = adapter.delta(base, 1.0).unwrap();
+    delta.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+const LAYER: &str = "lora_unet_layer.";
+
+/// One sound file per family, for a weight of 4 outputs and 4 inputs.
+fn samples() -> Vec<(Family, Parts)> {
+    let number = |v: f32| Tensor::new(v, &Device::Cpu).unwrap();
+    let lora = vec![
+        ("lora_down.weight", counting(&[2, 4])),
+        ("lora_up.weight", counting(&[4, 2])),
+        ("alpha", number(1.0)),
+    ];
+    let mut dora = lora.clone();
+    dora.push(("dora_scale", counting(&[4, 1])));
+    vec![
+        (Family::Lora, lora),
+        (Family::Dora, dora),
+        (
+            Family::Loha,
+            vec![
+                ("hada_w1_a", counting(&[4, 2])),
+                ("hada_w1_b", counting(&[2, 4])),
+                ("hada_w2_a", counting(&[4, 2])),
+                ("hada_w2_b", counting(&[2, 4])),
+                ("alpha", number(1.0)),
+            ],
+        ),
+        (
+            Family::Lokr,
+            vec![
+                ("lokr_w1", counting(&[2, 2])),
+                ("lokr_w2_a", counting(&[2, 1])),
+                ("lokr_w2_b", counting(&[1, 2])),
+                ("alpha", number(1.0)),
+            ],
+        ),
+        (
+            Family::Ia3,
+            vec![
+                ("weight", counting(&[4])),
+                ("on_input", Tensor::new(1i64, &Device::Cpu).unwrap()),
+            ],
+        ),
+        (
+            Family::Glora,
+            vec![
+                ("a1.weight", counting(&[4, 2])),
+                ("a2.weight", counting(&[2, 4])),
+                ("b1.weight", counting(&[4, 2])),
+                ("b2.weight", counting(&[2, 4])),
+                ("alpha", number(1.0)),
+            ],
+        ),
+        (
+            Family::Oft,
+            vec![
+                ("oft_blocks", counting(&[2, 2, 2])),
+                ("rescale", counting(&[4, 1])),
+                ("alpha", number(0.5)),
+            ],
+        ),
+        (
+            Family::Boft,
+            vec![
+                ("oft_blocks", counting(&[2, 2, 2, 2])),
+                ("rescale", counting(&[4, 1])),
+                ("alpha", number(0.0)),
+            ],
+        ),
+        (
+            Family::Full,
+            vec![("diff", counting(&[4, 4])), ("diff_b", counting(&[4]))],
+        ),
+        (
+            Family::Norm,
+            vec![("w_norm", counting(&[4])), ("b_norm", counting(&[4]))],
+        ),
+    ]
+}
+
+#[test]
+fn families_are_detected_and_written_back() {
+    let folder = tempfile::tempdir().unwrap();
+    for (family, parts) in samples() {
+        let set = load(LAYER, &parts).unwrap();
+        let (_, adapter) = set.iter().next().unwrap();
+        assert_eq!(adapter.family(), family);
+        let path = folder.path().join("again.safetensors");
+        set.save(&path, &Default::default()).unwrap();
+        let again = AdapterSet::load(&path, &Device::Cpu).unwrap();
+        let base = match family {
+            Family::Norm => counting(&[4]),
+            _ => counting(&[4, 4]),
+        };
+        assert_eq!(delta(&set, &base), delta(&again, &base), "{family}");
+        assert_eq!(
+            set.params().len(),
+            0,
+            "{family}: loaded for inference, nothing to train"
+        );
+        assert!(
+            !set.trainable().unwrap().params().is_empty(),
+            "{family}: trainable"
+        );
+    }
+}
+
+#[test]
+fn missing_and_misshapen_parts_never_panic() {
+    let shapes: [&[usize]; 12] = [
+        &[],
+        &[0],
+        &[1],
+        &[4],
+        &[0, 4],
+        &[4, 0],
+        &[1, 1],
+        &[3, 5],
+        &[2, 2, 2],
+        &[1, 4, 1, 1],
+        &[2, 3, 2, 2],
+        &[1, 1, 1, 1, 1],
+    ];
+    let weights: [&[usize]; 4] = [&[4], &[4, 4], &[4, 4, 3, 3], &[1, 1]];
+    let probe = |parts: &Parts| {
+        let Ok(set) = load(LAYER, parts) else { return };
+        for (_, adapter) in set.iter() {
+            for dims in weights {
+                if adapter.check("layer", dims).is_ok() {
+                    // An error is as good as a delta; a panic is not.
+                    drop(adapter.delta(&counting(dims), 0.5));
+                    drop(adapter.bias_delta(Some(&counting(&dims[..1])), 0.5));
+                }
+            }
+        }
+    };
+    for (_, parts) in samples() {
+        for i in 0..parts.len() {
+            let mut fewer = parts.clone();
+            fewer.remove(i);
+            probe(&fewer);
+            for shape in shapes {
+                let mut other = parts.clone();
+                other[i].1 = counting(shape);
+                probe(&other);
+            }
+        }
+    }
+}
+
+#[test]
+fn unknown_parts_are_named() {
+    for (family, mut parts) in samples() {
+        parts.push(("surplus", counting(&[1])));
+        let error = load(LAYER, &parts).unwrap_err().to_string();
+        assert!(error.contains("surplus"), "{family}: {error}");
+        assert!(error.contains("lora_unet_layer"), "{family}: {error}");
+    }
+}
+
+#[test]
+fn old_glora_is_the_new_one_with_pairs_swapped() {
+    let (a1, a2) = (counting(&[3, 2]), counting(&[2, 3]));
+    let (b1, b2) = (counting(&[4, 2]), counting(&[2, 3]));
+    let base = counting(&[4, 3]);
+    let new = load(
+        LAYER,
+        &vec![
+            ("a1.weight", a1.clone()),
+            ("a2.weight", a2.clone()),
+            ("b1.weight", b1.clone()),
+            ("b2.weight", b2.clone()),
+        ],
+    );
+    let old = load(
+        LAYER,
+        &vec![
+            ("a1.weight", a2),
+            ("a2.weight", a1),
+            ("b1.weight", b2),
+            ("b2.weight", b1),
+        ],
+    );
+    assert_eq!(delta(&new.unwrap(), &base), delta(&old.unwrap(), &base));
+}
+
+#[test]
+fn oft_diag_holds_rotations() {
+    // A quarter turn: rows are multiplied by its transpose.
+    let turn = Tensor::new(&[[[0f32, -1.], [1., 0.]]], &Device::Cpu).unwrap();
+    let set = load(LAYER, &vec![("oft_diag", turn)]).unwrap();
+    let base = Tensor::new(&[[1f32], [2.]], &Device::Cpu).unwrap();
+    assert_eq!(delta(&set, &base), [1., -3.]);
+}
+
+#[test]
+fn peft_scales_come_from_the_config_beside_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("adapter_model.safetensors");
+    let parts = vec![
+        (
+            "lora_A.weight",
+            Tensor::ones((2, 1), DType::F32, &Device::Cpu).unwrap(),
+        ),
+        (
+            "lora_B.weight",
+            Tensor::ones((1, 2), DType::F32, &Device::Cpu).unwrap(),
+        ),
+    ];
+    write(&path, "base_model.model.mid_block.attn1.to_q.", &parts);
+    let error = AdapterSet::load(&path, &Device::Cpu)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("adapter_config.json"), "{error}");
+
+    let base = Tensor::zeros((1, 1), DType::F32, &Device::Cpu).unwrap();
+    for (config, want) in [
+        (r#"{"r": 2, "lora_alpha": 6}"#, 6.0),
+        (
+            r#"{"r": 2, "lora_alpha": 6, "alpha_pattern": {"attn1.to_q": 2}}"#,
+            2.0,
+        ),
+        (
+            r#"{"r": 2, "lora_alpha": 6, "alpha_pattern": {"1.to_q": 2}}"#,
+            6.0,
+        ),
+        (
+            r#"{"r": 2, "lora_alpha": 6, "alpha_pattern": {"^attn1.to_q": 2}}"#,
+            6.0,
+        ),
+        (
+            r#"{"r": 2, "lora_alpha": 2, "use_rslora": true}"#,
+            2.0 * 2f32.sqrt(),
+        ),
+    ] {
+        std::fs::write(folder.path().join("adapter_config.json"), config).unwrap();
+        let set = AdapterSet::load(&path, &Device::Cpu).unwrap();
+        assert_eq!(
+            set.names().collect::<Vec<_>>(),
+            ["lora_unet_mid_block_attn1_to_q"]
+        );
+        let got = delta(&set, &base)[0];
+        assert!((got - want).abs() < 1e-6, "{config}: {got}, wanted {want}");
+    }
+    for config in ["[]", "{", r#"{"lora_alpha": "many"}"#] {
+        std::fs::write(folder.path().join("adapter_config.json"), config).unwrap();
+        assert!(AdapterSet::load(&path, &Device::Cpu).is_err(), "{config}");
+    }
+}
+
+#[test]
+fn a_part_named_twice_is_an_error() {
+    let parts: Parts = vec![
+        ("lora_unet_layer.alpha", counting(&[])),
+        ("lycoris_layer.alpha", counting(&[])),
+    ];
+    let error = load("", &parts).unwrap_err().to_string();
+    assert!(error.contains("second key"), "{error}");
+}
