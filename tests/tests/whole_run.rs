@@ -301,3 +301,52 @@ fn loha_and_lokr_train_with_prodigy_and_their_files_load() {
         assert_eq!(set.metadata()["ss_network_module"], "lycoris.kohya");
     }
 }
+
+#[test]
+fn every_family_trains_and_its_file_loads_and_draws() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut sd = StableDiffusion::load(model(), DType::F32, &Device::Cpu).unwrap();
+    for args in [
+        &["algo=locon", "dora_wd=True"][..],
+        &["algo=loha", "dora_wd=True", "wd_on_output=False"],
+        &["algo=lokr", "decompose_both=True", "factor=2"],
+        &["algo=ia3"],
+        &["algo=glora"],
+        &["algo=diag-oft", "constraint=0.01", "rescaled=True"],
+        &["algo=boft"],
+        &["algo=full", "train_norm=True"],
+    ] {
+        let (path, losses) = train(TrainConfig {
+            output_name: Some(args.join("-")),
+            network_module: Some("lycoris.kohya".into()),
+            network_args: args
+                .iter()
+                .copied()
+                .chain(["preset=attn-mlp"])
+                .map(str::to_string)
+                .collect(),
+            network_dim: Some(4),
+            max_train_steps: 2,
+            ..config(folder.path())
+        });
+        assert!(losses.iter().all(|l| l.is_finite()), "{args:?}: {losses:?}");
+        let set = AdapterSet::load(&path, &Device::Cpu).unwrap_or_else(|e| panic!("{args:?}: {e}"));
+        assert!(set.count(&Component::Unet) >= 192, "{args:?}");
+        sd.add_adapter("x", set);
+        let mut draw = |prompt: String| {
+            let request = Txt2Img {
+                prompt,
+                width: 64,
+                height: 64,
+                steps: 2,
+                ..Txt2Img::default()
+            };
+            sd.txt2img(&request, &mut |_| true).unwrap().remove(0)
+        };
+        assert_ne!(
+            draw("zoe <lora:x:1>".into()),
+            draw("zoe".into()),
+            "{args:?}"
+        );
+    }
+}

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
-use lora_core::{AdapterConfig, Dropout, Targets};
+use lora_core::{AdapterConfig, Dropout, Family, Targets};
 use lora_data::{CaptionConfig, DatasetConfig, Interpolation, Size, SubsetConfig};
 use lora_sd15::{NoiseSchedule, TIMESTEPS};
 use serde::{Deserialize, Serialize};
@@ -587,7 +587,14 @@ impl TrainConfig {
                 noise.min_timestep, noise.max_timestep
             ));
         }
-        self.adapter()?.validate()?;
+        let adapter = self.adapter()?;
+        adapter.validate()?;
+        let scalable = matches!(adapter.family, Family::Lora | Family::Loha | Family::Lokr);
+        if self.scale_weight_norms.is_some()
+            && (!scalable || adapter.weight_decompose || adapter.train_norm)
+        {
+            return bad("scale_weight_norms: this family does not support it; leave it out");
+        }
         self.loss()?;
         self.save_dtype()?;
         self.dataset_options()?;
@@ -605,9 +612,7 @@ impl TrainConfig {
                 self.network_alpha / rank as f64
             ));
         }
-        let loha = self
-            .adapter()
-            .is_ok_and(|a| a.family == lora_core::Family::Loha);
+        let loha = self.adapter().is_ok_and(|a| a.family == Family::Loha);
         if loha && rank > 8 {
             list.push(format!(
                 "LoHa of dim {rank} has as many parameters as LoRA of dim {}: 1 to 8 is usual",

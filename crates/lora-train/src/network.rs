@@ -121,22 +121,28 @@ impl Reader {
             "decompose_both" => adapter.decompose_both = switch(key, value)?,
             "full_matrix" => adapter.full_matrix = switch(key, value)?,
             "unbalanced_factorization" => adapter.unbalanced_factorization = switch(key, value)?,
-            // How the branch is computed, not what.
-            "bypass_mode" | "rank_dropout_scale" | "use_scalar" | "train_norm" | "dora_wd"
-            | "wd_on_output" | "constraint" | "rescaled" | "block_size"
+            "dora_wd" | "weight_decompose" => adapter.weight_decompose = switch(key, value)?,
+            "wd_on_output" | "wd_on_out" => adapter.wd_on_output = switch(key, value)?,
+            "train_norm" => adapter.train_norm = switch(key, value)?,
+            "train_on_input" => adapter.train_on_input = switch(key, value)?,
+            "constraint" | "constrain" => adapter.constraint = number(key, value)?,
+            "rescaled" => adapter.rescaled = switch(key, value)?,
+            // How the branch is computed, not what it is.
+            "bypass_mode" => {
+                switch(key, value)?;
+            }
+            "rank_dropout_scale" | "use_scalar" | "block_size"
                 if matches!(value.to_lowercase().as_str(), "false" | "0" | "") => {}
-            "bypass_mode" => {}
-            "rank_dropout_scale" | "use_scalar" | "train_norm" | "dora_wd" | "wd_on_output"
-            | "constraint" | "rescaled" | "block_size" => {
+            "rank_dropout_scale" | "use_scalar" | "block_size" => {
                 return bad(format!(
-                    "network_args: {key}={value} is not supported yet; leave it out"
+                    "network_args: {key}={value} is not supported; leave it out"
                 ));
             }
             _ => {
                 return bad(format!(
                     "network_args: {key:?} is not known; known are algo, preset, conv_dim, conv_alpha, dropout, \
                      rank_dropout, module_dropout, use_tucker, rs_lora, factor, decompose_both, full_matrix, \
-                     unbalanced_factorization"
+                     unbalanced_factorization, dora_wd, wd_on_output, train_norm, train_on_input, constraint, rescaled"
                 ));
             }
         }
@@ -150,9 +156,15 @@ impl Reader {
                 "lora" | "locon" => Family::Lora,
                 "loha" => Family::Loha,
                 "lokr" => Family::Lokr,
+                "ia3" => Family::Ia3,
+                "glora" => Family::Glora,
+                "diag-oft" | "oft" => Family::Oft,
+                "boft" => Family::Boft,
+                "full" => Family::Full,
                 other => {
                     return bad(format!(
-                        "network_args: algo={other} is not supported; known are lora, locon, loha, lokr"
+                        "network_args: algo={other} is not supported; known are lora, locon, loha, lokr, ia3, glora, \
+                         diag-oft, boft, full"
                     ));
                 }
             };
