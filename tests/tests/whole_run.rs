@@ -325,7 +325,8 @@ fn every_family_trains_and_its_file_loads_and_draws() {
                 .chain(["preset=attn-mlp"])
                 .map(str::to_string)
                 .collect(),
-            network_dim: Some(4),
+            // BOFT needs blocks that divide the miniature's widths into powers of two.
+            network_dim: Some(8),
             max_train_steps: 2,
             ..config(folder.path())
         });
