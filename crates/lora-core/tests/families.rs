@@ -229,6 +229,38 @@ fn old_glora_is_the_new_one_with_pairs_swapped() {
 }
 
 #[test]
+fn a_bias_change_beside_any_family() {
+    let base = || BaseLayer {
+        weight: counting(&[4, 4]),
+        bias: Some(counting(&[4])),
+        op: LayerOp::Linear,
+    };
+    let x = counting(&[2, 4]);
+    let change = [1f32, -2., 3., 0.5];
+    for (family, mut parts) in samples() {
+        if matches!(family, Family::Full | Family::Norm) {
+            continue;
+        }
+        let alone = load(LAYER, &parts).unwrap();
+        parts.push(("diff_b", Tensor::new(&change, &Device::Cpu).unwrap()));
+        let both = load(LAYER, &parts).unwrap();
+        assert_eq!(both.parameter_count(), alone.parameter_count() + 4);
+        let output = |mut set: AdapterSet| {
+            let mut model = Model::new();
+            model.fc = Layer::new("layer", base());
+            set.attach(&mut model, 0.5).unwrap().strict().unwrap();
+            model.fc.forward(&x).unwrap().to_vec2::<f32>().unwrap()
+        };
+        let (alone, both) = (output(alone), output(both));
+        for (a, b) in alone.iter().zip(&both) {
+            for ((a, b), change) in a.iter().zip(b).zip(change) {
+                assert!((b - a - 0.5 * change).abs() < 1e-4, "{family}: {a} {b}");
+            }
+        }
+    }
+}
+
+#[test]
 fn oft_diag_holds_rotations() {
     // A quarter turn: rows are multiplied by its transpose.
     let turn = Tensor::new(&[[[0f32, -1.], [1., 0.]]], &Device::Cpu).unwrap();
