@@ -1,12 +1,18 @@
 //! Files of every family that the golden data does not hold: older layouts, damaged
 //! parts, options that stand beside the file.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::Module;
 use lora_core::format::write_tensors;
-use lora_core::{AdapterSet, Family};
+use lora_core::{
+    Adaptable, AdapterConfig, AdapterSet, BaseLayer, Component, Family, Layer, LayerOp, Targets,
+};
+use rand::SeedableRng;
 
 type Parts = Vec<(&'static str, Tensor)>;
 
@@ -223,6 +229,38 @@ fn old_glora_is_the_new_one_with_pairs_swapped() {
 }
 
 #[test]
+fn a_bias_change_beside_any_family() {
+    let base = || BaseLayer {
+        weight: counting(&[4, 4]),
+        bias: Some(counting(&[4])),
+        op: LayerOp::Linear,
+    };
+    let x = counting(&[2, 4]);
+    let change = [1f32, -2., 3., 0.5];
+    for (family, mut parts) in samples() {
+        if matches!(family, Family::Full | Family::Norm) {
+            continue;
+        }
+        let alone = load(LAYER, &parts).unwrap();
+        parts.push(("diff_b", Tensor::new(&change, &Device::Cpu).unwrap()));
+        let both = load(LAYER, &parts).unwrap();
+        assert_eq!(both.parameter_count(), alone.parameter_count() + 4);
+        let output = |mut set: AdapterSet| {
+            let mut model = Model::new();
+            model.fc = Layer::new("layer", base());
+            set.attach(&mut model, 0.5).unwrap().strict().unwrap();
+            model.fc.forward(&x).unwrap().to_vec2::<f32>().unwrap()
+        };
+        let (alone, both) = (output(alone), output(both));
+        for (a, b) in alone.iter().zip(&both) {
+            for ((a, b), change) in a.iter().zip(b).zip(change) {
+                assert!((b - a - 0.5 * change).abs() < 1e-4, "{family}: {a} {b}");
+            }
+        }
+    }
+}
+
+#[test]
 fn oft_diag_holds_rotations() {
     // A quarter turn: rows are multiplied by its transpose.
     let turn = Tensor::new(&[[[0f32, -1.], [1., 0.]]], &Device::Cpu).unwrap();
@@ -294,4 +332,84 @@ fn a_part_named_twice_is_an_error() {
     ];
     let error = load("", &parts).unwrap_err().to_string();
     assert!(error.contains("second key"), "{error}");
+}
+
+/// A linear layer and a norm.
+struct Model {
+    fc: Layer,
+    norm: Layer,
+}
+
+impl Model {
+    fn new() -> Self {
+        let base = |dims: &[usize], op| BaseLayer {
+            weight: counting(dims),
+            bias: Some(counting(&dims[..1])),
+            op,
+        };
+        Self {
+            fc: Layer::new("fc", base(&[8, 6], LayerOp::Linear)),
+            norm: Layer::new("norm", base(&[6], LayerOp::LayerNorm { eps: 1e-5 })),
+        }
+    }
+
+    fn forward(&self, x: &Tensor) -> Tensor {
+        self.fc.forward(&self.norm.forward(x).unwrap()).unwrap()
+    }
+}
+
+impl Adaptable for Model {
+    fn component(&self) -> Component {
+        Component::Unet
+    }
+    fn visit_layers(
+        &mut self,
+        visit: &mut dyn FnMut(&mut Layer) -> lora_core::Result<()>,
+    ) -> lora_core::Result<()> {
+        visit(&mut self.fc)?;
+        visit(&mut self.norm)
+    }
+}
+
+#[test]
+fn fresh_adapters_change_nothing_and_have_gradients() {
+    let x = counting(&[2, 6]);
+    let plain = Model::new().forward(&x).to_vec2::<f32>().unwrap();
+    let decomposed = |family| AdapterConfig {
+        family,
+        weight_decompose: true,
+        ..Default::default()
+    };
+    let mut configs: Vec<AdapterConfig> = samples()
+        .into_iter()
+        .map(|(family, _)| AdapterConfig {
+            family,
+            rescaled: true,
+            constraint: 0.1,
+            train_norm: true,
+            ..Default::default()
+        })
+        .collect();
+    configs.extend([Family::Lora, Family::Loha, Family::Lokr].map(decomposed));
+    configs.push(AdapterConfig {
+        wd_on_output: false,
+        ..decomposed(Family::Lora)
+    });
+    for config in configs {
+        let mut model = Model::new();
+        let mut rng = rand_chacha::ChaCha12Rng::seed_from_u64(7);
+        let targets = Targets::new(&["fc", "norm"]).unwrap();
+        let mut set = AdapterSet::create(&mut model, &config, &targets, &mut rng).unwrap();
+        set.attach(&mut model, 1.0).unwrap().strict().unwrap();
+        let y = model.forward(&x);
+        let got = y.to_vec2::<f32>().unwrap();
+        for (a, b) in got.iter().flatten().zip(plain.iter().flatten()) {
+            assert!((a - b).abs() < 1e-4, "{config:?}: {a}, was {b}");
+        }
+        let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        for (name, var) in set.params() {
+            assert!(grads.get(&var).is_some(), "{config:?}: {name}");
+        }
+        set.scale_norms(1.0).unwrap();
+    }
 }

@@ -1,5 +1,6 @@
 //! The families: one file each, and the table that makes them known.
 
+mod biased;
 mod boft;
 mod cayley;
 mod dora;
@@ -237,7 +238,7 @@ impl Parts<'_> {
         let Some(entry) = FAMILIES.iter().find(|e| (e.detect)(&self)) else {
             return Err(self.unknown());
         };
-        let adapter = (entry.read)(&mut self)?;
+        let adapter = biased::with_bias((entry.read)(&mut self)?, &mut self)?;
         if self.tensors.is_empty() {
             Ok(adapter)
         } else {
