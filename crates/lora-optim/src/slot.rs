@@ -412,7 +412,7 @@ impl Slot {
     }
 
     /// Gives `work` the weights, the gradient (unscaled) and the buffers as slices in
-    /// memory. On a device this copies the weights and the gradient to and fro.
+    /// memory. For the fused path only.
     pub(crate) fn on_host<R>(
         &mut self,
         work: impl FnOnce(&mut [f32], &[f32], &mut [Option<Buffer>]) -> Result<R>,
@@ -433,17 +433,6 @@ impl Slot {
                 name: self.name.clone(),
             });
         };
-        if self.plain {
-            let grad = grad.flatten_all()?.to_vec1::<f32>()?;
-            let mut values = match self.weights()? {
-                Buffer::Device(tensor) => tensor.flatten_all()?.to_vec1::<f32>()?,
-                other => other.f32().to_vec(),
-            };
-            let result = work(&mut values, &grad)?;
-            let tensor = Tensor::from_vec(values, self.var.dims(), self.var.device())?;
-            self.set_weights(&Buffer::Device(tensor))?;
-            return Ok(result);
-        }
         let guard = grad.storage_and_layout();
         let slice = cpu_slice(&guard.0, guard.1)?;
         match &mut self.master {

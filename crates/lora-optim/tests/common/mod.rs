@@ -1,5 +1,7 @@
 //! A small problem and a table of all optimizers: a new one joins with one line.
 
+#![allow(dead_code, reason = "each test uses a part of it")]
+
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -152,7 +154,6 @@ impl Problem {
     }
 
     /// The greatest difference between two weights at the same place.
-    #[allow(dead_code, reason = "not every test compares two problems")]
     pub(crate) fn worst_difference(&self, other: &Self) -> f32 {
         let values = |var: &Var| {
             var.as_detached_tensor()
