@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result, check_not_negative, check_positive};
 use crate::group::{GradSource, ParamGroup};
 use crate::optimizer::{GroupReport, Optimizer, StepOptions, StepReport, WeightChange};
-use crate::slot::Buffer;
+use crate::slot::{Buffer, HalfPrecision, Slot};
 use crate::state::{ChangedOption, FORMAT, OnChange, OptimizerState, differences};
 use crate::table::{GroupDefaults, Table};
 
@@ -331,6 +331,7 @@ impl<R: Rule> Optimizer for Stepper<R> {
     fn set_step_options(&mut self, options: StepOptions) -> Result<()> {
         check_not_negative("max_grad_norm", options.max_grad_norm)?;
         check_positive("grad_scale", options.grad_scale)?;
+        check_rounding(&self.table, options.half_precision)?;
         self.options = options;
         Ok(())
     }
@@ -551,7 +552,24 @@ impl<R: Rule> Optimizer for Stepper<R> {
             });
         }
         self.table.slots.iter_mut().for_each(|s| s.plain = true);
-        Ok(())
+        check_rounding(&self.table, self.options.half_precision)
+    }
+}
+
+/// Stochastic rounding works on the fused CPU path only.
+fn check_rounding(table: &Table, half: HalfPrecision) -> Result<()> {
+    let stochastic = matches!(half, HalfPrecision::Stochastic { .. });
+    let concerned = |slot: &Slot| slot.plain && slot.var.dtype() != DType::F32;
+    match table
+        .slots
+        .iter()
+        .find(|slot| stochastic && concerned(slot))
+    {
+        None => Ok(()),
+        Some(slot) => Err(Error::Combination {
+            what: format!("stochastic rounding of {} on this device", slot.name),
+            instead: "HalfPrecision::Master, which loses nothing",
+        }),
     }
 }
 
