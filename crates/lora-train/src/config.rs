@@ -235,7 +235,7 @@ pub struct TrainConfig {
     /// Largest norm of a layer's delta.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_weight_norms: Option<f64>,
-    /// `no`, `fp16`, `bf16`: the UNet's dtype on a GPU; a CPU computes in f32.
+    /// `no`, `fp16`, `bf16`: accepted; training computes in f32.
     pub mixed_precision: String,
     /// See [`NoiseConfig`].
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -637,7 +637,7 @@ impl TrainConfig {
         }
         if self.mixed_precision != "no" {
             list.push(format!(
-                "mixed_precision {}: a CPU computes in f32, which is at least as precise",
+                "mixed_precision {}: training computes in f32, which is at least as precise",
                 self.mixed_precision
             ));
         }
@@ -693,7 +693,7 @@ impl TrainConfig {
             rank,
             alpha: self.network_alpha,
             dropout: Dropout {
-                neuron: self.network_dropout.unwrap_or(0.0),
+                neuron: self.network_dropout.unwrap_or(args.adapter.dropout.neuron),
                 ..args.adapter.dropout
             },
             ..args.adapter

@@ -1,6 +1,6 @@
 //! `network_module` and `network_args`, as users of sd-scripts and LyCORIS write them.
 
-use lora_core::{AdapterConfig, Dropout, Family, Targets};
+use lora_core::{AdapterConfig, Family, Targets};
 use lora_optim::kohya::GroupOptions;
 
 use crate::config::bad;
@@ -187,9 +187,6 @@ impl Reader {
         };
         self.adapter.conv_rank = conv_rank.filter(|rank| kxk && *rank > 0);
         self.adapter.conv_alpha = self.conv_alpha.unwrap_or(conv_alpha);
-        self.adapter.dropout = Dropout {
-            ..self.adapter.dropout
-        };
         Ok(NetworkArgs {
             adapter: self.adapter,
             targets,
