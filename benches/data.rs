@@ -56,15 +56,18 @@ fn write_once(folder: &Path, count: usize, extension: &str, bytes: impl Fn(usize
     fs::write(folder.join("complete"), b"").expect("a mark");
 }
 
+/// Quality 90 with halved colour resolution, as cameras and phones write it.
 fn jpeg(seed: usize) -> Vec<u8> {
     let (width, height) = (3000, 2000);
     let mut bytes = Vec::new();
-    image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 90)
-        .write_image(
-            &photo(width, height, seed as u32),
+    let mut encoder = jpeg_encoder::Encoder::new(&mut bytes, 90);
+    encoder.set_sampling_factor(jpeg_encoder::SamplingFactor::R_4_2_0);
+    encoder
+        .encode(
+            &photo(width.into(), height.into(), seed as u32),
             width,
             height,
-            ExtendedColorType::Rgb8,
+            jpeg_encoder::ColorType::Rgb,
         )
         .expect("a JPEG");
     bytes

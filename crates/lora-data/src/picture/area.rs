@@ -27,20 +27,28 @@ struct Cover {
 /// The target must not be larger than the source on either side.
 pub(super) fn shrink<const C: usize>(source: &[u8], from: Size, to: Size) -> Vec<u8> {
     let halves = from.width == 2 * to.width && from.height == 2 * to.height;
-    if halves {
-        shrink_with::<C>(source, from, to, |mean| (mean + 0.5) as u8)
-    } else {
-        shrink_with::<C>(source, from, to, half_to_even)
-    }
+    // The loops are compiled for the widest registers that the processor has.
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            if halves {
+                shrink_with::<C>(source, from, to, |mean| (mean + 0.5) as u8)
+            } else {
+                shrink_with::<C>(source, from, to, half_to_even)
+            }
+        },
+    )
 }
 
 /// `round_ties_even` for values from 0 to 255, which has no instruction on every processor:
 /// adding 2^23 leaves no bits for the fraction, and the hardware rounds half to even.
+#[inline(always)]
 fn half_to_even(mean: f32) -> u8 {
     const NO_FRACTION: f32 = 8_388_608.0;
     (mean + NO_FRACTION).to_bits() as u8
 }
 
+#[inline(always)]
 fn shrink_with<const C: usize>(
     source: &[u8],
     from: Size,
@@ -99,6 +107,7 @@ fn covers(source: u32, target: u32) -> Vec<Cover> {
 }
 
 /// The weighted sum of the rows of `cover`.
+#[inline(always)]
 fn sum_rows(source: &[u8], stride: usize, cover: &Cover, whole: &mut [u16], sum: &mut [f32]) {
     let row = |y: usize| &source[y * stride..(y + 1) * stride];
     let (mut start, end) = cover.whole;
@@ -123,6 +132,7 @@ fn sum_rows(source: &[u8], stride: usize, cover: &Cover, whole: &mut [u16], sum:
 
 const MOST_ROWS: usize = 257;
 
+#[inline(always)]
 fn sum_whole_rows<'a>(rows: impl Iterator<Item = &'a [u8]>, whole: &mut [u16]) {
     whole.fill(0);
     for row in rows {
@@ -133,6 +143,7 @@ fn sum_whole_rows<'a>(rows: impl Iterator<Item = &'a [u8]>, whole: &mut [u16]) {
 }
 
 /// The weighted sum of the pixels of `cover` in one summed row.
+#[inline(always)]
 fn sum_columns<const C: usize>(row: &[f32], cover: &Cover) -> [f32; C] {
     let pixels = row.as_chunks::<C>().0;
     let mut sum = [0f32; C];
