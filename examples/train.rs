@@ -9,8 +9,10 @@
 //!     --max_train_epochs 10 --save_every_n_epochs 2
 //! ```
 //!
-//! Options are sd-scripts'; `--help` lists them. The command line beats the file.
-//! `--device` is ours: auto, cpu, cuda:0, metal.
+//! Options are sd-scripts'; `--help` lists them. The command line beats the file, which
+//! may be sd-scripts' TOML, kohya_ss' JSON or LoRA_Easy_Training_Scripts' TOML.
+//! `--device` is ours: auto, cpu, cuda:0, metal. So is `--dump-config`: it prints every
+//! setting with its origin, and trains nothing.
 
 use std::error::Error;
 use std::path::Path;
@@ -23,8 +25,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use lora_core::AdapterSet;
 use lora_examples::{demo_model, demo_pictures, device, peak_memory_mb};
 use lora_sd15::{Image, StableDiffusion, Txt2Img};
-use lora_train::options::{Kind, OPTIONS, Settings, Status};
-use lora_train::{BatchReport, Event, Outcome, TrainConfig, Trainer};
+use lora_train::gui::{Form, read_config};
+use lora_train::logs::Observers;
+use lora_train::options::{Kind, Settings, Status, all_options};
+use lora_train::{BatchReport, Event, Observer, Outcome, TrainConfig, Trainer, turning_point};
 
 fn main() {
     if let Err(error) = run() {
@@ -44,7 +48,16 @@ fn run() -> Result<(), Box<dyn Error>> {
     if arguments.is_empty() {
         return demonstration(&device);
     }
-    let config = TrainConfig::from_settings(&settings(&arguments)?)?;
+    let dump = arguments.iter().position(|a| a == "--dump-config");
+    if let Some(at) = dump {
+        arguments.remove(at);
+    }
+    let settings = settings(&arguments)?;
+    let config = TrainConfig::from_settings(&settings)?;
+    if dump.is_some() {
+        print!("{}", config.dump(&settings)?);
+        return Ok(());
+    }
     train(config, &device)?;
     Ok(())
 }
@@ -71,7 +84,13 @@ fn settings(arguments: &[String]) -> Result<Settings, Box<dyn Error>> {
         );
     }
     let mut settings = match line.get("config_file").and_then(|v| v.as_str()) {
-        Some(file) => Settings::from_toml(Path::new(file))?,
+        Some(file) => {
+            let import = read_config(Path::new(file))?;
+            if import.form != Form::SdScripts {
+                eprintln!("{file}: {import}");
+            }
+            import.settings
+        }
         None => Settings::default(),
     };
     settings.overlay(line);
@@ -91,12 +110,14 @@ fn train(config: TrainConfig, device: &Device) -> Result<Outcome, Box<dyn Error>
         }
         eprintln!("\nstopping after this batch and saving; press again to quit at once");
     })?;
-    let mut display = Display::default();
-    let mut trainer = Trainer::new(config, device, &mut |event: &Event<'_>| {
-        display.event(event)
-    })?;
-    let outcome = trainer.run(&mut |event: &Event<'_>| display.event(event), &stop)?;
-    display.finish(&outcome);
+    let mut observers = Observers::for_run(&config)?;
+    observers.add(Display::default());
+    let mut trainer = Trainer::new(config, device, &mut observers)?;
+    let outcome = trainer.run(&mut observers, &stop)?;
+    match &outcome {
+        Outcome::Finished(path) => println!("{}", path.display()),
+        Outcome::Stopped(path) => println!("stopped; what there was is in {}", path.display()),
+    }
     Ok(outcome)
 }
 
@@ -106,9 +127,10 @@ struct Display {
     bar: Option<ProgressBar>,
     last_line: Option<Instant>,
     batch_times: Vec<f64>,
+    validations: Vec<(usize, f64)>,
 }
 
-impl Display {
+impl Observer for Display {
     fn event(&mut self, event: &Event<'_>) {
         match event {
             Event::Warning(text) => self.line(&format!("warning: {text}")),
@@ -120,11 +142,28 @@ impl Display {
             Event::Batch(report) => self.batch(report),
             Event::Skipped { what, .. } => self.line(&format!("skipped a batch: {what}")),
             Event::Saved(path) => self.line(&format!("saved {}", path.display())),
+            Event::StateSaved(path) => self.line(&format!("saved the state {}", path.display())),
             Event::Removed(path) => self.line(&format!("removed {}", path.display())),
+            Event::Sample { path, .. } => self.line(&format!("drew {}", path.display())),
+            Event::Resumed { path, epoch, step } => self.line(&format!(
+                "going on from {}: epoch {epoch}, {step} updates done",
+                path.display()
+            )),
+            Event::Validated(v) => {
+                self.validations.push((v.step, v.loss));
+                let mark = if v.best { ", the lowest so far" } else { "" };
+                self.line(&format!(
+                    "validation loss {:.4} after {} updates{mark}",
+                    v.loss, v.step
+                ));
+            }
+            Event::Finished { path, skipped } => self.finish(path, *skipped),
             _ => {}
         }
     }
+}
 
+impl Display {
     /// A line above the bar.
     fn line(&self, text: &str) {
         match &self.bar {
@@ -177,7 +216,7 @@ impl Display {
         }
     }
 
-    fn finish(&mut self, outcome: &Outcome) {
+    fn finish(&mut self, path: &Path, skipped: usize) {
         if let Some(bar) = self.bar.take() {
             bar.finish();
         }
@@ -188,16 +227,17 @@ impl Display {
                 .unwrap_or_default();
             eprintln!("median time per batch {median:.3} s{memory}");
         }
-        match outcome {
-            Outcome::Finished(path) => {
-                println!("{}", path.display());
-                if let Some(name) = path.file_stem().and_then(|s| s.to_str()) {
-                    eprintln!(
-                        "copy it to models/Lora of the web UI and write <lora:{name}:0.8> in a prompt"
-                    );
-                }
-            }
-            Outcome::Stopped(path) => println!("stopped; what there was is in {}", path.display()),
+        if skipped > 0 {
+            eprintln!("{skipped} batches were left out because something was not finite");
+        }
+        if let Some((step, loss, rising)) = turning_point(&self.validations) {
+            let after = if rising { " and rose after it" } else { "" };
+            eprintln!("validation loss was lowest, {loss:.4}, after {step} updates{after}");
+        }
+        if let Some(name) = path.file_stem().and_then(|s| s.to_str()) {
+            eprintln!(
+                "copy it to models/Lora of the web UI and write <lora:{name}:0.8> in a prompt"
+            );
         }
     }
 }
@@ -280,12 +320,12 @@ fn grid(rows: &[Vec<Image>]) -> Image {
 
 fn print_help() {
     println!(
-        "usage: train [--config_file FILE.toml] [--OPTION VALUE ...] [--device auto|cpu|cuda:0|metal]"
+        "usage: train [--config_file FILE] [--OPTION VALUE ...] [--device auto|cpu|cuda:0|metal] [--dump-config]"
     );
     println!(
         "without options: a demonstration on the bundled miniature\n\noptions (as in sd-scripts):"
     );
-    for option in OPTIONS {
+    for option in all_options() {
         let takes = match option.kind {
             Kind::Switch => "",
             Kind::Integer => "N",

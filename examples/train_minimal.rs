@@ -1,19 +1,22 @@
 //! A LoRA trainer in one screen, composed from the crates without `Trainer`:
 //! `cargo run --release --example train_minimal`
 
-use candle_core::{DType, Device, Tensor};
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
 use lora_core::{AdapterConfig, AdapterSet, SaveOptions, Targets};
 use lora_data::{CaptionTime, Dataset, DatasetConfig, Place, Purpose, Size, Streams};
 use lora_optim::{Optimizer, ParamGroup, Prodigy, ProdigyConfig};
-use lora_sd15::{NoiseSchedule, StableDiffusion};
+use lora_sd15::{Checkpoint, NoiseSchedule};
 use lora_train::{
-    Captions, LatentCache, LossConfig, NoiseConfig, SampleWeights, StepDraws, TextConfig,
+    LatentSource, LossConfig, Model, NoiseConfig, SampleWeights, Sd15, StepDraws, TextConfig,
     diffusion_loss, make_noise,
 };
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (device, streams, epochs) = (Device::Cpu, Streams::new(42), 5);
-    let mut sd = StableDiffusion::load(lora_examples::demo_model(), DType::F32, &device)?;
+    let checkpoint = Checkpoint::open(lora_examples::demo_model())?;
+    let mut model = Sd15::load(&checkpoint, TextConfig::default(), false, &device)?;
 
     // What is trained.
     let config = AdapterConfig {
@@ -22,8 +25,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ..Default::default()
     };
     let mut rng = streams.stream(Purpose::ADAPTER_INIT, Place::default());
-    let mut adapters = AdapterSet::create(&mut sd.unet, &config, &Targets::attn_mlp(), &mut rng)?;
-    adapters.attach(&mut sd.unet, 1.0)?;
+    let unet = model.parts().unet;
+    let mut adapters = AdapterSet::create(unet, &config, &Targets::attn_mlp(), &mut rng)?;
+    adapters.attach(unet, 1.0)?;
 
     // On what: folders named `10_name`, captions in .txt files beside the images.
     let resolution = Size {
@@ -36,16 +40,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         batch_size: 2,
         ..Default::default()
     };
-    let dataset = Dataset::from_folder(lora_examples::demo_pictures(), &options)?;
-    let mut latents = LatentCache::new(false);
-    let mut captions = Captions::new(
-        TextConfig {
-            chunks: 1,
-            clip_skip: 1,
-            weighted: false,
-        },
-        true,
-    );
+    let pictures = lora_examples::demo_pictures();
+    let dataset = Arc::new(Dataset::from_folder(pictures, &options)?);
+    let latents = LatentSource::new(&dataset, &model, false, None, &device, |_, _| {})?;
 
     // How.
     let groups = vec![ParamGroup::new("unet", adapters.params())];
@@ -67,16 +64,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 .iter()
                 .map(|item| dataset.caption(item, time, streams))
                 .collect();
-            let context = captions.encode(&texts, &sd.text_encoder)?;
+            let context = model.encode_captions(&texts, true)?;
             let x0 = latents
-                .batch(&dataset, &batch, &sd.vae, streams, step, &device)?
+                .batch(&dataset, &batch, None, &model, streams, step)?
                 .latents;
             let mut draws = StepDraws::new(streams, step, &device);
             let noise = make_noise(&x0, &NoiseConfig::default(), &schedule, &mut draws)?;
             let t: Vec<f32> = noise.timesteps.iter().map(|t| *t as f32).collect();
-            let pred = sd
-                .unet
-                .forward(&noise.noisy, &Tensor::new(t, &device)?, &context)?;
+            let pred = model.predict(&noise.noisy, &Tensor::new(t, &device)?, &context)?;
             let weights = SampleWeights::default();
             let loss = diffusion_loss(
                 &pred,

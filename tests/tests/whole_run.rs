@@ -351,3 +351,110 @@ fn every_family_trains_and_its_file_loads_and_draws() {
         );
     }
 }
+
+#[test]
+fn a_run_shows_samples_validation_and_logs() {
+    let folder = tempfile::tempdir().unwrap();
+    let prompts = folder.path().join("prompts.txt");
+    std::fs::write(
+        &prompts,
+        "# two pictures\nzoe --w 64 --h 64 --s 2 --d 5\nzoe, red hat --w 64 --h 64 --s 2\n",
+    )
+    .unwrap();
+    let config = TrainConfig {
+        max_train_epochs: Some(2),
+        validation_split: Some(0.34),
+        sample_prompts: Some(prompts),
+        sample_every_n_epochs: Some(1),
+        sample_at_first: true,
+        logging_dir: Some(folder.path().join("logs")),
+        ..config(&folder.path().join("out"))
+    };
+    let mut validations = Vec::new();
+    let mut samples = Vec::new();
+    let mut observers = lora_train::logs::Observers::for_run(&config).unwrap();
+    observers.add(|event: &Event<'_>| match event {
+        Event::Validated(v) => validations.push((v.step, v.loss, v.by_timestep.clone())),
+        Event::Sample { path, .. } => samples.push(path.to_path_buf()),
+        Event::Warning(text) => assert!(!text.contains("not drawn"), "{text}"),
+        _ => {}
+    });
+    let mut trainer = Trainer::new(config.clone(), &Device::Cpu, &mut observers).unwrap();
+    trainer
+        .run(&mut observers, &AtomicBool::new(false))
+        .unwrap();
+    // The same weights give the same validation loss.
+    let last = trainer.validate().unwrap().unwrap();
+    drop(observers);
+    assert_eq!(validations.len(), 2);
+    assert_eq!(validations[1].1, last.loss);
+    assert_eq!(
+        last.by_timestep.iter().map(|(t, _)| *t).collect::<Vec<_>>(),
+        [200, 400, 600, 800]
+    );
+
+    assert_eq!(samples.len(), 6, "2 prompts at first and after each epoch");
+    let name = samples[2]
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .to_string();
+    assert!(
+        name.starts_with("zoe_e000001_00_") && name.ends_with("_5.png"),
+        "{name}"
+    );
+    let first = std::fs::read(&samples[0]).unwrap();
+    assert!(String::from_utf8_lossy(&first).contains("Steps: 2, Sampler: DDIM"));
+    assert_ne!(
+        first,
+        std::fs::read(&samples[4]).unwrap(),
+        "training changes pictures"
+    );
+
+    let out = folder.path().join("out");
+    for file in ["zoe.safetensors", "zoe.toml", "zoe.json", "zoe-loss.png"] {
+        assert!(out.join(file).exists(), "{file}");
+    }
+    let log = std::fs::read_to_string(out.join("zoe.log.jsonl")).unwrap();
+    let count = |what: &str| log.matches(&format!("\"event\":\"{what}\"")).count();
+    assert_eq!(
+        (
+            count("batch"),
+            count("validation"),
+            count("sample"),
+            count("finished")
+        ),
+        (28, 2, 6, 1)
+    );
+    // Both forms of the settings are read back.
+    let again = lora_train::gui::read_config(&out.join("zoe.toml")).unwrap();
+    assert_eq!(
+        TrainConfig::from_settings(&again.settings).unwrap(),
+        *trainer.config()
+    );
+    lora_train::gui::read_config(&out.join("zoe.json")).unwrap();
+
+    let run = std::fs::read_dir(folder.path().join("logs"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap();
+    let events = std::fs::read_dir(run.path().join("network_train"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap();
+    let bytes = std::fs::read(events.path()).unwrap();
+    for tag in [
+        "loss/current",
+        "lr/unet",
+        "loss/validation/step_average",
+        "sample/1",
+    ] {
+        assert!(
+            bytes.windows(tag.len()).any(|w| w == tag.as_bytes()),
+            "{tag}"
+        );
+    }
+}

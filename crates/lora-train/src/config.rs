@@ -35,6 +35,16 @@ impl Steps {
     }
 }
 
+/// Texts that a GUI's config holds and sd-scripts keeps in files of their own. The trainer
+/// writes them beside the result.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Inline {
+    /// A dataset config, TOML.
+    pub dataset: Option<String>,
+    /// Sample prompts, one per line.
+    pub samples: Option<String>,
+}
+
 /// Settings of a run, in sd-scripts' names. `None` and empty mean "not given".
 ///
 /// Build it from a file or the command line through [`Settings`], or directly:
@@ -162,6 +172,23 @@ pub struct TrainConfig {
     pub masked_loss: bool,
     /// Draw one latent per picture for the whole run; else a new one every time.
     pub cache_latents: bool,
+    /// Keep encoded pictures in `OUTPUT_DIR/latent-cache` for later runs.
+    pub cache_latents_to_disk: bool,
+    /// Part of the pictures that is held back for validation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation_split: Option<f64>,
+    /// Decides which pictures are held back, and the noise of validation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation_seed: Option<u64>,
+    /// Validate every so many epochs; every one when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validate_every_n_epochs: Option<usize>,
+    /// Validate every so many updates.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validate_every_n_steps: Option<usize>,
+    /// Most batches of a validation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_validation_steps: Option<usize>,
     /// Loss factor of regularization pictures.
     pub prior_loss_weight: f64,
     /// `networks.lora` or `lycoris.kohya`.
@@ -181,6 +208,8 @@ pub struct TrainConfig {
     /// Adapter file to start from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network_weights: Option<PathBuf>,
+    /// Layers, ranks and alphas are those of `network_weights`.
+    pub dim_from_weights: bool,
     /// No adapters on the text encoder.
     pub network_train_unet_only: bool,
     /// No adapters on the UNet.
@@ -237,6 +266,15 @@ pub struct TrainConfig {
     pub scale_weight_norms: Option<f64>,
     /// `no`, `fp16`, `bf16`: accepted; training computes in f32.
     pub mixed_precision: String,
+    /// Compute activations again in the backward pass, to save memory.
+    pub gradient_checkpointing: bool,
+    /// The text encoder's adapters learn for so many updates, or this share of the run
+    /// (ours).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_text_encoder_training: Option<Steps>,
+    /// Average the weights with this decay and save the average (ours).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ema_decay: Option<f64>,
     /// See [`NoiseConfig`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub noise_offset: Option<f64>,
@@ -298,6 +336,50 @@ pub struct TrainConfig {
     /// Keep only those of the last steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_last_n_steps: Option<usize>,
+    /// Write a state to go on from with every intermediate file and at the end.
+    pub save_state: bool,
+    /// Write a state at the end.
+    pub save_state_on_train_end: bool,
+    /// Like `save_last_n_epochs`, for states.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_last_n_epochs_state: Option<usize>,
+    /// Like `save_last_n_steps`, for states.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_last_n_steps_state: Option<usize>,
+    /// State folder to go on from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resume: Option<PathBuf>,
+    /// Allow `resume` with another number of epochs or steps (ours).
+    pub extend_run: bool,
+    /// File of prompts to draw while training.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample_prompts: Option<PathBuf>,
+    /// Draw them every so many epochs; then `sample_every_n_steps` does not count.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample_every_n_epochs: Option<usize>,
+    /// Draw them every so many updates.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample_every_n_steps: Option<usize>,
+    /// Draw them before training too.
+    pub sample_at_first: bool,
+    /// How they are drawn, where the prompt does not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample_sampler: Option<String>,
+    /// Folder for TensorBoard and JSON logs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logging_dir: Option<PathBuf>,
+    /// `tensorboard`; the JSON log is always written with `logging_dir`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_with: Option<String>,
+    /// Put before the name of the log folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_prefix: Option<String>,
+    /// Name of the folder inside the log folder; `network_train` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_tracker_name: Option<String>,
+    /// Texts that a GUI's config holds and sd-scripts keeps in files of their own.
+    #[serde(skip)]
+    pub inline: Inline,
     /// `float`, `fp16` or `bf16`; f32 when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_precision: Option<String>,
@@ -393,6 +475,12 @@ impl Default for TrainConfig {
             alpha_mask: false,
             masked_loss: false,
             cache_latents: false,
+            cache_latents_to_disk: false,
+            validation_split: None,
+            validation_seed: None,
+            validate_every_n_epochs: None,
+            validate_every_n_steps: None,
+            max_validation_steps: None,
             prior_loss_weight: 1.0,
             network_module: None,
             network_dim: None,
@@ -400,6 +488,7 @@ impl Default for TrainConfig {
             network_dropout: None,
             network_args: Vec::new(),
             network_weights: None,
+            dim_from_weights: false,
             network_train_unet_only: false,
             network_train_text_encoder_only: false,
             base_weights: Vec::new(),
@@ -421,6 +510,9 @@ impl Default for TrainConfig {
             max_grad_norm: 1.0,
             scale_weight_norms: None,
             mixed_precision: "no".into(),
+            gradient_checkpointing: false,
+            stop_text_encoder_training: None,
+            ema_decay: None,
             noise_offset: None,
             noise_offset_random_strength: false,
             adaptive_noise_scale: None,
@@ -445,6 +537,22 @@ impl Default for TrainConfig {
             save_every_n_steps: None,
             save_last_n_epochs: None,
             save_last_n_steps: None,
+            save_state: false,
+            save_state_on_train_end: false,
+            save_last_n_epochs_state: None,
+            save_last_n_steps_state: None,
+            resume: None,
+            extend_run: false,
+            sample_prompts: None,
+            sample_every_n_epochs: None,
+            sample_every_n_steps: None,
+            sample_at_first: false,
+            sample_sampler: None,
+            logging_dir: None,
+            log_with: None,
+            log_prefix: None,
+            log_tracker_name: None,
+            inline: Inline::default(),
             save_precision: None,
             save_model_as: "safetensors".into(),
             no_metadata: false,
@@ -480,14 +588,28 @@ impl TrainConfig {
     pub fn from_settings(settings: &Settings) -> Result<Self> {
         let mut table = settings.used()?;
         table.remove("config_file");
-        let config: Self = table
+        let mut config: Self = table
             .try_into()
             .map_err(|e: toml::de::Error| Error::Config {
                 place: "settings".into(),
                 what: e.message().to_string(),
             })?;
+        config.inline = settings.inline.clone();
         config.validate()?;
         Ok(config)
+    }
+
+    /// Every setting as JSON.
+    pub(crate) fn to_value(&self) -> Result<serde_json::Value> {
+        serde_json::to_value(self).map_err(|e| Error::Config {
+            place: "settings".into(),
+            what: e.to_string(),
+        })
+    }
+
+    /// The sampler of sample pictures, with sd-scripts' default.
+    pub fn sample_sampler(&self) -> &str {
+        self.sample_sampler.as_deref().unwrap_or("ddim")
     }
 
     /// Every setting as TOML that [`Settings::from_toml`] and sd-scripts'
@@ -500,6 +622,22 @@ impl TrainConfig {
             place: "settings".into(),
             what: e.to_string(),
         })
+    }
+
+    /// Every effective setting as TOML, with a comment that says where it came from.
+    ///
+    /// # Errors
+    /// As [`to_toml`](Self::to_toml).
+    pub fn dump(&self, settings: &Settings) -> Result<String> {
+        use std::fmt::Write;
+        let mut text = String::new();
+        for line in self.to_toml()?.lines() {
+            let name = line.split(' ').next().unwrap_or("");
+            let origin = settings.origin(name).unwrap_or("default");
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{line:<60} # {origin}");
+        }
+        Ok(text)
     }
 
     /// Checks each value and the combinations that contradict each other.
@@ -523,8 +661,13 @@ impl TrainConfig {
                 return Err(Error::Missing { name, what });
             }
         }
-        if self.train_data_dir.is_none() && self.dataset_config.is_none() && self.in_json.is_none()
-        {
+        let sources = [
+            self.train_data_dir.is_some(),
+            self.dataset_config.is_some(),
+            self.in_json.is_some(),
+            self.inline.dataset.is_some(),
+        ];
+        if !sources.contains(&true) {
             return Err(Error::Missing {
                 name: "train_data_dir",
                 what: "the folder with pictures and captions",
@@ -573,6 +716,46 @@ impl TrainConfig {
                     "{name}: expected at least 1; leave it out for none"
                 ));
             }
+        }
+        for (name, every) in [
+            ("sample_every_n_epochs", self.sample_every_n_epochs),
+            ("sample_every_n_steps", self.sample_every_n_steps),
+            ("validate_every_n_epochs", self.validate_every_n_epochs),
+            ("validate_every_n_steps", self.validate_every_n_steps),
+        ] {
+            if every == Some(0) {
+                return bad(format!(
+                    "{name}: expected at least 1; leave it out for never"
+                ));
+            }
+        }
+        let draws = self.sample_at_first
+            || self.sample_every_n_epochs.is_some()
+            || self.sample_every_n_steps.is_some();
+        if draws && self.sample_prompts.is_none() && self.inline.samples.is_none() {
+            return bad("sample pictures need sample_prompts, a file of prompts");
+        }
+        if self.extend_run && self.resume.is_none() {
+            return bad("extend_run needs resume, the state folder to go on from");
+        }
+        if self.dim_from_weights && self.network_weights.is_none() {
+            return bad("dim_from_weights needs network_weights");
+        }
+        if self
+            .ema_decay
+            .is_some_and(|decay| !(0.0..1.0).contains(&decay))
+        {
+            return bad("ema_decay: expected a number from 0 to below 1, such as 0.99");
+        }
+        if self
+            .log_with
+            .as_deref()
+            .is_some_and(|with| with != "tensorboard")
+        {
+            return bad("log_with: only tensorboard is supported; nothing is uploaded");
+        }
+        if self.log_with.is_some() && self.logging_dir.is_none() {
+            return bad("log_with needs logging_dir");
         }
         if self.cache_latents && (self.color_aug || self.random_crop) {
             return bad("cache_latents cannot be combined with color_aug or random_crop");
@@ -828,6 +1011,8 @@ impl TrainConfig {
             bucket_reso_steps: self.bucket_reso_steps,
             bucket_no_upscale: self.bucket_no_upscale,
             resize_interpolation: self.interpolation()?,
+            validation_split: self.validation_split.unwrap_or(0.0),
+            validation_seed: self.validation_seed,
             subset: SubsetConfig {
                 num_repeats: self.dataset_repeats,
                 caption_extension: extension,

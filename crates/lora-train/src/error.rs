@@ -52,6 +52,14 @@ pub enum Error {
         /// The pictures of the last batch.
         images: String,
     },
+    /// A state folder does not fit the run, or is damaged.
+    #[error("cannot go on from {}: {what}", path.display())]
+    Resume {
+        /// The folder.
+        path: PathBuf,
+        /// What does not fit.
+        what: String,
+    },
     /// Reading the dataset failed.
     #[error(transparent)]
     Data(#[from] lora_data::Error),
@@ -70,6 +78,13 @@ pub enum Error {
 }
 
 impl Error {
+    pub(crate) fn resume(path: &std::path::Path, what: impl ToString) -> Self {
+        Error::Resume {
+            path: path.to_path_buf(),
+            what: what.to_string(),
+        }
+    }
+
     /// Wraps an I/O error with the file it concerns.
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();

@@ -1,13 +1,17 @@
 //! Pictures as latents.
 
-use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use lora_data::{BatchPlan, Dataset, Place, PlanItem, Purpose, Streams, shrink_mask};
-use lora_sd15::{Posterior, Vae};
+use lora_data::{
+    BatchPlan, CacheConfig, Dataset, EncoderError, LatentCache, LatentEncoder, Latents, Loader,
+    LoaderConfig, Pixels, Place, Purpose, Size, Streams, shrink_mask,
+};
 use rand_distr::{Distribution, StandardNormal};
+use sha2::{Digest, Sha256};
 
-use crate::Result;
+use crate::{Error, Model, Result};
 
 /// Latents and masks of one batch.
 #[derive(Debug, Clone)]
@@ -18,85 +22,99 @@ pub struct LatentBatch {
     pub mask: Option<Tensor>,
 }
 
-/// Encodes pictures when they are first needed and keeps the posteriors, as long as
-/// a picture is always cropped and coloured alike.
+/// Where latents come from: a cache that was filled before training, or the pictures of
+/// each batch as it is drawn, when they are cropped or coloured at random.
 #[derive(Debug)]
-pub struct LatentCache {
-    known: HashMap<(usize, bool), Entry>,
+pub struct LatentSource {
+    cache: Option<LatentCache>,
     fixed: bool,
+    scaling_factor: f64,
+    device: Device,
 }
 
-#[derive(Debug, Clone)]
-struct Entry {
-    posterior: Posterior,
-    mask: Option<Tensor>,
-}
-
-impl LatentCache {
-    /// `fixed` draws one sample per picture for the whole run (`cache_latents` in
-    /// sd-scripts); otherwise every use draws a new one.
-    pub fn new(fixed: bool) -> Self {
-        Self {
-            known: HashMap::new(),
-            fixed,
-        }
-    }
-
-    /// How many pictures are kept.
-    pub fn len(&self) -> usize {
-        self.known.len()
-    }
-
-    /// Whether none is kept.
-    pub fn is_empty(&self) -> bool {
-        self.known.is_empty()
-    }
-
-    /// Encodes an item now if it can be kept and is not yet; returns whether the VAE
-    /// ran.
+impl LatentSource {
+    /// Encodes every picture that always looks the same. `folder` keeps the results for
+    /// later runs. `fixed` draws one sample per picture for the whole run (`cache_latents`
+    /// in sd-scripts); otherwise every use draws a new one. `progress` is told the pictures
+    /// done and their number.
     ///
     /// # Errors
-    /// When the picture cannot be read.
-    pub fn warm(
-        &mut self,
-        dataset: &Dataset,
-        item: &PlanItem,
-        vae: &Vae,
+    /// When a picture cannot be read, or the model answers with NaN; the picture is named.
+    pub fn new(
+        dataset: &Arc<Dataset>,
+        model: &dyn Model,
+        fixed: bool,
+        folder: Option<PathBuf>,
         device: &Device,
-    ) -> Result<bool> {
-        let key = (item.image, item.flip);
-        if !cacheable(dataset, item) || self.known.contains_key(&key) {
-            return Ok(false);
-        }
-        let entry = encode(dataset, item, vae, device)?;
-        self.known.insert(key, entry);
-        Ok(true)
+        progress: impl FnMut(usize, usize),
+    ) -> Result<Self> {
+        let cache = if has_random_pixels(dataset) {
+            None
+        } else {
+            let encoder = Encoder::new(model, folder.is_some(), device)?;
+            let config = CacheConfig {
+                dir: folder,
+                batch_size: 1,
+            };
+            Some(LatentCache::build(dataset, &encoder, &config, progress)?)
+        };
+        Ok(Self {
+            cache,
+            fixed,
+            scaling_factor: model.scaling_factor(),
+            device: device.clone(),
+        })
     }
 
-    /// The latents of a batch, drawn from their posteriors with the numbers that
-    /// belong to `step`.
+    /// Starts loading the pictures of these batches ahead; `None` when all are cached.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn load_ahead(
+        &self,
+        dataset: &Arc<Dataset>,
+        batches: &[BatchPlan],
+    ) -> Result<Option<Loader>> {
+        if self.cache.is_some() {
+            return Ok(None);
+        }
+        Ok(Some(Loader::new(
+            dataset.clone(),
+            batches.to_vec(),
+            LoaderConfig::default(),
+        )?))
+    }
+
+    /// The latents of a batch, drawn from their posteriors with the numbers that belong to
+    /// `step`. `pixels` are those that [`load_ahead`](Self::load_ahead) brought; without
+    /// them uncached pictures are decoded here.
     ///
     /// # Errors
     /// When a picture cannot be read.
     pub fn batch(
-        &mut self,
+        &self,
         dataset: &Dataset,
         plan: &BatchPlan,
-        vae: &Vae,
+        pixels: Option<Vec<Pixels>>,
+        model: &dyn Model,
         streams: Streams,
         step: u64,
-        device: &Device,
     ) -> Result<LatentBatch> {
+        let mut loaded = pixels.map(Vec::into_iter);
         let (mut latents, mut masks) = (Vec::new(), Vec::new());
         for (position, item) in plan.items.iter().enumerate() {
-            self.warm(dataset, item, vae, device)?;
-            let entry = match self
-                .known
-                .get(&(item.image, item.flip))
-                .filter(|_| cacheable(dataset, item))
-            {
-                Some(entry) => entry.clone(),
-                None => encode(dataset, item, vae, device)?,
+            let (posterior, mask) = match &self.cache {
+                Some(cache) => {
+                    let entry = cache.get(item)?;
+                    (entry.latents, entry.mask)
+                }
+                None => {
+                    let pixels = match loaded.as_mut().and_then(Iterator::next) {
+                        Some(pixels) => pixels,
+                        None => dataset.pixels(item)?,
+                    };
+                    (encode(model, &pixels, &self.device)?, pixels.mask)
+                }
             };
             let place = if self.fixed {
                 Place {
@@ -113,49 +131,158 @@ impl LatentCache {
                 }
             };
             let mut rng = streams.stream(Purpose::LATENT_SAMPLE, place);
-            let shape = entry.posterior.mean.shape().clone();
-            let noise: Vec<f32> = (0..shape.elem_count())
-                .map(|_| StandardNormal.sample(&mut rng))
-                .collect();
-            let noise = Tensor::from_vec(noise, shape, device)?;
-            latents.push(entry.posterior.sample(&noise, vae.scaling_factor())?);
-            masks.push(entry.mask);
+            latents.push(self.sample(posterior, |_| StandardNormal.sample(&mut rng))?);
+            masks.push(self.mask(mask, item.size)?);
         }
+        self.stack(latents, &masks)
+    }
+
+    /// The means of a batch's latents: the same numbers every time, for validation.
+    ///
+    /// # Errors
+    /// As [`batch`](Self::batch).
+    pub fn means(
+        &self,
+        dataset: &Dataset,
+        plan: &BatchPlan,
+        model: &dyn Model,
+    ) -> Result<LatentBatch> {
+        let (mut latents, mut masks) = (Vec::new(), Vec::new());
+        for item in &plan.items {
+            let (posterior, mask) = match &self.cache {
+                Some(cache) => {
+                    let entry = cache.get(item)?;
+                    (entry.latents, entry.mask)
+                }
+                None => {
+                    let pixels = dataset.pixels(item)?;
+                    (encode(model, &pixels, &self.device)?, pixels.mask)
+                }
+            };
+            latents.push(self.sample(posterior, |_| 0.0)?);
+            masks.push(self.mask(mask, item.size)?);
+        }
+        self.stack(latents, &masks)
+    }
+
+    /// `(mean + std * noise) * scaling_factor`, `[1, c, h, w]`.
+    fn sample(&self, posterior: Latents, mut noise: impl FnMut(usize) -> f32) -> Result<Tensor> {
+        let [c, h, w] = posterior.shape;
+        let mut values = posterior.mean;
+        if let Some(std) = posterior.std {
+            for (i, (value, std)) in values.iter_mut().zip(std).enumerate() {
+                *value += std * noise(i);
+            }
+        }
+        let latents = Tensor::from_vec(values, (1, c, h, w), &self.device)?;
+        Ok((latents * self.scaling_factor)?)
+    }
+
+    fn mask(&self, mask: Option<Vec<f32>>, size: Size) -> Result<Option<Tensor>> {
+        let Some(mask) = mask else { return Ok(None) };
+        let (height, width) = (size.height as usize / 8, size.width as usize / 8);
+        let small = shrink_mask(&mask, size, 8);
+        Ok(Some(Tensor::from_vec(
+            small,
+            (1, 1, height, width),
+            &self.device,
+        )?))
+    }
+
+    fn stack(&self, latents: Vec<Tensor>, masks: &[Option<Tensor>]) -> Result<LatentBatch> {
         let latents = Tensor::cat(&latents, 0)?;
         let mask = masks
             .iter()
             .any(Option::is_some)
-            .then(|| join_masks(&masks, &latents))
+            .then(|| join_masks(masks, &latents))
             .transpose()?;
         Ok(LatentBatch { latents, mask })
     }
 }
 
-/// Whether an item looks the same every time it is drawn.
-fn cacheable(dataset: &Dataset, item: &PlanItem) -> bool {
-    dataset.images().get(item.image).is_some_and(|image| {
-        let subset = dataset.subset(image);
-        !subset.random_crop && !subset.color_aug && subset.face_crop_aug_range.is_none()
+fn has_random_pixels(dataset: &Dataset) -> bool {
+    dataset.config().datasets.iter().any(|dataset| {
+        dataset.subsets.iter().any(|subset| {
+            subset.random_crop
+                || subset.color_aug
+                || (subset.face_crop_aug_range.is_some() && !dataset.enable_bucket)
+        })
     })
 }
 
-fn encode(dataset: &Dataset, item: &PlanItem, vae: &Vae, device: &Device) -> Result<Entry> {
-    let pixels = dataset.pixels(item)?;
-    let (width, height) = (pixels.size.width as usize, pixels.size.height as usize);
-    let picture = Tensor::from_vec(pixels.data, (1, 3, height, width), device)?;
-    let mask = match pixels.mask {
-        None => None,
-        Some(mask) => {
-            let small = shrink_mask(&mask, pixels.size, 8);
-            Some(Tensor::from_vec(
-                small,
-                (1, 1, height / 8, width / 8),
-                device,
-            )?)
+/// The model's picture encoder, as lora-data's cache calls it.
+struct Encoder<'a> {
+    model: &'a dyn Model,
+    key: String,
+    device: Device,
+}
+
+impl<'a> Encoder<'a> {
+    /// On disk an entry must be told from that of another encoder: the key is a hash of
+    /// what the encoder makes of a test picture.
+    fn new(model: &'a dyn Model, on_disk: bool, device: &Device) -> Result<Self> {
+        let mut key = String::from("memory");
+        if on_disk {
+            let size = Size::new(64, 64);
+            let data = (0..3 * 64 * 64)
+                .map(|i| ((i * 37 % 255) as f32 / 127.0) - 1.0)
+                .collect();
+            let probe = Pixels {
+                size,
+                data,
+                mask: None,
+            };
+            let latents = encode(model, &probe, device)?;
+            let mut hash = Sha256::new();
+            for value in latents.mean.iter().chain(latents.std.iter().flatten()) {
+                hash.update(value.to_le_bytes());
+            }
+            key = hash
+                .finalize()
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect();
         }
+        Ok(Self {
+            model,
+            key,
+            device: device.clone(),
+        })
+    }
+}
+
+impl LatentEncoder for Encoder<'_> {
+    fn key(&self) -> String {
+        self.key.clone()
+    }
+
+    fn encode(&self, images: &[Pixels]) -> std::result::Result<Vec<Latents>, EncoderError> {
+        images
+            .iter()
+            .map(|pixels| encode(self.model, pixels, &self.device).map_err(EncoderError::from))
+            .collect()
+    }
+}
+
+/// The posterior of one picture.
+fn encode(model: &dyn Model, pixels: &Pixels, device: &Device) -> Result<Latents> {
+    let (width, height) = (pixels.size.width as usize, pixels.size.height as usize);
+    let picture = Tensor::from_slice(&pixels.data, (1, 3, height, width), device)?;
+    let posterior = model.encode_pictures(&picture)?;
+    let (_, c, h, w) = posterior.mean.dims4()?;
+    let std = (posterior.logvar * 0.5)?.exp()?;
+    let latents = Latents {
+        shape: [c, h, w],
+        mean: posterior.mean.flatten_all()?.to_vec1()?,
+        std: Some(std.flatten_all()?.to_vec1()?),
     };
-    let posterior = vae.encode(&picture)?;
-    Ok(Entry { posterior, mask })
+    if latents.mean.iter().any(|v| !v.is_finite()) {
+        return Err(Error::Config {
+            place: "VAE".into(),
+            what: "its latents of this picture are not finite; try another VAE with --vae".into(),
+        });
+    }
+    Ok(latents)
 }
 
 /// Pictures without a mask count fully.

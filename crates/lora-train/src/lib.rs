@@ -9,34 +9,46 @@
 
 mod config;
 mod error;
+pub mod gui;
 mod latents;
+pub mod logs;
 mod loss;
 pub mod metadata;
+mod model;
 mod naming;
 mod network;
 mod noise;
 mod observer;
 pub mod options;
 mod plan;
+mod samples;
+mod saving;
 mod setup;
+mod state;
+mod step;
 mod text;
 mod trainer;
+mod validation;
 
-pub use config::{Steps, TrainConfig};
+pub use config::{Inline, Steps, TrainConfig};
 pub use error::{Error, Result};
-pub use latents::{LatentBatch, LatentCache};
+pub use latents::{LatentBatch, LatentSource};
 pub use loss::{
     HuberSchedule, LossConfig, LossType, SampleWeights, diffusion_loss, elementwise_loss,
 };
+pub use model::{Model, Parts, Sd15};
 pub use naming::{Naming, outdated_epoch, outdated_step};
 pub use network::NetworkArgs;
 pub use noise::{Draws, NoiseConfig, NoisyBatch, StepDraws, make_noise};
 pub use observer::{BatchReport, Event, LossAverage, Observer};
 pub use options::Settings;
 pub use plan::Plan;
+pub use samples::{SamplePrompt, line_options, read_sample_prompts};
 pub use setup::param_groups;
+pub use state::RunState;
 pub use text::{Captions, TextConfig, join_chunks};
 pub use trainer::{Outcome, Trainer};
+pub use validation::{ValidationReport, turning_point};
 
 /// The README's programs, compiled and run as tests.
 #[cfg(doctest)]

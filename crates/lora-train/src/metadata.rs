@@ -2,7 +2,7 @@
 //! values are Python's `str()` of the setting.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lora_core::format::{model_hash_of_file, sha256_of_file};
 use lora_data::Dataset;
@@ -418,11 +418,24 @@ fn iso_date(timestamp: f64) -> String {
     )
 }
 
-/// Seconds since 1970.
-pub(crate) fn unix_seconds(time: std::time::SystemTime) -> f64 {
-    time.duration_since(UNIX_EPOCH)
-        .unwrap_or(Duration::ZERO)
-        .as_secs_f64()
+/// `20231114221320` of a Unix time, in UTC, as sd-scripts writes times into names.
+pub(crate) fn compact_time(timestamp: f64) -> String {
+    iso_date(timestamp)
+        .chars()
+        .filter(char::is_ascii_digit)
+        .collect()
+}
+
+/// Seconds since 1970; those of `SOURCE_DATE_EPOCH` where it is set, so that the same run
+/// gives the same bytes.
+pub(crate) fn unix_time() -> f64 {
+    let fixed = std::env::var("SOURCE_DATE_EPOCH").ok();
+    fixed.and_then(|text| text.parse().ok()).unwrap_or_else(|| {
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or(Duration::ZERO)
+            .as_secs_f64()
+    })
 }
 
 /// A number as Python prints it: `0.0001`, `1e-05`, `1.0`.

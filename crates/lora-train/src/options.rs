@@ -6,6 +6,7 @@ use std::path::Path;
 
 use toml::{Table, Value};
 
+use crate::config::Inline;
 use crate::{Error, Result};
 
 /// What kind of value an option takes.
@@ -77,7 +78,7 @@ pub const OPTIONS: &[OptionRow] = &[
     row("bucket_reso_steps", Kind::Integer, &[], Status::Used),
     row("cache_info", Kind::Switch, &[], Status::NoEffect("image headers are always read afresh, so edits are noticed")),
     row("cache_latents", Kind::Switch, &[], Status::Used),
-    row("cache_latents_to_disk", Kind::Switch, &[], Status::NoEffect("latents are cached in memory")),
+    row("cache_latents_to_disk", Kind::Switch, &[], Status::Used),
     row("caption_dropout_every_n_epochs", Kind::Integer, &[], Status::Used),
     row("caption_dropout_rate", Kind::Number, &[], Status::Used),
     row("caption_extension", Kind::Text, &[], Status::Used),
@@ -103,8 +104,8 @@ pub const OPTIONS: &[OptionRow] = &[
     row("debiased_estimation_loss", Kind::Switch, &[], Status::Used),
     row("debug_dataset", Kind::Switch, &[], Status::Refused("use the dataset example to see what training will see")),
     row("deepspeed", Kind::Switch, &[], Status::Refused("one process trains")),
-    row("dim_from_weights", Kind::Switch, &[], Status::Refused("give network_dim, and network_weights to continue from a file")),
-    row("dynamo_backend", Kind::Text, &["eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt", "tensort", "ipex", "tvm"], Status::NoEffect("there is nothing to compile")),
+    row("dim_from_weights", Kind::Switch, &[], Status::Used),
+    row("dynamo_backend", Kind::Text, &["no", "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt", "tensort", "ipex", "tvm"], Status::NoEffect("there is nothing to compile")),
     row("enable_bucket", Kind::Switch, &[], Status::Used),
     row("enable_wildcard", Kind::Switch, &[], Status::Used),
     row("face_crop_aug_range", Kind::Text, &[], Status::Used),
@@ -116,7 +117,7 @@ pub const OPTIONS: &[OptionRow] = &[
     row("full_fp16", Kind::Switch, &[], Status::Refused("adapters are always trained in f32; use save_precision for small files")),
     row("fused_backward_pass", Kind::Switch, &[], Status::Refused("it belongs to other networks")),
     row("gradient_accumulation_steps", Kind::Integer, &[], Status::Used),
-    row("gradient_checkpointing", Kind::Switch, &[], Status::NoEffect("trades time for memory; not available yet, the result is the same")),
+    row("gradient_checkpointing", Kind::Switch, &[], Status::Used),
     row("highvram", Kind::Switch, &[], Status::NoEffect("memory is managed automatically")),
     row("huber_c", Kind::Number, &[], Status::Used),
     row("huber_scale", Kind::Number, &[], Status::Used),
@@ -127,19 +128,19 @@ pub const OPTIONS: &[OptionRow] = &[
     row("huggingface_repo_visibility", Kind::Text, &[], Status::NoEffect("nothing is uploaded")),
     row("huggingface_token", Kind::Text, &[], Status::NoEffect("nothing is uploaded")),
     row("in_json", Kind::Text, &[], Status::Used),
-    row("initial_epoch", Kind::Integer, &[], Status::Refused("resuming is not supported yet")),
-    row("initial_step", Kind::Integer, &[], Status::Refused("resuming is not supported yet")),
+    row("initial_epoch", Kind::Integer, &[], Status::Refused("resume goes on exactly where the state stands; leave it out")),
+    row("initial_step", Kind::Integer, &[], Status::Refused("resume goes on exactly where the state stands; leave it out")),
     row("ip_noise_gamma", Kind::Number, &[], Status::Used),
     row("ip_noise_gamma_random_strength", Kind::Switch, &[], Status::Used),
     row("keep_tokens", Kind::Integer, &[], Status::Used),
     row("keep_tokens_separator", Kind::Text, &[], Status::Used),
     row("learning_rate", Kind::Number, &[], Status::Used),
     row("log_config", Kind::Switch, &[], Status::NoEffect("the effective settings are always written beside the result")),
-    row("log_prefix", Kind::Text, &[], Status::NoEffect("names log folders, which are not written yet")),
+    row("log_prefix", Kind::Text, &[], Status::Used),
     row("log_tracker_config", Kind::Text, &[], Status::NoEffect("nothing is uploaded")),
-    row("log_tracker_name", Kind::Text, &[], Status::NoEffect("nothing is uploaded")),
-    row("log_with", Kind::Text, &["tensorboard", "wandb", "all"], Status::Refused("TensorBoard and other trackers are not supported yet; leave it out")),
-    row("logging_dir", Kind::Text, &[], Status::Refused("TensorBoard logs are not written yet; leave it out")),
+    row("log_tracker_name", Kind::Text, &[], Status::Used),
+    row("log_with", Kind::Text, &["tensorboard", "wandb", "all"], Status::Used),
+    row("logging_dir", Kind::Text, &[], Status::Used),
     row("loss_type", Kind::Text, &["l1", "l2", "huber", "smooth_l1"], Status::Used),
     row("lowram", Kind::Switch, &[], Status::NoEffect("memory is managed automatically")),
     row("lr_decay_steps", Kind::Steps, &[], Status::Used),
@@ -159,7 +160,7 @@ pub const OPTIONS: &[OptionRow] = &[
     row("max_token_length", Kind::Integer, &["150", "225"], Status::Used),
     row("max_train_epochs", Kind::Integer, &[], Status::Used),
     row("max_train_steps", Kind::Integer, &[], Status::Used),
-    row("max_validation_steps", Kind::Integer, &[], Status::NoEffect("there is no validation yet")),
+    row("max_validation_steps", Kind::Integer, &[], Status::Used),
     row("mem_eff_attn", Kind::Switch, &[], Status::NoEffect("changes speed only")),
     row("metadata_author", Kind::Text, &[], Status::Used),
     row("metadata_description", Kind::Text, &[], Status::Used),
@@ -206,24 +207,24 @@ pub const OPTIONS: &[OptionRow] = &[
     row("reg_data_dir", Kind::Text, &[], Status::Used),
     row("resize_interpolation", Kind::Text, &["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"], Status::Used),
     row("resolution", Kind::Text, &[], Status::Used),
-    row("resume", Kind::Text, &[], Status::Refused("resuming is not supported yet; start again, or continue from network_weights")),
+    row("resume", Kind::Text, &[], Status::Used),
     row("resume_from_huggingface", Kind::Switch, &[], Status::Refused("downloading is not supported")),
-    row("sample_at_first", Kind::Switch, &[], Status::Refused("sample images during training are not supported yet; draw them with the generate example")),
-    row("sample_every_n_epochs", Kind::Integer, &[], Status::Refused("sample images during training are not supported yet; draw them with the generate example")),
-    row("sample_every_n_steps", Kind::Integer, &[], Status::Refused("sample images during training are not supported yet; draw them with the generate example")),
-    row("sample_prompts", Kind::Text, &[], Status::Refused("sample images during training are not supported yet; draw them with the generate example")),
-    row("sample_sampler", Kind::Text, &["ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"], Status::NoEffect("no sample images are drawn")),
+    row("sample_at_first", Kind::Switch, &[], Status::Used),
+    row("sample_every_n_epochs", Kind::Integer, &[], Status::Used),
+    row("sample_every_n_steps", Kind::Integer, &[], Status::Used),
+    row("sample_prompts", Kind::Text, &[], Status::Used),
+    row("sample_sampler", Kind::Text, &["ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"], Status::Used),
     row("save_every_n_epochs", Kind::Integer, &[], Status::Used),
     row("save_every_n_steps", Kind::Integer, &[], Status::Used),
     row("save_last_n_epochs", Kind::Integer, &[], Status::Used),
-    row("save_last_n_epochs_state", Kind::Integer, &[], Status::Refused("resuming is not supported yet")),
+    row("save_last_n_epochs_state", Kind::Integer, &[], Status::Used),
     row("save_last_n_steps", Kind::Integer, &[], Status::Used),
-    row("save_last_n_steps_state", Kind::Integer, &[], Status::Refused("resuming is not supported yet")),
+    row("save_last_n_steps_state", Kind::Integer, &[], Status::Used),
     row("save_model_as", Kind::Text, &["ckpt", "pt", "safetensors"], Status::Used),
     row("save_n_epoch_ratio", Kind::Integer, &[], Status::Used),
     row("save_precision", Kind::Text, &["float", "fp16", "bf16"], Status::Used),
-    row("save_state", Kind::Switch, &[], Status::Refused("resuming is not supported yet")),
-    row("save_state_on_train_end", Kind::Switch, &[], Status::Refused("resuming is not supported yet")),
+    row("save_state", Kind::Switch, &[], Status::Used),
+    row("save_state_on_train_end", Kind::Switch, &[], Status::Used),
     row("save_state_to_huggingface", Kind::Switch, &[], Status::Refused("uploading is not supported")),
     row("scale_v_pred_loss_like_noise_pred", Kind::Switch, &[], Status::Used),
     row("scale_weight_norms", Kind::Number, &[], Status::Used),
@@ -232,7 +233,7 @@ pub const OPTIONS: &[OptionRow] = &[
     row("seed", Kind::Integer, &[], Status::Used),
     row("shuffle_caption", Kind::Switch, &[], Status::Used),
     row("skip_cache_check", Kind::Switch, &[], Status::NoEffect("caches are checked by content, which is cheap")),
-    row("skip_until_initial_step", Kind::Switch, &[], Status::Refused("resuming is not supported yet")),
+    row("skip_until_initial_step", Kind::Switch, &[], Status::NoEffect("resume always goes on at the next batch")),
     row("text_encoder_lr", Kind::Numbers, &[], Status::Used),
     row("token_warmup_min", Kind::Integer, &[], Status::Used),
     row("token_warmup_step", Kind::Number, &[], Status::Used),
@@ -249,10 +250,10 @@ pub const OPTIONS: &[OptionRow] = &[
     row("v_pred_like_loss", Kind::Number, &[], Status::Used),
     row("vae", Kind::Text, &[], Status::Used),
     row("vae_batch_size", Kind::Integer, &[], Status::NoEffect("pictures are encoded one at a time")),
-    row("validate_every_n_epochs", Kind::Integer, &[], Status::NoEffect("there is no validation yet")),
-    row("validate_every_n_steps", Kind::Integer, &[], Status::NoEffect("there is no validation yet")),
-    row("validation_seed", Kind::Integer, &[], Status::NoEffect("there is no validation yet")),
-    row("validation_split", Kind::Number, &[], Status::Refused("validation is not supported yet")),
+    row("validate_every_n_epochs", Kind::Integer, &[], Status::Used),
+    row("validate_every_n_steps", Kind::Integer, &[], Status::Used),
+    row("validation_seed", Kind::Integer, &[], Status::Used),
+    row("validation_split", Kind::Number, &[], Status::Used),
     row("wandb_api_key", Kind::Text, &[], Status::NoEffect("nothing is uploaded")),
     row("wandb_run_name", Kind::Text, &[], Status::NoEffect("nothing is uploaded")),
     row("weighted_captions", Kind::Switch, &[], Status::Used),
@@ -263,10 +264,25 @@ pub const OPTIONS: &[OptionRow] = &[
     row("zero_terminal_snr", Kind::Switch, &[], Status::Used),
 ];
 
+/// Options that sd-scripts does not have, sorted by name: ours, and those that kohya_ss
+/// writes into the configs of its runs all the same.
+#[rustfmt::skip]
+pub const OWN_OPTIONS: &[OptionRow] = &[
+    row("ema_decay", Kind::Number, &[], Status::Used),
+    row("epoch", Kind::Integer, &[], Status::NoEffect("max_train_epochs or max_train_steps decides")),
+    row("extend_run", Kind::Switch, &[], Status::Used),
+    row("lowvram", Kind::Switch, &[], Status::NoEffect("memory is managed automatically")),
+    row("no_token_padding", Kind::Switch, &[], Status::NoEffect("sd-scripts does not know it")),
+    row("noise_offset_type", Kind::Text, &["Original", "Multires"], Status::NoEffect("the noise options decide")),
+    row("stop_text_encoder_training", Kind::Steps, &[], Status::Used),
+];
+
 /// Settings by option name, with where each came from.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Settings {
     values: BTreeMap<String, (Value, String)>,
+    /// Texts of a GUI's config that are files in sd-scripts.
+    pub inline: Inline,
 }
 
 impl Settings {
@@ -357,6 +373,21 @@ impl Settings {
     /// Puts `other` on top of these settings.
     pub fn overlay(&mut self, other: Settings) {
         self.values.extend(other.values);
+        let Inline { dataset, samples } = other.inline;
+        self.inline.dataset = dataset.or(self.inline.dataset.take());
+        self.inline.samples = samples.or(self.inline.samples.take());
+    }
+
+    /// Every value with its name and where it came from, sorted by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Value, &str)> {
+        self.values
+            .iter()
+            .map(|(name, (value, origin))| (name.as_str(), value, origin.as_str()))
+    }
+
+    /// Takes an option away.
+    pub fn remove(&mut self, name: &str) {
+        self.values.remove(name);
     }
 
     /// One value.
@@ -375,8 +406,7 @@ impl Settings {
             self.get(row.name)
                 .is_some_and(|v| *v != Value::Boolean(false))
         };
-        OPTIONS
-            .iter()
+        all_options()
             .filter_map(|row| match row.status {
                 Status::NoEffect(reason) if active(row) => Some((row.name, reason)),
                 _ => None,
@@ -411,11 +441,15 @@ impl Settings {
     }
 }
 
+/// sd-scripts' options and ours.
+pub fn all_options() -> impl Iterator<Item = &'static OptionRow> {
+    OPTIONS.iter().chain(OWN_OPTIONS)
+}
+
 /// The table's row of a name; its few old spellings are understood.
 fn find(name: &str, place: &str) -> Result<&'static OptionRow> {
-    OPTIONS.iter().find(|o| o.name == name).ok_or_else(|| {
-        let mut near: Vec<(usize, &str)> = OPTIONS
-            .iter()
+    all_options().find(|o| o.name == name).ok_or_else(|| {
+        let mut near: Vec<(usize, &str)> = all_options()
             .map(|o| (distance(name, o.name), o.name))
             .collect();
         near.sort();
@@ -609,6 +643,8 @@ mod tests {
 
     #[test]
     fn the_table_is_sorted_and_has_every_name_once() {
-        assert!(OPTIONS.windows(2).all(|pair| pair[0].name < pair[1].name));
+        for table in [OPTIONS, OWN_OPTIONS] {
+            assert!(table.windows(2).all(|pair| pair[0].name < pair[1].name));
+        }
     }
 }

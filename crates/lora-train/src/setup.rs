@@ -4,14 +4,16 @@ use std::path::Path;
 
 use candle_core::Device;
 use lora_core::{Adaptable, AdapterSet, Targets};
-use lora_data::{ConfigFile, DataConfig, Dataset, DatasetConfig, Finding, Place, Purpose, Streams};
+use lora_data::{
+    ConfigFile, ConfigSyntax, DataConfig, Dataset, DatasetConfig, Finding, Place, Purpose, Streams,
+};
 use lora_optim::kohya::{GroupOptions, KohyaOptimizer, KohyaScheduler, block_index};
 use lora_optim::schedule::Constant;
 use lora_optim::{LrSchedule, Optimizer, ParamGroup};
-use lora_sd15::{Checkpoint, TextEncoder, UNet};
+use lora_sd15::Checkpoint;
 
 use crate::config::{Steps, TrainConfig};
-use crate::trainer::open_checkpoint;
+use crate::samples::{SamplePrompt, read_sample_prompts};
 use crate::{Error, Plan, Result};
 
 /// Creates the output folder and proves that files can be written there.
@@ -30,6 +32,11 @@ pub(crate) fn dataset(config: &TrainConfig) -> Result<(Dataset, Vec<Finding>)> {
         ..DataConfig::default()
     };
     let options = config.dataset_options()?;
+    if let Some(text) = &config.inline.dataset {
+        let origin = Path::new("dataset part of the config");
+        let file = ConfigFile::parse(text, ConfigSyntax::Toml, origin, &options, &run)?;
+        return Ok((Dataset::load(file.config)?, file.findings));
+    }
     if let Some(path) = &config.dataset_config {
         let file = ConfigFile::read(path, &options, &run)?;
         return Ok((Dataset::load(file.config)?, file.findings));
@@ -62,6 +69,21 @@ pub(crate) fn dataset(config: &TrainConfig) -> Result<(Dataset, Vec<Finding>)> {
     ))
 }
 
+/// The prompts to draw while training; each is checked now.
+pub(crate) fn samples(config: &TrainConfig) -> Result<Vec<SamplePrompt>> {
+    let sampler = config.sample_sampler();
+    match (&config.inline.samples, &config.sample_prompts) {
+        (Some(text), _) => text
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty() && !line.starts_with('#'))
+            .map(|line| SamplePrompt::from_line(line, sampler))
+            .collect(),
+        (None, Some(path)) => read_sample_prompts(path, sampler),
+        (None, None) => Ok(Vec::new()),
+    }
+}
+
 /// Opens and checks the checkpoint.
 pub(crate) fn checkpoint(config: &TrainConfig) -> Result<Checkpoint> {
     let Some(path) = &config.pretrained_model_name_or_path else {
@@ -70,7 +92,11 @@ pub(crate) fn checkpoint(config: &TrainConfig) -> Result<Checkpoint> {
             what: "the checkpoint to train on",
         });
     };
-    open_checkpoint(path, config.vae.as_deref())
+    let checkpoint = Checkpoint::open(path)?;
+    Ok(match &config.vae {
+        Some(vae) => checkpoint.with_vae(vae)?,
+        None => checkpoint,
+    })
 }
 
 /// The learning-rate schedule for the whole run.
@@ -99,8 +125,8 @@ pub(crate) fn lr_schedule(config: &TrainConfig, plan: &Plan) -> Result<Box<dyn L
 /// Merges `base_weights` into the model.
 pub(crate) fn merge_base_weights(
     config: &TrainConfig,
-    unet: &mut UNet,
-    text_encoder: &mut TextEncoder,
+    unet: &mut dyn Adaptable,
+    text_encoder: &mut dyn Adaptable,
     device: &Device,
 ) -> Result<()> {
     for (i, path) in config.base_weights.iter().enumerate() {
@@ -119,11 +145,23 @@ pub(crate) fn merge_base_weights(
 /// Creates the adapters, loads `network_weights` into them and attaches them.
 pub(crate) fn adapters(
     config: &TrainConfig,
-    unet: &mut UNet,
-    text_encoder: &mut TextEncoder,
+    unet: &mut dyn Adaptable,
+    text_encoder: &mut dyn Adaptable,
     streams: Streams,
     warn: &mut dyn FnMut(&str),
 ) -> Result<AdapterSet> {
+    if let (true, Some(path)) = (config.dim_from_weights, &config.network_weights) {
+        let mut set = AdapterSet::load(path, &Device::Cpu)?.trainable()?;
+        let unet_only = config.network_train_unet_only;
+        let text_only = config.network_train_text_encoder_only;
+        set.retain(|name| match name.starts_with("lora_te") {
+            true => !unet_only,
+            false => !text_only,
+        });
+        set.attach(unet, 1.0)?.strict()?;
+        set.attach(text_encoder, 1.0)?.strict()?;
+        return Ok(set);
+    }
     let options = config.adapter()?;
     let rng = |item| streams.stream(Purpose::ADAPTER_INIT, Place::item(item));
     let (unet_targets, text_targets) = config.targets()?;

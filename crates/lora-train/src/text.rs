@@ -7,6 +7,9 @@ use lora_sd15::prompt::parse_attention;
 use lora_sd15::tokenizer::{CHUNK, END, START, chunk_ids};
 use lora_sd15::{TextEncoder, Tokenizer, weigh};
 
+/// Captions kept: a quarter of a megabyte each for 75 tokens.
+const MOST_KEPT: usize = 256;
+
 /// How captions are encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TextConfig {
@@ -18,44 +21,68 @@ pub struct TextConfig {
     pub weighted: bool,
 }
 
+impl Default for TextConfig {
+    /// 75 tokens, the last layer, no weights.
+    fn default() -> Self {
+        Self {
+            chunks: 1,
+            clip_skip: 1,
+            weighted: false,
+        }
+    }
+}
+
 /// Encodes captions as sd-scripts does for training.
 #[derive(Debug)]
 pub struct Captions {
     tokenizer: Tokenizer,
     config: TextConfig,
     /// Encoded captions, kept while the text encoder does not change.
-    cache: Option<HashMap<String, Tensor>>,
+    cache: HashMap<String, Tensor>,
 }
 
 impl Captions {
-    /// `cache` keeps what was encoded; leave it off while the text encoder is trained.
-    pub fn new(config: TextConfig, cache: bool) -> Self {
+    /// Nothing is encoded yet.
+    pub fn new(config: TextConfig) -> Self {
         Self {
             tokenizer: Tokenizer::new(),
             config,
-            cache: cache.then(HashMap::new),
+            cache: HashMap::new(),
         }
     }
 
-    /// Context for a batch of captions: `[n, 75 * chunks + 2, width]`.
+    /// Context for a batch of captions: `[n, 75 * chunks + 2, width]`. With `fixed`, the
+    /// text encoder is the same as at the last call with `fixed`: what was encoded is kept.
     ///
     /// # Errors
     /// When the encoder fails.
-    pub fn encode(&mut self, captions: &[String], encoder: &TextEncoder) -> Result<Tensor> {
+    pub fn encode(
+        &mut self,
+        captions: &[String],
+        encoder: &TextEncoder,
+        fixed: bool,
+    ) -> Result<Tensor> {
+        if !fixed {
+            self.cache.clear();
+        }
         let mut contexts = Vec::with_capacity(captions.len());
         for caption in captions {
-            let known = self.cache.as_ref().and_then(|c| c.get(caption)).cloned();
-            let context = match known {
-                Some(context) => context,
-                None => {
-                    let context = self.encode_one(caption, encoder)?;
-                    if let Some(cache) = &mut self.cache {
-                        cache.insert(caption.clone(), context.detach());
-                    }
-                    context
-                }
+            let context = match self.cache.get(caption) {
+                Some(context) => context.clone(),
+                None => self.encode_one(caption, encoder)?,
             };
-            contexts.push(context);
+            if fixed {
+                // Detached: adapters on a text encoder that is not trained take no gradient.
+                let kept = context.detach();
+                if self.cache.len() >= MOST_KEPT {
+                    // Shuffled captions hardly ever come again.
+                    self.cache.clear();
+                }
+                self.cache.insert(caption.clone(), kept.clone());
+                contexts.push(kept);
+            } else {
+                contexts.push(context);
+            }
         }
         Tensor::cat(&contexts, 0)
     }

@@ -1,26 +1,26 @@
 //! The trainer: wires dataset, model, adapters and optimizer, and runs the loop.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
+use candle_core::Device;
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Tensor};
-use lora_core::format::write_atomically;
-use lora_core::{AdapterSet, SaveOptions};
-use lora_data::{BatchPlan, CaptionTime, Dataset, Place, Purpose, Streams};
-use lora_optim::{LrSchedule, Optimizer, StepOptions, WeightChange};
-use lora_sd15::{Checkpoint, NoiseSchedule, Part, TextEncoder, UNet, Vae};
+use lora_core::AdapterSet;
+use lora_data::{BatchPlan, Dataset, Pixels, Streams};
+use lora_optim::{Ema, EmaConfig, LrSchedule, Optimizer, StepOptions, WeightChange};
+use lora_sd15::NoiseSchedule;
 use rand::Rng;
 
 use crate::config::TrainConfig;
-use crate::latents::LatentCache;
-use crate::loss::{SampleWeights, diffusion_loss};
-use crate::metadata::{Metadata, ModelSpec, training_metadata, unix_seconds};
-use crate::naming::{Naming, outdated_epoch, outdated_step};
-use crate::noise::{StepDraws, make_noise};
+use crate::latents::LatentSource;
+use crate::metadata::{Metadata, training_metadata, unix_time};
+use crate::model::{Model, Parts, Sd15};
+use crate::naming::Naming;
 use crate::observer::{BatchReport, Event, LossAverage, Observer};
-use crate::text::Captions;
+use crate::samples::SamplePrompt;
+use crate::state::{self, RunState, fingerprint};
 use crate::{Error, Plan, Result, setup};
 
 /// So many batches in a row without a finite loss end the run.
@@ -31,7 +31,7 @@ const MAX_NOT_FINITE: usize = 10;
 pub enum Outcome {
     /// All updates were made; the adapter is in this file.
     Finished(PathBuf),
-    /// It was stopped; what there was is in this file.
+    /// It was stopped; what there was is in this file, and a state folder beside it.
     Stopped(PathBuf),
 }
 
@@ -60,33 +60,69 @@ pub enum Outcome {
 /// ```
 #[derive(Debug)]
 pub struct Trainer {
-    config: TrainConfig,
-    plan: Plan,
-    dataset: Dataset,
-    unet: UNet,
-    text_encoder: TextEncoder,
-    vae: Vae,
-    adapters: AdapterSet,
-    optimizer: Box<dyn Optimizer>,
+    pub(crate) config: TrainConfig,
+    pub(crate) plan: Plan,
+    pub(crate) naming: Naming,
+    pub(crate) dataset: Arc<Dataset>,
+    pub(crate) model: Box<dyn Model>,
+    pub(crate) adapters: AdapterSet,
+    pub(crate) optimizer: Box<dyn Optimizer>,
+    pub(crate) ema: Option<Ema>,
     lr_schedule: Box<dyn LrSchedule>,
-    noise_schedule: NoiseSchedule,
-    latents: LatentCache,
-    captions: Captions,
-    streams: Streams,
-    metadata: Metadata,
-    device: Device,
+    pub(crate) noise_schedule: NoiseSchedule,
+    pub(crate) latents: LatentSource,
+    pub(crate) streams: Streams,
+    pub(crate) metadata: Metadata,
+    pub(crate) samples: Vec<SamplePrompt>,
+    /// The text encoder learns before this update; `None` when it never does.
+    pub(crate) text_encoder_until: Option<usize>,
+    pub(crate) device: Device,
+    /// Where the run stands.
+    pub(crate) at: RunState,
+    pub(crate) average: LossAverage,
+    /// Where it stood after the last complete update.
+    pub(crate) good: RunState,
+    /// The state folder that the run went on from.
+    resumed: Option<PathBuf>,
 }
 
 impl Trainer {
     /// Checks everything, then loads it: settings, output folder, pictures and
-    /// captions, checkpoint; creates adapters and optimizer; encodes the pictures.
+    /// captions, checkpoint; creates adapters and optimizer; encodes the pictures. With
+    /// `resume`, everything is put back as it was.
     ///
     /// # Errors
     /// The first thing that is wrong; nothing was written by then but a probe file in
     /// the output folder.
     pub fn new(config: TrainConfig, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
+        Self::build(config, None, device, observer)
+    }
+
+    /// The same for a model of your own; `pretrained_model_name_or_path` only names it.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_model(
+        config: TrainConfig,
+        model: Box<dyn Model>,
+        device: &Device,
+        observer: &mut dyn Observer,
+    ) -> Result<Self> {
+        Self::build(config, Some(model), device, observer)
+    }
+
+    fn build(
+        mut config: TrainConfig,
+        model: Option<Box<dyn Model>>,
+        device: &Device,
+        observer: &mut dyn Observer,
+    ) -> Result<Self> {
         config.validate()?;
-        let mut config = config;
+        let resumed = config.resume.as_deref().map(state::load).transpose()?;
+        if let Some(loaded) = &resumed {
+            // A run without a seed goes on with the one it had drawn.
+            config.seed.get_or_insert(loaded.state.seed);
+        }
         let seed = *config
             .seed
             .get_or_insert_with(|| u64::from(rand::rng().random::<u32>()));
@@ -100,61 +136,150 @@ impl Trainer {
         let rank = config.network_rank();
         config.network_dim.get_or_insert(rank);
         setup::check_output(config.output_dir())?;
+        let samples = setup::samples(&config)?;
         let (dataset, noticed) = setup::dataset(&config)?;
+        let dataset = Arc::new(dataset);
         for finding in noticed.iter().chain(dataset.findings()) {
             observer.event(&Event::Warning(&finding.to_string()));
         }
-        let checkpoint = setup::checkpoint(&config)?;
         let mut plan = Plan::new(&config, &dataset, seed);
         let lr_schedule = setup::lr_schedule(&config, &plan)?;
 
-        let vb = |part| checkpoint.var_builder(part, DType::F32, device);
-        let (unet_vb, text_vb, vae_vb) = (vb(Part::Unet)?, vb(Part::TextEncoder)?, vb(Part::Vae)?);
-        let model = checkpoint.config();
-        let mut unet = UNet::new(&model.unet, unet_vb)?;
-        let mut text_encoder = TextEncoder::new(&model.text, text_vb)?;
-        let vae = Vae::new(&model.vae, vae_vb)?;
-
-        setup::merge_base_weights(&config, &mut unet, &mut text_encoder, device)?;
+        let mut model = match model {
+            Some(model) => model,
+            None => {
+                let checkpoint = setup::checkpoint(&config)?;
+                let (text, v) = (config.text(), config.v_parameterization);
+                Box::new(Sd15::load(&checkpoint, text, v, device)?)
+            }
+        };
+        model.set_gradient_checkpointing(config.gradient_checkpointing)?;
+        let Parts { unet, text_encoder } = model.parts();
+        setup::merge_base_weights(&config, unet, text_encoder, device)?;
         let mut warn = |text: &str| observer.event(&Event::Warning(text));
-        let adapters = setup::adapters(&config, &mut unet, &mut text_encoder, streams, &mut warn)?;
+        let adapters = setup::adapters(&config, unet, text_encoder, streams, &mut warn)?;
         plan.adapters = (
             adapters.count(&lora_core::Component::TextEncoder),
             adapters.count(&lora_core::Component::Unet),
         );
         plan.parameters = adapters.parameter_count();
         let groups = setup::param_groups(&config, &adapters)?;
-        let trains_text = groups.iter().any(|g| g.name.starts_with("textencoder"));
+        let text_encoder_until = groups
+            .iter()
+            .any(|g| g.name.starts_with("textencoder"))
+            .then(|| match config.stop_text_encoder_training {
+                Some(steps) => steps.of(plan.total_steps) as usize,
+                None => usize::MAX,
+            });
         let mut optimizer = setup::optimizer(&config, groups)?;
         optimizer.set_step_options(StepOptions {
             max_grad_norm: config.max_grad_norm,
             ..StepOptions::default()
         })?;
+        let ema = config
+            .ema_decay
+            .map(|decay| {
+                let ema = EmaConfig {
+                    decay,
+                    ..EmaConfig::default()
+                };
+                Ema::new(&adapters.params(), ema)
+            })
+            .transpose()?;
 
-        let metadata =
-            training_metadata(&config, &dataset, &plan, unix_seconds(SystemTime::now()))?;
+        let metadata = training_metadata(&config, &dataset, &plan, unix_time())?;
+        let mut at = RunState {
+            format: RunState::FORMAT,
+            config: config.to_value()?,
+            dataset: fingerprint(&dataset, streams),
+            model: metadata.get("ss_new_sd_model_hash").cloned(),
+            seed,
+            started_at: unix_time(),
+            total_steps: plan.total_steps,
+            epoch: 1,
+            position: 0,
+            batch: 0,
+            step: 0,
+            failures: 0,
+            skipped: 0,
+            loss_slots: Vec::new(),
+            validation: Vec::new(),
+        };
+        if let Some(loaded) = &resumed {
+            loaded.state.check(&loaded.path, &config, &at)?;
+        }
         observer.event(&Event::Planned(&plan));
-        let noise_schedule = config.schedule();
-        let captions = Captions::new(config.text(), !trains_text);
+        let folder = config
+            .cache_latents_to_disk
+            .then(|| config.output_dir().join("latent-cache"));
+        let latents = LatentSource::new(
+            &dataset,
+            model.as_ref(),
+            config.cache_latents,
+            folder,
+            device,
+            |done, total| observer.event(&Event::Encoding { done, total }),
+        )?;
         let mut trainer = Self {
-            latents: LatentCache::new(config.cache_latents),
+            naming: Naming::new(config.output_name.as_deref()),
+            noise_schedule: config.schedule(),
             device: device.clone(),
+            good: at.clone(),
+            average: LossAverage::default(),
+            resumed: None,
             config,
             plan,
             dataset,
-            unet,
-            text_encoder,
-            vae,
+            model,
             adapters,
             optimizer,
+            ema,
             lr_schedule,
-            noise_schedule,
-            captions,
+            latents,
             streams,
             metadata,
+            samples,
+            text_encoder_until,
+            at: {
+                at.loss_slots.clear();
+                at
+            },
         };
-        trainer.encode_pictures(observer)?;
+        if let Some(loaded) = resumed {
+            trainer.go_on_from(loaded)?;
+        }
         Ok(trainer)
+    }
+
+    /// Puts weights, optimizer and position back.
+    fn go_on_from(&mut self, loaded: state::Loaded) -> Result<()> {
+        loaded.restore(&self.adapters.params())?;
+        self.optimizer.set_training(true)?;
+        let extended = loaded.state.total_steps != self.plan.total_steps;
+        let on_change = if extended {
+            // Options that follow from the length of the run may differ.
+            lora_optim::OnChange::UseNew
+        } else {
+            lora_optim::OnChange::Refuse
+        };
+        self.optimizer.load_state(&loaded.optimizer, on_change)?;
+        if let Some(ema) = &mut self.ema {
+            ema.load_state(&loaded.ema()?)?;
+        }
+        self.average = LossAverage::from_slots(loaded.state.loss_slots.clone());
+        let config = std::mem::take(&mut self.at.config);
+        self.at = RunState {
+            config,
+            total_steps: self.plan.total_steps,
+            model: self.at.model.take(),
+            ..loaded.state
+        };
+        if let Some(started) = self.metadata.get_mut("ss_training_started_at") {
+            *started = crate::metadata::py_float(self.at.started_at);
+        }
+        self.good = self.at.clone();
+        self.resumed = Some(loaded.path);
+        Ok(())
     }
 
     /// What the run will do.
@@ -172,199 +297,169 @@ impl Trainer {
         &self.adapters
     }
 
-    fn encode_pictures(&mut self, observer: &mut dyn Observer) -> Result<()> {
-        let total = self.dataset.images().len();
-        let mut done = 0;
-        for batch in self.dataset.each_once(|_| true) {
-            for item in &batch.items {
-                self.latents
-                    .warm(&self.dataset, item, &self.vae, &self.device)?;
-                done += 1;
-                observer.event(&Event::Encoding { done, total });
-            }
-        }
-        Ok(())
+    /// The model being trained.
+    pub fn model(&self) -> &dyn Model {
+        self.model.as_ref()
     }
 
-    /// Trains to the end, or until `stop` is set; then what there is is saved.
-    /// Settings are written beside the result as `NAME.toml`.
+    /// Trains to the end, or until `stop` is set; then what there is is saved, with a
+    /// state to go on from. Settings are written beside the result as `NAME.toml` and
+    /// `NAME.json`.
     ///
     /// # Errors
-    /// When a file cannot be written, a picture vanished, or losses stay non-finite.
+    /// When a file cannot be written, a picture vanished, or losses stay non-finite. If
+    /// possible, a state is saved then, too.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
-        let folder = self.config.output_dir().to_path_buf();
-        let naming = Naming::new(self.config.output_name.as_deref());
-        let settings = self.config.to_toml()?;
-        let toml = folder.join(format!("{}.toml", self.config.name()));
-        write_atomically(&toml, |out| out.write_all(settings.as_bytes()))?;
-
-        let mut progress = Progress::default();
+        self.write_settings()?;
+        match &self.resumed {
+            Some(path) => observer.event(&Event::Resumed {
+                path,
+                epoch: self.at.epoch,
+                step: self.at.step,
+            }),
+            None if self.config.sample_at_first => self.draw_samples(None, observer)?,
+            None => {}
+        }
         self.optimizer.set_training(true)?;
-        for epoch in 1..=self.plan.epochs {
-            observer.event(&Event::EpochStarted { epoch });
-            let batches = self.dataset.epoch(epoch, self.plan.seed).batches;
-            for (position, batch) in batches.iter().enumerate() {
-                if stop.load(Ordering::Relaxed) {
-                    let path = folder.join(naming.step(progress.step));
-                    self.save(&path, epoch - 1, progress.step, observer)?;
-                    return Ok(Outcome::Stopped(path));
-                }
-                let last = position + 1 == batches.len();
-                let updated =
-                    self.train_batch(batch, epoch, position, last, &mut progress, observer)?;
-                if updated {
-                    self.save_step(&folder, &naming, epoch, progress.step, observer)?;
-                }
-                if progress.step >= self.plan.total_steps {
-                    break;
+        let result = self.epochs(observer, stop);
+        match &result {
+            Ok(None) => {}
+            Ok(Some(_)) => return self.stopped(observer),
+            Err(_) if self.good.step > 0 => {
+                // The first error is the one to report.
+                if let Err(error) =
+                    self.save_state(&self.naming.step_state(self.good.step), observer)
+                {
+                    observer.event(&Event::Warning(&format!(
+                        "the state could not be saved: {error}"
+                    )));
                 }
             }
-            let average_loss = progress.average.average();
-            observer.event(&Event::EpochFinished {
-                epoch,
-                average_loss,
-            });
-            if epoch < self.plan.epochs {
-                self.save_epoch(&folder, &naming, epoch, progress.step, observer)?;
+            Err(_) => {}
+        }
+        result?;
+        self.finish(observer)
+    }
+
+    /// All epochs that are left; `Some` when the run was stopped.
+    fn epochs(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Option<()>> {
+        while self.at.epoch <= self.plan.epochs && self.at.step < self.plan.total_steps {
+            let epoch = self.at.epoch;
+            observer.event(&Event::EpochStarted { epoch });
+            if !self.batches(observer, stop)? {
+                return Ok(Some(()));
+            }
+            self.end_epoch(epoch, observer)?;
+        }
+        Ok(None)
+    }
+
+    /// The batches that are left of the present epoch; `false` when the run was stopped.
+    fn batches(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<bool> {
+        let batches = self.dataset.epoch(self.at.epoch, self.plan.seed).batches;
+        let left = batches.get(self.at.position..).unwrap_or(&[]);
+        let mut ahead = self.latents.load_ahead(&self.dataset, left)?;
+        let mut window = Window::default();
+        for (i, batch) in left.iter().enumerate() {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
+            let waiting = Instant::now();
+            let pixels = match ahead.as_mut().and_then(Iterator::next) {
+                Some(loaded) => Some(loaded?.pixels),
+                None => None,
+            };
+            window.waited = waiting.elapsed();
+            let last = i + 1 == left.len();
+            if self.train_batch(batch, pixels, last, &mut window, observer)? {
+                self.good = RunState {
+                    loss_slots: self.average.slots().to_vec(),
+                    ..self.at.clone()
+                };
+                self.after_update(observer)?;
+            }
+            if self.at.step >= self.plan.total_steps {
+                break;
             }
         }
-        self.adapters.end_training();
-        let path = folder.join(naming.last());
-        self.save(&path, self.plan.epochs, progress.step, observer)?;
-        Ok(Outcome::Finished(path))
+        Ok(true)
     }
 
     /// One batch; returns whether it completed an update.
     fn train_batch(
         &mut self,
         batch: &BatchPlan,
-        epoch: usize,
-        position: usize,
+        pixels: Option<Vec<Pixels>>,
         last: bool,
-        progress: &mut Progress,
+        window: &mut Window,
         observer: &mut dyn Observer,
     ) -> Result<bool> {
         let started = Instant::now();
-        progress.batch += 1;
-        let loss = self.loss(batch, epoch, progress)?;
+        let position = self.at.position;
+        self.at.batch += 1;
+        self.at.position += 1;
+        let loss = self.loss(batch, pixels)?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         if value.is_finite() {
-            let window = self.config.gradient_accumulation_steps as f64;
-            let grads = (loss / window)?.backward()?;
-            progress.add(grads)?;
+            let batches = self.config.gradient_accumulation_steps as f64;
+            window.add((loss / batches)?.backward()?)?;
         } else {
-            self.not_finite("the loss", batch, progress, observer)?;
+            drop(loss);
+            self.not_finite("the loss", batch, observer)?;
         }
-        progress.in_window += 1;
+        window.batches += 1;
         let mut grad_norm = None;
-        let complete = progress.in_window == self.config.gradient_accumulation_steps || last;
-        let mut updated = false;
-        if complete {
-            progress.in_window = 0;
-            if let Some(grads) = progress.grads.take() {
+        let updated = window.batches == self.config.gradient_accumulation_steps || last;
+        if updated {
+            window.batches = 0;
+            if let Some(grads) = window.grads.take() {
                 self.lr_schedule
-                    .apply(progress.step as u64, self.optimizer.as_mut());
+                    .apply(self.at.step as u64, self.optimizer.as_mut());
                 let report = self.optimizer.step(&grads)?;
                 grad_norm = report.grad_norm;
                 match report.non_finite {
-                    None => progress.failures = 0,
-                    Some(name) => self.not_finite(
-                        &format!("the gradient of {name}"),
-                        batch,
-                        progress,
-                        observer,
-                    )?,
+                    None => self.at.failures = 0,
+                    Some(name) => {
+                        self.not_finite(&format!("the gradient of {name}"), batch, observer)?;
+                    }
                 }
             }
-            progress.step += 1;
-            updated = true;
+            self.at.step += 1;
         }
-        let norms = self.scale_norms()?;
+        // Weights change at updates only. Scaling twice would round twice, and a run that
+        // goes on from the last update could not repeat that.
+        let norms = if updated { self.scale_norms()? } else { None };
+        if updated && let Some(ema) = &mut self.ema {
+            ema.update()?;
+        }
         let average_loss = if value.is_finite() {
-            progress.average.add(epoch, position, value)
+            self.average.add(position, value)
         } else {
-            progress.average.average()
+            self.average.average()
         };
         let report = BatchReport {
-            step: progress.step,
+            step: self.at.step,
             total_steps: self.plan.total_steps,
-            epoch,
+            epoch: self.at.epoch,
+            batch: self.at.batch,
+            updated,
             loss: value,
             average_loss,
             learning_rates: self.learning_rates(),
+            adaptive: self.config.adaptive(),
             grad_norm,
             norms,
             elapsed: started.elapsed(),
+            waited: window.waited,
         };
         observer.event(&Event::Batch(&report));
         Ok(updated)
     }
 
-    fn loss(&mut self, batch: &BatchPlan, epoch: usize, progress: &Progress) -> Result<Tensor> {
-        let step = progress.batch;
-        let seed = self
-            .streams
-            .stream(Purpose::ADAPTER_DROPOUT, Place::step(step, 0))
-            .random();
-        self.adapters.begin_step(seed);
-        let data = self.latents.batch(
-            &self.dataset,
-            batch,
-            &self.vae,
-            self.streams,
-            step,
-            &self.device,
-        )?;
-        let time = CaptionTime {
-            epoch,
-            step: progress.step,
-            max_train_steps: self.plan.total_steps,
-        };
-        let captions: Vec<String> = batch
-            .items
-            .iter()
-            .map(|item| self.dataset.caption(item, time, self.streams))
-            .collect();
-        let context = self.captions.encode(&captions, &self.text_encoder)?;
-        let mut draws = StepDraws::new(self.streams, step, &self.device);
-        let noise = make_noise(
-            &data.latents,
-            &self.config.noise(),
-            &self.noise_schedule,
-            &mut draws,
-        )?;
-        let loss = self.config.loss()?;
-        let target = if loss.v_parameterization {
-            self.noise_schedule
-                .velocity(&data.latents, &noise.noise, &noise.timesteps)?
-        } else {
-            noise.noise
-        };
-        let timesteps: Vec<f32> = noise.timesteps.iter().map(|t| *t as f32).collect();
-        let pred = self.unet.forward(
-            &noise.noisy,
-            &Tensor::new(timesteps, &self.device)?,
-            &context,
-        )?;
-        let samples = SampleWeights {
-            weights: batch.items.iter().map(|item| item.loss_weight).collect(),
-            mask: data.mask,
-        };
-        Ok(diffusion_loss(
-            &pred,
-            &target,
-            &noise.timesteps,
-            &samples,
-            &loss,
-            &self.noise_schedule,
-        )?)
-    }
-
     fn not_finite(
-        &self,
+        &mut self,
         what: &str,
         batch: &BatchPlan,
-        progress: &mut Progress,
         observer: &mut dyn Observer,
     ) -> Result<()> {
         let name = |image: usize| {
@@ -381,14 +476,15 @@ impl Trainer {
         let images = images.join(", ");
         let text = format!("{what} is not finite, with {images}");
         observer.event(&Event::Skipped {
-            step: progress.step,
+            step: self.at.step,
             what: &text,
         });
-        progress.failures += 1;
-        if progress.failures >= MAX_NOT_FINITE {
+        self.at.failures += 1;
+        self.at.skipped += 1;
+        if self.at.failures >= MAX_NOT_FINITE {
             return Err(Error::NotFinite {
-                times: progress.failures,
-                step: progress.step,
+                times: self.at.failures,
+                step: self.at.step,
                 images,
             });
         }
@@ -441,108 +537,39 @@ impl Trainer {
             .collect()
     }
 
-    fn save_step(
-        &mut self,
-        folder: &Path,
-        naming: &Naming,
-        epoch: usize,
-        step: usize,
-        observer: &mut dyn Observer,
-    ) -> Result<()> {
-        let Some(every) = self.config.save_every_n_steps else {
-            return Ok(());
-        };
-        if !step.is_multiple_of(every) {
-            return Ok(());
+    /// Puts the weights in place that are saved and judged (`true`): those of schedule-free
+    /// optimizers and averages differ from the trained ones. `false` puts the trained ones
+    /// back, bit for bit.
+    pub(crate) fn averaged(&mut self, on: bool) -> Result<()> {
+        if on {
+            self.optimizer.set_training(false)?;
         }
-        self.save(&folder.join(naming.step(step)), epoch - 1, step, observer)?;
-        if let Some(old) =
-            outdated_step(step, every, self.config.save_last_n_steps).filter(|s| *s > 0)
-        {
-            remove(&folder.join(naming.step(old as usize)), observer)?;
+        if let Some(ema) = &mut self.ema {
+            ema.swap_in(on)?;
+        }
+        if !on {
+            self.optimizer.set_training(true)?;
         }
         Ok(())
     }
 
-    fn save_epoch(
-        &mut self,
-        folder: &Path,
-        naming: &Naming,
-        epoch: usize,
-        step: usize,
-        observer: &mut dyn Observer,
-    ) -> Result<()> {
-        let Some(every) = self.plan.save_every_n_epochs else {
-            return Ok(());
-        };
-        if !epoch.is_multiple_of(every) {
-            return Ok(());
-        }
-        self.save(&folder.join(naming.epoch(epoch)), epoch, step, observer)?;
-        if let Some(old) =
-            outdated_epoch(epoch, every, self.config.save_last_n_epochs).filter(|e| *e > 0)
-        {
-            remove(&folder.join(naming.epoch(old as usize)), observer)?;
-        }
-        Ok(())
-    }
-
-    /// Writes the adapter as it is now.
-    fn save(
-        &mut self,
-        path: &Path,
-        epoch: usize,
-        step: usize,
-        observer: &mut dyn Observer,
-    ) -> Result<()> {
-        self.optimizer.set_training(false)?;
-        let now = unix_seconds(SystemTime::now());
-        let mut metadata = self.metadata.clone();
-        if !self.config.no_metadata {
-            metadata.insert(
-                "ss_training_finished_at".into(),
-                crate::metadata::py_float(now),
-            );
-            metadata.insert("ss_steps".into(), step.to_string());
-            metadata.insert("ss_epoch".into(), epoch.to_string());
-        }
-        metadata.extend(ModelSpec::from_config(&self.config, now)?.metadata());
-        let options = SaveOptions {
-            dtype: Some(self.config.save_dtype()?),
-            metadata,
-        };
-        self.adapters.save(path, &options)?;
-        self.optimizer.set_training(true)?;
-        observer.event(&Event::Saved(path));
-        Ok(())
+    /// The folder that results go to.
+    pub(crate) fn folder(&self) -> &Path {
+        self.config.output_dir()
     }
 }
 
-fn remove(path: &Path, observer: &mut dyn Observer) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Ok(()) => observer.event(&Event::Removed(path)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(Error::io(path)(e)),
-    }
-    Ok(())
-}
-
-/// Where a run stands.
+/// An accumulation window.
 #[derive(Debug, Default)]
-struct Progress {
-    /// Batches seen, counted from 1.
-    batch: u64,
-    /// Updates made.
-    step: usize,
-    /// Batches in the current accumulation window.
-    in_window: usize,
-    /// Non-finite results in a row.
-    failures: usize,
+struct Window {
+    /// Batches in it.
+    batches: usize,
     grads: Option<GradStore>,
-    average: LossAverage,
+    /// Time spent waiting for the pictures of the last batch.
+    waited: std::time::Duration,
 }
 
-impl Progress {
+impl Window {
     /// Sums gradients over the window.
     fn add(&mut self, grads: GradStore) -> Result<()> {
         match &mut self.grads {
@@ -551,13 +578,4 @@ impl Progress {
         }
         Ok(())
     }
-}
-
-/// Opens the checkpoint with its separate VAE, if one is given.
-pub(crate) fn open_checkpoint(path: &Path, vae: Option<&Path>) -> Result<Checkpoint> {
-    let checkpoint = Checkpoint::open(path)?;
-    Ok(match vae {
-        Some(vae) => checkpoint.with_vae(vae)?,
-        None => checkpoint,
-    })
 }

@@ -1,0 +1,160 @@
+//! The model behind the trainer.
+
+use candle_core::{DType, Device, Tensor};
+use lora_core::Adaptable;
+use lora_sd15::{Checkpoint, Image, Posterior, StableDiffusion};
+
+use crate::samples::SamplePrompt;
+use crate::text::{Captions, TextConfig};
+use crate::{Error, Result};
+
+/// Where adapters attach.
+pub struct Parts<'a> {
+    /// The denoiser.
+    pub unet: &'a mut dyn Adaptable,
+    /// The text encoder.
+    pub text_encoder: &'a mut dyn Adaptable,
+}
+
+impl std::fmt::Debug for Parts<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Parts")
+    }
+}
+
+/// A latent diffusion model whose adapters can be trained.
+///
+/// [`Sd15`] is the one that [`Trainer::new`](crate::Trainer::new) loads; another model
+/// implements this trait and goes to [`Trainer::with_model`](crate::Trainer::with_model).
+/// Gradients flow through [`predict`](Self::predict) to the adapters attached to
+/// [`parts`](Self::parts), and through [`encode_captions`](Self::encode_captions) to those
+/// of the text encoder.
+pub trait Model: std::fmt::Debug {
+    /// Where adapters attach.
+    fn parts(&mut self) -> Parts<'_>;
+
+    /// The posterior of pictures `[n, 3, height, width]` with values from -1 to 1. The
+    /// latents are 8 times smaller.
+    ///
+    /// # Errors
+    /// When the network fails.
+    fn encode_pictures(&self, pixels: &Tensor) -> Result<Posterior>;
+
+    /// What latents are multiplied with before the denoiser sees them.
+    fn scaling_factor(&self) -> f64;
+
+    /// What the denoiser is shown for captions: `[n, length, width]`. `fixed` says that
+    /// nothing of the text encoder is trained now, so that results may be kept.
+    ///
+    /// # Errors
+    /// When the network fails.
+    fn encode_captions(&mut self, captions: &[String], fixed: bool) -> Result<Tensor>;
+
+    /// The denoiser's answer to noisy latents `[n, channels, h, w]` at timesteps `[n]`.
+    ///
+    /// # Errors
+    /// When the network fails.
+    fn predict(&self, noisy: &Tensor, timesteps: &Tensor, context: &Tensor) -> Result<Tensor>;
+
+    /// Trades time for memory in [`predict`](Self::predict): activations inside blocks are
+    /// computed again in the backward pass. Gradients stay the same.
+    ///
+    /// # Errors
+    /// When the model cannot do that.
+    fn set_gradient_checkpointing(&mut self, on: bool) -> Result<()> {
+        if on {
+            return Err(Error::Config {
+                place: "settings".into(),
+                what: "gradient_checkpointing: this model does not support it; leave it out".into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Draws a sample picture with the adapters as they are.
+    ///
+    /// # Errors
+    /// When the prompt cannot be drawn; without an implementation, always.
+    fn draw(&mut self, prompt: &SamplePrompt) -> Result<Image> {
+        Err(Error::Config {
+            place: "sample_prompts".into(),
+            what: format!(
+                "this model cannot draw {:?}: leave sample_prompts out",
+                prompt.prompt
+            ),
+        })
+    }
+}
+
+/// Stable Diffusion 1.5.
+#[derive(Debug)]
+pub struct Sd15 {
+    sd: StableDiffusion,
+    captions: Captions,
+    clip_skip: usize,
+    v_prediction: bool,
+}
+
+impl Sd15 {
+    /// Loads all three networks in f32. `v_prediction` says how sample pictures are drawn.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::verify`].
+    pub fn load(
+        checkpoint: &Checkpoint,
+        text: TextConfig,
+        v_prediction: bool,
+        device: &Device,
+    ) -> Result<Self> {
+        Ok(Self {
+            sd: StableDiffusion::from_checkpoint(checkpoint, DType::F32, device)?,
+            captions: Captions::new(text),
+            clip_skip: text.clip_skip,
+            v_prediction,
+        })
+    }
+}
+
+impl Model for Sd15 {
+    fn parts(&mut self) -> Parts<'_> {
+        Parts {
+            unet: &mut self.sd.unet,
+            text_encoder: &mut self.sd.text_encoder,
+        }
+    }
+
+    fn encode_pictures(&self, pixels: &Tensor) -> Result<Posterior> {
+        Ok(self.sd.vae.encode(pixels)?)
+    }
+
+    fn scaling_factor(&self) -> f64 {
+        self.sd.vae.scaling_factor()
+    }
+
+    fn encode_captions(&mut self, captions: &[String], fixed: bool) -> Result<Tensor> {
+        Ok(self
+            .captions
+            .encode(captions, &self.sd.text_encoder, fixed)?)
+    }
+
+    fn predict(&self, noisy: &Tensor, timesteps: &Tensor, context: &Tensor) -> Result<Tensor> {
+        Ok(self.sd.unet.forward(noisy, timesteps, context)?)
+    }
+
+    fn draw(&mut self, prompt: &SamplePrompt) -> Result<Image> {
+        if self.v_prediction {
+            return Err(Error::Config {
+                place: "sample_prompts".into(),
+                what:
+                    "pictures of v-prediction models cannot be drawn yet: leave sample_prompts out"
+                        .into(),
+            });
+        }
+        let request = prompt.request(self.clip_skip)?;
+        let mut images = self.sd.txt2img(&request, &mut |_| true)?;
+        images.pop().ok_or_else(|| Error::Config {
+            place: "sample_prompts".into(),
+            what: format!("nothing was drawn for {:?}", prompt.prompt),
+        })
+    }
+}

@@ -1,0 +1,302 @@
+//! What a run writes: adapter files, states, settings, sample pictures.
+
+use std::path::Path;
+
+use lora_core::SaveOptions;
+use lora_core::format::write_atomically;
+use lora_data::{Place, Purpose};
+use rand::Rng;
+
+use crate::config::Inline;
+use crate::metadata::{ModelSpec, compact_time, unix_time};
+use crate::naming::{outdated_epoch, outdated_step};
+use crate::observer::{Event, Observer};
+use crate::state::{self, Weights};
+use crate::trainer::{Outcome, Trainer};
+use crate::{Error, Result, gui};
+
+impl Trainer {
+    /// `NAME.toml` for sd-scripts and this trainer, `NAME.json` for kohya_ss.
+    pub(crate) fn write_settings(&self) -> Result<()> {
+        let name = self.config.name();
+        let mut config = self.config.clone();
+        let Inline { dataset, samples } = std::mem::take(&mut config.inline);
+        if let Some(text) = dataset {
+            let path = self.folder().join(format!("{name}.dataset.toml"));
+            write_atomically(&path, |out| out.write_all(text.as_bytes()))?;
+            config.dataset_config = Some(path);
+        }
+        if let Some(text) = samples {
+            let folder = self.folder().join("sample");
+            std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+            let path = folder.join("prompt.txt");
+            write_atomically(&path, |out| out.write_all(text.as_bytes()))?;
+            config.sample_prompts = Some(path);
+        }
+        let toml = config.to_toml()?;
+        write_atomically(&self.folder().join(format!("{name}.toml")), |out| {
+            out.write_all(toml.as_bytes())
+        })?;
+        let json = gui::to_kohya_json(&config)?;
+        write_atomically(&self.folder().join(format!("{name}.json")), |out| {
+            out.write_all(json.as_bytes())
+        })?;
+        Ok(())
+    }
+
+    /// What is due after an update: validation, pictures, files.
+    pub(crate) fn after_update(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let step = self.at.step;
+        let due = |every: Option<usize>| every.is_some_and(|n| n > 0 && step.is_multiple_of(n));
+        if due(self.config.validate_every_n_steps) {
+            self.report_validation(observer)?;
+        }
+        if self.config.sample_every_n_epochs.is_none() && due(self.config.sample_every_n_steps) {
+            self.draw_samples(None, observer)?;
+        }
+        if !due(self.config.save_every_n_steps) {
+            return Ok(());
+        }
+        let every = self.config.save_every_n_steps.unwrap_or(1);
+        let path = self.naming.step(step);
+        self.save(&path, self.at.epoch - 1, observer)?;
+        let outdated = |keep| {
+            outdated_step(step, every, keep)
+                .filter(|s| *s > 0)
+                .map(|s| s as usize)
+        };
+        let keep = self.config.save_last_n_steps;
+        if let Some(old) = outdated(keep) {
+            self.remove(&self.naming.step(old), observer)?;
+        }
+        if self.config.save_state {
+            self.save_state(&self.naming.step_state(step), observer)?;
+            if let Some(old) = outdated(self.config.save_last_n_steps_state.or(keep)) {
+                self.remove(&self.naming.step_state(old), observer)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What is due after an epoch; then the next one is begun.
+    pub(crate) fn end_epoch(&mut self, epoch: usize, observer: &mut dyn Observer) -> Result<()> {
+        observer.event(&Event::EpochFinished {
+            epoch,
+            step: self.at.step,
+            average_loss: self.average.average(),
+        });
+        let due = |every: usize| every > 0 && epoch.is_multiple_of(every);
+        let by_steps = self.config.validate_every_n_steps.is_some();
+        if due(self
+            .config
+            .validate_every_n_epochs
+            .unwrap_or(usize::from(!by_steps)))
+        {
+            self.report_validation(observer)?;
+        }
+        if due(self.config.sample_every_n_epochs.unwrap_or(0)) {
+            self.draw_samples(Some(epoch), observer)?;
+        }
+        self.at.epoch += 1;
+        self.at.position = 0;
+        self.at.loss_slots = self.average.slots().to_vec();
+        self.good = self.at.clone();
+        let every = self.plan.save_every_n_epochs.unwrap_or(0);
+        if !due(every) || epoch >= self.plan.epochs {
+            return Ok(());
+        }
+        self.save(&self.naming.epoch(epoch), epoch, observer)?;
+        let outdated = |keep| {
+            outdated_epoch(epoch, every, keep)
+                .filter(|e| *e > 0)
+                .map(|e| e as usize)
+        };
+        let keep = self.config.save_last_n_epochs;
+        if let Some(old) = outdated(keep) {
+            self.remove(&self.naming.epoch(old), observer)?;
+        }
+        if self.config.save_state {
+            self.save_state(&self.naming.epoch_state(epoch), observer)?;
+            if let Some(old) = outdated(self.config.save_last_n_epochs_state.or(keep)) {
+                self.remove(&self.naming.epoch_state(old), observer)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn report_validation(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        if let Some(report) = self.validate()? {
+            self.good.validation = self.at.validation.clone();
+            observer.event(&Event::Validated(&report));
+        }
+        Ok(())
+    }
+
+    /// The end of a complete run.
+    pub(crate) fn finish(&mut self, observer: &mut dyn Observer) -> Result<Outcome> {
+        self.adapters.end_training();
+        let name = self.naming.last();
+        self.save(&name, self.plan.epochs, observer)?;
+        if self.config.save_state || self.config.save_state_on_train_end {
+            self.save_state(&self.naming.last_state(), observer)?;
+        }
+        let path = self.folder().join(name);
+        observer.event(&Event::Finished {
+            path: &path,
+            skipped: self.at.skipped,
+        });
+        Ok(Outcome::Finished(path))
+    }
+
+    /// The end of a run that was stopped: what there was at the last update.
+    pub(crate) fn stopped(&mut self, observer: &mut dyn Observer) -> Result<Outcome> {
+        let step = self.good.step;
+        let name = self.naming.step(step);
+        self.save(&name, self.good.epoch - 1, observer)?;
+        self.save_state(&self.naming.step_state(step), observer)?;
+        Ok(Outcome::Stopped(self.folder().join(name)))
+    }
+
+    /// Writes the adapter as it is now.
+    ///
+    /// # Errors
+    /// When the file cannot be written, or a value is not finite: such a file would draw
+    /// black pictures.
+    fn save(&mut self, name: &str, epoch: usize, observer: &mut dyn Observer) -> Result<()> {
+        let path = self.folder().join(name);
+        let now = unix_time();
+        let mut metadata = self.metadata.clone();
+        if !self.config.no_metadata {
+            metadata.insert(
+                "ss_training_finished_at".into(),
+                crate::metadata::py_float(now),
+            );
+            metadata.insert("ss_steps".into(), self.at.step.to_string());
+            metadata.insert("ss_epoch".into(), epoch.to_string());
+        }
+        metadata.extend(ModelSpec::from_config(&self.config, now)?.metadata());
+        let options = SaveOptions {
+            dtype: Some(self.config.save_dtype()?),
+            metadata,
+        };
+        self.averaged(true)?;
+        let saved = self
+            .check_finite()
+            .and_then(|()| Ok(self.adapters.save(&path, &options)?));
+        self.averaged(false)?;
+        saved?;
+        observer.event(&Event::Saved(&path));
+        Ok(())
+    }
+
+    fn check_finite(&self) -> Result<()> {
+        for (name, var) in self.adapters.params() {
+            if !var.sum_all()?.to_scalar::<f32>()?.is_finite() {
+                return Err(Error::NotFinite {
+                    times: 1,
+                    step: self.at.step,
+                    images: format!("{name}: its weights are no longer numbers"),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what is needed to go on from the last complete update.
+    pub(crate) fn save_state(&self, name: &str, observer: &mut dyn Observer) -> Result<()> {
+        let path = self.folder().join(name);
+        let weights = Weights {
+            params: &self.adapters.params(),
+            optimizer: self.optimizer.state()?,
+            ema: self.ema.as_ref().map(|ema| ema.state()).transpose()?,
+        };
+        state::save(&path, &self.good, &weights)?;
+        observer.event(&Event::StateSaved(&path));
+        Ok(())
+    }
+
+    /// Removes an old file or state folder of this run.
+    fn remove(&self, name: &str, observer: &mut dyn Observer) -> Result<()> {
+        let path = self.folder().join(name);
+        let removed = if path.is_dir() {
+            std::fs::remove_dir_all(&path)
+        } else {
+            std::fs::remove_file(&path)
+        };
+        match removed {
+            Ok(()) => observer.event(&Event::Removed(&path)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io(path)(e)),
+        }
+        Ok(())
+    }
+
+    /// Draws the sample prompts into `OUTPUT/sample`, with names as sd-scripts gives them.
+    /// A prompt that cannot be drawn is a warning: training goes on.
+    pub(crate) fn draw_samples(
+        &mut self,
+        epoch: Option<usize>,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        if self.samples.is_empty() {
+            return Ok(());
+        }
+        let folder = self.folder().join("sample");
+        std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+        self.adapters.end_training();
+        self.averaged(true)?;
+        let result = self.draw_into(&folder, epoch, observer);
+        self.averaged(false)?;
+        result
+    }
+
+    fn draw_into(
+        &mut self,
+        folder: &Path,
+        epoch: Option<usize>,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        let when = match epoch {
+            Some(epoch) => format!("e{epoch:06}"),
+            None => format!("{:06}", self.at.step),
+        };
+        let prefix = match &self.config.output_name {
+            Some(name) => format!("{name}_"),
+            None => String::new(),
+        };
+        let time = compact_time(unix_time());
+        for (i, prompt) in self.samples.clone().into_iter().enumerate() {
+            let mut drawn = prompt.clone();
+            let place = Place::step(self.at.step as u64, i as u64);
+            let seed = drawn.seed.get_or_insert_with(|| {
+                let mut rng = self.streams.stream(Purpose::named("sample seed"), place);
+                u64::from(rng.random::<u32>())
+            });
+            let suffix = prompt.seed.map_or(String::new(), |_| format!("_{seed}"));
+            let path = folder.join(format!("{prefix}{when}_{i:02}_{time}{suffix}.png"));
+            match self.model.draw(&drawn) {
+                Ok(image) => {
+                    let request = drawn.request(self.config.text().clip_skip)?;
+                    let text = lora_sd15::infotext(
+                        &request.prompt,
+                        &request.negative,
+                        &request.parameters(0),
+                    );
+                    let png = image.to_png(Some(&text)).map_err(Error::io(&path))?;
+                    write_atomically(&path, |out| out.write_all(&png))?;
+                    observer.event(&Event::Sample {
+                        path: &path,
+                        index: i,
+                        step: self.at.step,
+                        image: &image,
+                        png: &png,
+                    });
+                }
+                Err(error) => observer.event(&Event::Warning(&format!(
+                    "sample {i} was not drawn: {error}"
+                ))),
+            }
+        }
+        Ok(())
+    }
+}
