@@ -148,7 +148,8 @@ fn a_state_of_another_run_is_refused_with_what_differs() {
     let folder = tempfile::tempdir().unwrap();
     train(config(&folder.path().join("a")), Some(6));
     let state = only_state(&folder.path().join("a"));
-    let changes: [(&dyn Fn(&mut TrainConfig), &str); 4] = [
+    type Change = dyn Fn(&mut TrainConfig);
+    let changes: [(&Change, &str); 4] = [
         (&|c| c.network_dim = Some(2), "network_dim"),
         (&|c| c.seed = Some(8), "seed"),
         (&|c| c.max_train_epochs = Some(4), "extend_run"),
