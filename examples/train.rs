@@ -24,7 +24,7 @@ use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
 use lora_core::AdapterSet;
 use lora_examples::{demo_model, demo_pictures, device, peak_memory_mb};
-use lora_sd15::{Image, StableDiffusion, Txt2Img};
+use lora_sd15::{Grid, StableDiffusion, Txt2Img};
 use lora_train::gui::{Form, read_config};
 use lora_train::logs::Observers;
 use lora_train::options::{Kind, Settings, Status, all_options};
@@ -271,12 +271,13 @@ fn demonstration(device: &Device) -> Result<(), Box<dyn Error>> {
 
     let mut sd = StableDiffusion::load(demo_model(), DType::F32, device)?;
     sd.add_adapter("zoe", AdapterSet::load(&file, device)?);
-    let mut rows = Vec::new();
-    for prompt in [
+    let mut cells = Vec::new();
+    let prompts = [
         "zoe, smile",
         "zoe, glasses, blue background",
         "zoe, red hat",
-    ] {
+    ];
+    for prompt in prompts {
         let mut row = Vec::new();
         for tag in ["", " <lora:zoe:1>"] {
             let request = Txt2Img {
@@ -286,36 +287,19 @@ fn demonstration(device: &Device) -> Result<(), Box<dyn Error>> {
                 seed: 1,
                 ..Txt2Img::default()
             };
-            row.extend(sd.txt2img(&request, &mut |_| true)?);
+            row.extend(sd.txt2img(&request, &mut |_| true)?.into_iter().map(Some));
         }
-        rows.push(row);
+        cells.push(row);
     }
     let sheet = Path::new("out/demo/before-after.png");
-    grid(&rows).save_png(sheet, None)?;
-    println!("{} (left: before, right: with the LoRA)", sheet.display());
+    let grid = Grid {
+        columns: vec!["before".into(), "with the LoRA".into()],
+        rows: prompts.map(str::to_string).to_vec(),
+        cells,
+    };
+    grid.draw().save_png(sheet, None)?;
+    println!("{}", sheet.display());
     Ok(())
-}
-
-/// Pictures of one size side by side.
-fn grid(rows: &[Vec<Image>]) -> Image {
-    let (width, height) = rows
-        .first()
-        .and_then(|r| r.first())
-        .map_or((0, 0), |i| (i.width, i.height));
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let mut rgb = Vec::with_capacity(3 * columns * width * rows.len() * height);
-    for row in rows {
-        for y in 0..height {
-            for picture in row {
-                rgb.extend_from_slice(&picture.rgb[3 * y * width..3 * (y + 1) * width]);
-            }
-        }
-    }
-    Image {
-        width: columns * width,
-        height: rows.len() * height,
-        rgb,
-    }
 }
 
 fn print_help() {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
+use lora_train::Event;
 
 /// A device by name: `cpu`, `cuda:0`, `metal`, or `auto`, which takes a GPU if the
 /// program was built for one and one answers.
@@ -24,6 +25,21 @@ pub fn device(name: &str) -> Result<Device, String> {
         _ => Err(format!(
             "unknown device {name:?}; known are auto, cpu, cuda:0, metal"
         )),
+    }
+}
+
+/// Prints what happens while training, one line per epoch.
+pub fn print_events(event: &Event<'_>) {
+    match event {
+        Event::Warning(text) => eprintln!("warning: {text}"),
+        Event::Planned(plan) => eprintln!("{plan}"),
+        Event::Saved(path) => eprintln!("saved {}", path.display()),
+        Event::EpochFinished {
+            epoch,
+            average_loss,
+            ..
+        } => eprintln!("epoch {epoch}: loss {average_loss:.4}"),
+        _ => {}
     }
 }
 

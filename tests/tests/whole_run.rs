@@ -8,7 +8,8 @@ use lora_core::format::TensorFile;
 use lora_core::{AdapterSet, Component};
 use lora_sd15::{StableDiffusion, Txt2Img};
 use lora_tests::golden_path;
-use lora_train::{Event, Outcome, Settings, TrainConfig, Trainer};
+use lora_train::pick::{PickConfig, judge};
+use lora_train::{Event, Outcome, SamplePrompt, Settings, TrainConfig, Trainer};
 
 fn pictures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/demo")
@@ -144,6 +145,7 @@ fn intermediate_files_settings_and_metadata_are_written() {
         [
             "zoe-000002.safetensors",
             "zoe-step00000015.safetensors",
+            "zoe.json",
             "zoe.safetensors",
             "zoe.toml"
         ]
@@ -457,4 +459,50 @@ fn a_run_shows_samples_validation_and_logs() {
             "{tag}"
         );
     }
+}
+
+#[test]
+fn files_of_a_run_are_judged_by_loss_drift_and_variety() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = TrainConfig {
+        max_train_epochs: Some(2),
+        save_every_n_epochs: Some(1),
+        validation_split: Some(0.34),
+        learning_rate: Some(3e-3),
+        ..config(folder.path())
+    };
+    train(config.clone());
+    let mut ignore = |_: &Event<'_>| {};
+    let mut trainer = Trainer::new(config, &Device::Cpu, &mut ignore).unwrap();
+    let prompt = |text: &str| {
+        SamplePrompt::from_line(&format!("{text} --w 64 --h 64 --s 2"), "euler").unwrap()
+    };
+    let pick = PickConfig {
+        prompts: vec![prompt("zoe"), prompt("zoe, red hat")],
+        neutral: vec![prompt("a house")],
+        seeds: vec![1, 2],
+    };
+    let files = ["zoe-000001.safetensors", "zoe.safetensors"].map(|f| folder.path().join(f));
+    let list = judge(&mut trainer, &files, &pick).unwrap();
+    assert_eq!(list.len(), 2);
+    assert!(list[0].score <= list[1].score);
+    assert!(list.iter().all(|j| j.held_out && j.loss > 0.0));
+    let drift = |name: &str| list.iter().find(|j| j.file.ends_with(name)).unwrap().drift;
+    assert!(0.0 < drift("zoe-000001.safetensors"));
+    assert!(drift("zoe-000001.safetensors") < drift("zoe.safetensors"));
+
+    // A file of another run is refused, not shown in part.
+    let other = TrainConfig {
+        network_dim: Some(2),
+        max_train_steps: 1,
+        ..self::config(&folder.path().join("other"))
+    };
+    let (other, _) = train(other);
+    assert!(
+        trainer
+            .show(&other)
+            .unwrap_err()
+            .to_string()
+            .contains("no file of this run")
+    );
 }

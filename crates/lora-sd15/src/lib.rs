@@ -20,6 +20,7 @@
 mod checkpoint;
 mod config;
 mod error;
+mod grid;
 mod image;
 mod infotext;
 mod pipeline;
@@ -35,6 +36,7 @@ mod vae;
 pub use checkpoint::{Checkpoint, Part, ldm_to_diffusers};
 pub use config::{ModelConfig, TextConfig, UnetConfig, VaeConfig};
 pub use error::{Error, Result};
+pub use grid::Grid;
 pub use image::Image;
 pub use infotext::infotext;
 pub use pipeline::{SamplerKind, StableDiffusion, Step, Txt2Img, find_adapter};

@@ -815,6 +815,32 @@ impl TrainConfig {
         {
             list.push(format!("{} finds the learning rate itself: set learning_rate, unet_lr and text_encoder_lr to 1", self.optimizer_type));
         }
+        if let Some(epochs) = self.max_train_epochs
+            && self.max_train_steps != Self::default().max_train_steps
+        {
+            list.push(format!(
+                "max_train_epochs {epochs} decides the length of the run, not max_train_steps {}",
+                self.max_train_steps
+            ));
+        }
+        let optimizer = self.optimizer_type.to_lowercase();
+        let long_memory = |arg: &String| {
+            let plain: String = arg.chars().filter(|c| !" ()".contains(*c)).collect();
+            plain == "betas=0.9,0.999"
+        };
+        if optimizer.starts_with("prodigy") && self.optimizer_args.iter().any(long_memory) {
+            list.push(
+                "Prodigy with betas (0.9, 0.999) finds its step size slowly: (0.9, 0.99) is usual"
+                    .into(),
+            );
+        }
+        let has_schedule = !self.lr_scheduler_type.is_empty() || self.lr_scheduler != "constant";
+        if optimizer.ends_with("schedulefree") && has_schedule {
+            list.push(format!(
+                "{} has a schedule of its own: lr_scheduler has no effect",
+                self.optimizer_type
+            ));
+        }
         if self.zero_terminal_snr && !self.v_parameterization {
             list.push("zero_terminal_snr is meant for v-prediction models".into());
         }

@@ -1,8 +1,21 @@
 //! The sum that people get wrong: pictures, repeats, batches, updates, epochs.
 
+use lora_core::AdapterSet;
 use lora_data::{Dataset, StepCount};
 
+use crate::Naming;
 use crate::config::TrainConfig;
+
+/// Layers of one kind that get adapters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrainedKind {
+    /// `text encoder`, `self attention`, `cross attention`, `feed-forward`, ...
+    pub kind: &'static str,
+    /// Number of layers.
+    pub layers: usize,
+    /// Trainable values in them.
+    pub parameters: usize,
+}
 
 /// What a run will do.
 #[derive(Debug, Clone, PartialEq)]
@@ -21,10 +34,10 @@ pub struct Plan {
     pub total_steps: usize,
     /// The master seed.
     pub seed: u64,
-    /// Layers with an adapter: text encoder, UNet.
-    pub adapters: (usize, usize),
-    /// Trainable values.
-    pub parameters: usize,
+    /// What is trained, by kind of layer.
+    pub trained: Vec<TrainedKind>,
+    /// Files that will be written, in order; a long list is cut in the middle.
+    pub files: Vec<String>,
     /// Intermediate files by epoch: one every so many epochs.
     pub save_every_n_epochs: Option<usize>,
 }
@@ -52,10 +65,77 @@ impl Plan {
             epochs,
             total_steps,
             seed,
-            adapters: (0, 0),
-            parameters: 0,
+            trained: Vec::new(),
+            files: Vec::new(),
             save_every_n_epochs: by_ratio.or(config.save_every_n_epochs),
         }
+        .with_files(config)
+    }
+
+    /// Trainable values.
+    pub fn parameters(&self) -> usize {
+        self.trained.iter().map(|kind| kind.parameters).sum()
+    }
+
+    /// Notes what is trained.
+    pub(crate) fn set_adapters(&mut self, adapters: &AdapterSet) {
+        for (name, adapter) in adapters.iter() {
+            let kind = kind_of(name);
+            let parameters: usize = adapter.vars().iter().map(|(_, v)| v.elem_count()).sum();
+            match self.trained.iter_mut().find(|known| known.kind == kind) {
+                Some(known) => {
+                    known.layers += 1;
+                    known.parameters += parameters;
+                }
+                None => self.trained.push(TrainedKind {
+                    kind,
+                    layers: 1,
+                    parameters,
+                }),
+            }
+        }
+    }
+
+    fn with_files(mut self, config: &TrainConfig) -> Self {
+        let naming = Naming::new(config.output_name.as_deref());
+        let kept = |count: usize, keep: Option<usize>, every: usize| match keep {
+            Some(keep) if every > 0 => count.min(keep.div_ceil(every).max(1)),
+            _ => count,
+        };
+        if let Some(every) = config.save_every_n_steps {
+            let count = self.total_steps / every;
+            let first = count - kept(count, config.save_last_n_steps, every);
+            self.files
+                .extend((first..count).map(|i| naming.step((i + 1) * every)));
+        }
+        if let Some(every) = self.save_every_n_epochs {
+            let count = self.epochs.saturating_sub(1) / every;
+            let first = count - kept(count, config.save_last_n_epochs, 1);
+            self.files
+                .extend((first..count).map(|i| naming.epoch((i + 1) * every)));
+        }
+        self.files.push(naming.last());
+        self
+    }
+}
+
+/// The kind of a layer, from its name in adapter files.
+fn kind_of(name: &str) -> &'static str {
+    let has = |part: &str| name.contains(part);
+    if name.starts_with("lora_te") {
+        "text encoder"
+    } else if has("_attn1_") {
+        "self attention"
+    } else if has("_attn2_") {
+        "cross attention"
+    } else if has("_ff_") {
+        "feed-forward"
+    } else if has("_proj_in") || has("_proj_out") {
+        "transformer in/out"
+    } else if has("_norm") {
+        "norms"
+    } else {
+        "convolutions and time"
     }
 }
 
@@ -71,11 +151,48 @@ impl std::fmt::Display for Plan {
             self.epochs,
             self.total_steps
         )?;
-        let (text, unet) = self.adapters;
-        write!(
+        for kind in &self.trained {
+            writeln!(
+                f,
+                "  {}: {} layers, {} parameters",
+                kind.kind,
+                kind.layers,
+                grouped(kind.parameters)
+            )?;
+        }
+        let text = self.trained.iter().any(|kind| kind.kind == "text encoder");
+        writeln!(
             f,
-            "adapters on {unet} UNet and {text} text encoder layers, {} parameters; seed {}",
-            self.parameters, self.seed
-        )
+            "{} parameters{}; seed {}",
+            grouped(self.parameters()),
+            if text {
+                ""
+            } else {
+                "; text encoder: not trained"
+            },
+            self.seed
+        )?;
+        write!(f, "files: ")?;
+        match self.files.as_slice() {
+            [first, second, .., before, last] if self.files.len() > 5 => write!(
+                f,
+                "{first}, {second}, ... {before}, {last} ({} in all)",
+                self.files.len()
+            ),
+            files => f.write_str(&files.join(", ")),
+        }
     }
+}
+
+/// `1234567` as `1,234,567`.
+fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
 }

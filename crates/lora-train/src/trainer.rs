@@ -9,7 +9,7 @@ use candle_core::Device;
 use candle_core::backprop::GradStore;
 use lora_core::AdapterSet;
 use lora_data::{BatchPlan, Dataset, Pixels, Streams};
-use lora_optim::{Ema, EmaConfig, LrSchedule, Optimizer, StepOptions, WeightChange};
+use lora_optim::{Ema, EmaConfig, LrSchedule, Optimizer, StepOptions, Watch, WeightChange};
 use lora_sd15::NoiseSchedule;
 use rand::Rng;
 
@@ -80,6 +80,7 @@ pub struct Trainer {
     /// Where the run stands.
     pub(crate) at: RunState,
     pub(crate) average: LossAverage,
+    watch: Watch,
     /// Where it stood after the last complete update.
     pub(crate) good: RunState,
     /// The state folder that the run went on from.
@@ -158,11 +159,7 @@ impl Trainer {
         setup::merge_base_weights(&config, unet, text_encoder, device)?;
         let mut warn = |text: &str| observer.event(&Event::Warning(text));
         let adapters = setup::adapters(&config, unet, text_encoder, streams, &mut warn)?;
-        plan.adapters = (
-            adapters.count(&lora_core::Component::TextEncoder),
-            adapters.count(&lora_core::Component::Unet),
-        );
-        plan.parameters = adapters.parameter_count();
+        plan.set_adapters(&adapters);
         let groups = setup::param_groups(&config, &adapters)?;
         let text_encoder_until = groups
             .iter()
@@ -226,6 +223,7 @@ impl Trainer {
             device: device.clone(),
             good: at.clone(),
             average: LossAverage::default(),
+            watch: Watch::default(),
             resumed: None,
             config,
             plan,
@@ -425,6 +423,10 @@ impl Trainer {
                 }
             }
             self.at.step += 1;
+            let reports = self.optimizer.report()?;
+            for advice in self.watch.observe(self.at.step as u64, &reports) {
+                observer.event(&Event::Warning(&advice.to_string()));
+            }
         }
         // Weights change at updates only. Scaling twice would round twice, and a run that
         // goes on from the last update could not repeat that.

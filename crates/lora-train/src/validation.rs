@@ -1,7 +1,7 @@
 //! Validation: the loss on pictures that are not trained on.
 
 use candle_core::{DType, Tensor};
-use lora_data::{BatchPlan, CaptionTime, Place, Purpose, Streams};
+use lora_data::{BatchPlan, CaptionTime, Place, Purpose, Role, Streams};
 use rand_distr::{Distribution, StandardNormal};
 
 use crate::Result;
@@ -61,8 +61,7 @@ impl Trainer {
         let result = self.validation_loss(&batches);
         self.averaged(false)?;
         let by_timestep = result?;
-        let loss =
-            by_timestep.iter().map(|(_, loss)| loss).sum::<f64>() / by_timestep.len().max(1) as f64;
+        let loss = mean(&by_timestep);
         let best = self.at.validation.iter().all(|(_, other)| loss < *other);
         self.at.validation.push((self.at.step, loss));
         Ok(Some(ValidationReport {
@@ -73,6 +72,17 @@ impl Trainer {
             divergence: loss - self.average.average(),
             best,
         }))
+    }
+
+    /// The same loss with the adapters as they are now, on the held-out pictures or, where
+    /// there are none, on those that are trained; and which of both.
+    pub(crate) fn fixed_loss(&mut self) -> Result<(f64, bool)> {
+        let held_out = self.dataset.validation();
+        if !held_out.is_empty() {
+            return Ok((mean(&self.validation_loss(&held_out)?), true));
+        }
+        let trained = self.dataset.each_once(|role| role == Role::Train);
+        Ok((mean(&self.validation_loss(&trained)?), false))
     }
 
     fn validation_loss(&mut self, batches: &[BatchPlan]) -> Result<Vec<(usize, f64)>> {
@@ -135,6 +145,10 @@ impl Trainer {
             .map(|(t, sum)| (t, sum / count.max(1) as f64))
             .collect())
     }
+}
+
+fn mean(by_timestep: &[(usize, f64)]) -> f64 {
+    by_timestep.iter().map(|(_, loss)| loss).sum::<f64>() / by_timestep.len().max(1) as f64
 }
 
 /// Four timesteps, evenly spaced inside the range: 200, 400, 600 and 800 of the whole.

@@ -1,6 +1,5 @@
 //! Line charts as small pictures.
 
-use font8x8::UnicodeFonts;
 use lora_sd15::Image;
 
 const WIDTH: usize = 720;
@@ -41,9 +40,7 @@ impl Curve {
 /// assert_eq!(draw_curves("loss", &[curve]).width, 720);
 /// ```
 pub fn draw_curves(title: &str, curves: &[Curve]) -> Image {
-    let mut canvas = Canvas {
-        rgb: vec![255; WIDTH * HEIGHT * 3],
-    };
+    let mut canvas = Image::plain(WIDTH, HEIGHT, [255; 3]);
     let all = || curves.iter().flat_map(|c| c.points.iter().copied());
     let (x0, x1) = range(all().map(|p| p.0));
     let (_, top) = range(percentile(all().map(|p| p.1).collect()));
@@ -58,32 +55,33 @@ pub fn draw_curves(title: &str, curves: &[Curve]) -> Image {
     for i in 0..=4 {
         let y = y0 + (y1 - y0) * f64::from(i) / 4.0;
         let (_, py) = at((x0, y));
-        canvas.line((LEFT as f64, py), ((WIDTH - RIGHT) as f64, py), [228; 3]);
-        canvas.text(4, py as usize - 4, &short(y), [90; 3]);
+        line(
+            &mut canvas,
+            (LEFT as f64, py),
+            ((WIDTH - RIGHT) as f64, py),
+            [228; 3],
+        );
+        canvas.write(4, py as usize - 4, &short(y), [90; 3]);
     }
-    canvas.text(LEFT, HEIGHT - 18, &short(x0), [90; 3]);
+    canvas.write(LEFT, HEIGHT - 18, &short(x0), [90; 3]);
     let end = short(x1);
-    canvas.text(WIDTH - RIGHT - 8 * end.len(), HEIGHT - 18, &end, [90; 3]);
+    canvas.write(WIDTH - RIGHT - 8 * end.len(), HEIGHT - 18, &end, [90; 3]);
     for curve in curves {
         for pair in curve.points.windows(2) {
-            canvas.line(at(pair[0]), at(pair[1]), curve.color);
+            line(&mut canvas, at(pair[0]), at(pair[1]), curve.color);
         }
         if let [only] = curve.points.as_slice() {
             let (x, y) = at(*only);
-            canvas.line((x - 2.0, y), (x + 2.0, y), curve.color);
+            line(&mut canvas, (x - 2.0, y), (x + 2.0, y), curve.color);
         }
     }
-    canvas.text(LEFT, 10, title, [20; 3]);
+    canvas.write(LEFT, 10, title, [20; 3]);
     let mut x = LEFT + 8 * (title.len() + 3);
     for curve in curves.iter().filter(|c| !c.points.is_empty()) {
-        canvas.text(x, 10, &curve.name, curve.color);
+        canvas.write(x, 10, &curve.name, curve.color);
         x += 8 * (curve.name.len() + 2);
     }
-    Image {
-        width: WIDTH,
-        height: HEIGHT,
-        rgb: canvas.rgb,
-    }
+    canvas
 }
 
 /// Single outliers must not flatten the rest.
@@ -116,43 +114,14 @@ fn short(value: f64) -> String {
     format!("{value:.3}")
 }
 
-struct Canvas {
-    rgb: Vec<u8>,
-}
-
-impl Canvas {
-    fn dot(&mut self, x: usize, y: usize, color: [u8; 3]) {
-        if x < WIDTH && y < HEIGHT {
-            let at = 3 * (y * WIDTH + x);
-            if let Some(pixel) = self.rgb.get_mut(at..at + 3) {
-                pixel.copy_from_slice(&color);
-            }
-        }
-    }
-
-    fn line(&mut self, from: (f64, f64), to: (f64, f64), color: [u8; 3]) {
-        let steps = (to.0 - from.0)
-            .abs()
-            .max((to.1 - from.1).abs())
-            .ceil()
-            .max(1.0);
-        for i in 0..=steps as usize {
-            let t = i as f64 / steps;
-            let x = from.0 + (to.0 - from.0) * t;
-            let y = from.1 + (to.1 - from.1) * t;
-            self.dot(x as usize, y as usize, color);
-            self.dot(x as usize, y as usize + 1, color);
-        }
-    }
-
-    fn text(&mut self, x: usize, y: usize, text: &str, color: [u8; 3]) {
-        for (i, c) in text.chars().enumerate() {
-            let glyph = font8x8::BASIC_FONTS.get(c).unwrap_or([0; 8]);
-            for (row, bits) in glyph.iter().enumerate() {
-                for column in (0..8).filter(|column| bits >> column & 1 == 1) {
-                    self.dot(x + 8 * i + column, y + row, color);
-                }
-            }
-        }
+fn line(image: &mut Image, from: (f64, f64), to: (f64, f64), color: [u8; 3]) {
+    let steps = (to.0 - from.0).abs().max((to.1 - from.1).abs()).ceil();
+    let steps = steps.max(1.0);
+    for i in 0..=steps as usize {
+        let t = i as f64 / steps;
+        let x = from.0 + (to.0 - from.0) * t;
+        let y = from.1 + (to.1 - from.1) * t;
+        image.dot(x as usize, y as usize, color);
+        image.dot(x as usize, y as usize + 1, color);
     }
 }
