@@ -510,6 +510,7 @@ impl Trainer {
         let options = SaveOptions {
             dtype: Some(self.config.save_dtype()?),
             metadata,
+            ..Default::default()
         };
         self.adapters.save(path, &options)?;
         self.optimizer.set_training(true)?;
