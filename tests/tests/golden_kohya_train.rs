@@ -459,6 +459,7 @@ fn lycoris_presets_select_the_documented_layers() {
         ("unet-only", 282, 0),
         ("unet-transformer-only", 192, 0),
         ("unet-convblock-only", 88, 0),
+        ("ia3", 80, 36),
     ] {
         let config = lora_train::TrainConfig {
             network_module: Some("lycoris.kohya".into()),

@@ -18,6 +18,7 @@ mod noise;
 mod observer;
 pub mod options;
 mod plan;
+mod preset;
 mod setup;
 mod text;
 mod trainer;
