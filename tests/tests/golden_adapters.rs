@@ -10,10 +10,13 @@ use lora_core::format::{
     write_tensors,
 };
 use lora_core::{
-    Adaptable, Adapter, AdapterConfig, AdapterSet, BaseLayer, Component, Conv2dParams,
-    DoraMultiplier, Error, Family, Layer, LayerOp, Lora, Reading, SaveOptions, Targets, merge,
+    Adaptable, Adapter, AdapterConfig, AdapterSet, BaseLayer, Block, BlockValues, Component,
+    Conv2dParams, DoraMultiplier, Error, Family, Layer, LayerOp, Lora, Reading, SaveOptions,
+    Targets, merge,
 };
-use lora_tests::{Report, Tolerance, golden_json, golden_path, golden_tensors, values};
+use lora_tests::{
+    Report, Tolerance, bundled_json, golden_json, golden_path, golden_tensors, values,
+};
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::SeedableRng;
 use serde_json::Value;
@@ -759,7 +762,7 @@ fn golden_adapters_whole_files() {
 
 #[test]
 fn golden_adapters_ldm_names() {
-    let names = golden_json("adapters", "sd15_module_names.json");
+    let names = bundled_json("adapters", "sd15_module_names.json");
     let mut report = Report::default();
     for module in names["unet"].as_array().unwrap() {
         let path = |key: &str| {
@@ -783,6 +786,19 @@ fn golden_adapters_ldm_names() {
             &layer_path(kohya),
             &Some((Component::Unet, dotted)),
         );
+        let slot = |block: Block| match block {
+            Block::Base => "BASE".to_string(),
+            Block::In(n) => format!("IN{n:02}"),
+            Block::Mid => "MID".into(),
+            Block::Out(n) => format!("OUT{n:02}"),
+        };
+        let block = Block::of(kohya).map(slot);
+        report.equal(
+            kohya,
+            "block",
+            &block.as_deref(),
+            &module["block26"].as_str(),
+        );
         let ldm = layer_to_ldm(kohya).map(|p| p.replace('.', "_"));
         report.equal(kohya, "LDM", &ldm.as_deref(), &Some(path("kohya_ldm")));
     }
@@ -794,6 +810,26 @@ fn golden_adapters_ldm_names() {
         }
         let want = Some((Component::TextEncoder, dotted.to_string()));
         report.equal(kohya, "path", &layer_path(kohya), &want);
+        report.equal(kohya, "block", &Block::of(kohya), &Some(Block::Base));
+    }
+    // A list of each length gives every layer the number at its block's place.
+    for (length, blocks) in names["block_weight_layouts"].as_object().unwrap() {
+        let places: Vec<&str> = blocks
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|b| b.as_str().unwrap())
+            .collect();
+        let numbers: Vec<f64> = (1..=places.len()).map(|i| i as f64).collect();
+        let list = BlockValues::new(&numbers).unwrap();
+        for module in names["unet"].as_array().unwrap() {
+            let kohya = module["kohya"].as_str().unwrap();
+            let want = module["block26"].as_str().map(|block| {
+                let place = places.iter().position(|p| *p == block);
+                place.map_or(0.0, |i| numbers[i])
+            });
+            report.equal(kohya, length, &list.get(kohya), &want);
+        }
     }
     report.finish();
 }

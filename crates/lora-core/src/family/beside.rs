@@ -73,7 +73,7 @@ pub(super) fn with_residual(
 ) -> crate::Result<Arc<dyn Adapter>> {
     let (o, i) = inner.matrix_dims();
     let residual = if let Some(dense) = parts.take("bias") {
-        if dense.elem_count() != o * i || dense.dims().first() != Some(&o) {
+        if dense.elem_count() != o.saturating_mul(i) || dense.dims().first() != Some(&o) {
             return Err(parts.mismatch("bias", format!("the weight's size [{o}, {i}]"), &dense));
         }
         Residual::Dense(dense)

@@ -77,11 +77,13 @@ impl Side {
     }
 }
 
-/// `[o, n]` in `dtype`: the two sides' products multiplied elementwise. On a CPU the
-/// backward pass keeps the factors only.
-pub(super) fn product(sides: &[Side; 2], dtype: DType) -> Result<Tensor> {
+/// `[o, n]` in `dtype`: the two sides' products multiplied elementwise, and with `scale`.
+/// On a CPU the backward pass keeps the factors only.
+pub(super) fn product(sides: &[Side; 2], dtype: DType, scale: f64) -> Result<Tensor> {
     let mut convert = |t: &Tensor| t.to_dtype(dtype);
-    let sides = [sides[0].map(&mut convert)?, sides[1].map(&mut convert)?];
+    let mut sides = [sides[0].map(&mut convert)?, sides[1].map(&mut convert)?];
+    // Scaled on the small side, so that no second product is kept for it.
+    sides[0].a = (&sides[0].a * scale)?;
     let on_cpu = matches!(sides[0].a.device(), Device::Cpu);
     if !on_cpu || !matches!(dtype, DType::F32 | DType::F64) {
         return sides[0].product()? * sides[1].product()?;

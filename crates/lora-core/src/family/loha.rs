@@ -17,9 +17,7 @@ use candle_core::{DType, Result, Tensor};
 use rand::RngCore;
 
 use super::hadamard::{self, Side};
-use super::{
-    Entry, Fresh, Parts, branch_with_row_dropout, fold, kernel_of, precision, scaled_like,
-};
+use super::{Entry, Fresh, Parts, branch_with_row_dropout, fold, kernel_of, precision};
 use crate::adapter::{Adapter, Family};
 use crate::control::Pass;
 use crate::layer::BaseLayer;
@@ -96,12 +94,16 @@ impl Loha {
                 return mismatch(t, format!("[{rank}, {rank}, kh, kw]"), core);
             }
         }
-        if sides[0].dims() != sides[1].dims() {
-            return mismatch(
-                SIDES[1][0],
-                format!("a product of size {:?}", sides[0].dims()),
-                &sides[1].a,
+        let ((o, i), (other_o, other_i)) = (sides[0].dims(), sides[1].dims());
+        if (o, i) != (other_o, other_i) {
+            let (name, got) = match o == other_o {
+                true => (SIDES[1][1], &sides[1].b),
+                false => (SIDES[1][0], &sides[1].a),
+            };
+            let expected = format!(
+                "factors of a product [{o}, {i}] as the first side's, not [{other_o}, {other_i}]"
             );
+            return mismatch(name, expected, got);
         }
         Ok(Self { sides, alpha })
     }
@@ -129,8 +131,9 @@ impl Adapter for Loha {
     }
 
     fn delta(&self, base: &Tensor, multiplier: f64) -> Result<Tensor> {
-        let product = hadamard::product(&self.sides, precision(base))?;
-        scaled_like(&product, base, self.scale() * multiplier)
+        hadamard::product(&self.sides, precision(base), self.scale() * multiplier)?
+            .reshape(base.shape())?
+            .to_dtype(base.dtype())
     }
 
     fn branch(
