@@ -171,9 +171,7 @@ pub(super) fn examine(file: &TensorFile, values: &Values<'_>) -> Result<Examined
     examined.report.base_model = base_model(&names, &examined.report);
     if dylora.is_some() {
         // The set holds plain LoRA with the scale of all blocks from now on.
-        if let Some(args) = examined.set.metadata_mut().get_mut("ss_network_args") {
-            *args = args.replace("\"dylora\"", "\"lora\"");
-        }
+        plain_lora(examined.set.metadata_mut());
     }
     Ok(examined)
 }
@@ -355,6 +353,18 @@ fn dylora_block(metadata: &BTreeMap<String, String>) -> Option<usize> {
         Some(number) => usize::try_from(number.as_u64()?).ok()?,
     };
     (size > 0).then_some(size)
+}
+
+/// Says in the metadata that this is plain LoRA, so that the scale is not corrected twice.
+fn plain_lora(metadata: &mut BTreeMap<String, String>) {
+    let Some(text) = metadata.get_mut("ss_network_args") else {
+        return;
+    };
+    if let Ok(serde_json::Value::Object(mut args)) = serde_json::from_str(text) {
+        args.insert("algo".into(), "lora".into());
+        args.remove("block_size");
+        *text = serde_json::Value::Object(args).to_string();
+    }
 }
 
 /// PEFT's magnitude vectors, `[o]` or `[1, o, 1, 1]`, in the shape that tells their axis.
