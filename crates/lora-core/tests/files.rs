@@ -580,7 +580,7 @@ fn residuals_are_added_before_the_scale() {
         ));
         tensors
     };
-    let mut want = plain.clone();
+    let mut want = plain;
     want[1] += 0.5 * 2.0;
     want[23] += 0.5 * 12.0;
     let tensors = sparse(&indices);

@@ -168,6 +168,22 @@ fn low_rank(
     }
 }
 
+/// The factors of a LoHa or LoKr by file suffix, without `alpha`.
+fn product(layer: &str, adapter: &dyn Adapter) -> Result<BTreeMap<&'static str, Tensor>> {
+    let mut parts: BTreeMap<&str, Tensor> = adapter.tensors()?.into_iter().collect();
+    parts.remove("alpha");
+    let known = |name: &str| name.starts_with("hada_") || name.starts_with("lokr_");
+    match parts.keys().find(|name| !known(name)) {
+        Some(&part) => Err(not_writable(
+            layer,
+            part,
+            SaveLayout::Peft,
+            "keep kohya's layout",
+        )),
+        None => Ok(parts.into_iter().map(|(n, t)| (n, t.detach())).collect()),
+    }
+}
+
 /// PEFT's shape of the magnitudes: `[o]`, or `[1, o, 1, 1]` for a convolution.
 fn magnitude(layer: &str, scale: &Tensor, down: &Tensor, layout: SaveLayout) -> Result<Tensor> {
     let outputs = scale.elem_count();
@@ -292,17 +308,14 @@ fn peft(set: &AdapterSet) -> Result<Written> {
     let mut tensors = BTreeMap::new();
     let (mut ranks, mut alphas) = (BTreeMap::new(), BTreeMap::new());
     let (mut components, mut kinds) = (BTreeSet::new(), BTreeSet::new());
-    let (mut decomposed, mut cores, mut both) = (false, false, false);
+    let (mut decomposed, mut cores) = (false, false);
+    let mut kronecker = Vec::new();
     for (layer, adapter) in set.iter() {
         let (component, path) = place(layer, layout)?;
         components.insert(component);
         let family = adapter.family();
         let parts = match family {
-            Family::Loha | Family::Lokr => adapter
-                .factors()
-                .into_iter()
-                .map(|(n, t)| (n, t.detach()))
-                .collect(),
+            Family::Loha | Family::Lokr => product(layer, adapter.as_ref())?,
             _ => low_rank(layer, adapter.as_ref(), layout)?,
         };
         kinds.insert(match family {
@@ -313,9 +326,13 @@ fn peft(set: &AdapterSet) -> Result<Written> {
         cores |= parts
             .keys()
             .any(|n| n.ends_with("_t1") || n.ends_with("_t2"));
-        both |= parts.contains_key("lokr_w1_a");
-        // Two full factors have no rank; PEFT divides by its own there as well.
-        let rank = adapter.rank();
+        let mut rank = adapter.rank();
+        if family == Family::Lokr {
+            let sizes = KroneckerSizes::of(&path, &parts, adapter.matrix_dims());
+            // PEFT makes both factors full where the rank is no smaller than they are.
+            rank = rank.or(Some(sizes.largest().div_ceil(2)));
+            kronecker.push((layer.to_string(), rank.unwrap_or(1), sizes));
+        }
         ranks.insert(path.clone(), rank.unwrap_or(1));
         alphas.insert(path.clone(), adapter.scale() * rank.unwrap_or(1) as f64);
         let down = parts.get("lora_down.weight").cloned();
@@ -379,10 +396,13 @@ fn peft(set: &AdapterSet) -> Result<Written> {
             "use_dora": decomposed, "use_rslora": false,
         }),
         "LOHA" => json!({ "alpha": alpha, "use_effective_conv2d": cores }),
-        _ => json!({
-            "alpha": alpha, "use_effective_conv2d": cores, "decompose_both": both,
-            "decompose_factor": -1,
-        }),
+        _ => {
+            let (factor, both) = decomposition(&kronecker)?;
+            json!({
+                "alpha": alpha, "use_effective_conv2d": cores, "decompose_both": both,
+                "decompose_factor": factor,
+            })
+        }
     };
     if let (Some(all), Some(own)) = (config.as_object_mut(), own.as_object()) {
         all.extend(own.clone());
@@ -392,4 +412,85 @@ fn peft(set: &AdapterSet) -> Result<Written> {
         metadata: BTreeMap::from([("format".to_string(), "pt".to_string())]),
         config: Some(config),
     })
+}
+
+/// How a LoKr splits its layer.
+#[derive(Debug)]
+struct KroneckerSizes {
+    /// Of the first factor, and of the second.
+    outputs: (usize, usize),
+    inputs: (usize, usize),
+    low_rank: (bool, bool),
+}
+
+impl KroneckerSizes {
+    /// From the factors, and from the outputs and the inputs times kernel area of the layer
+    /// at a path.
+    fn of(path: &str, parts: &BTreeMap<&str, Tensor>, matrix: (usize, usize)) -> Self {
+        let size = |name: &str, axis: usize| {
+            let dims = parts.get(name).map(Tensor::dims);
+            dims.and_then(|d| d.get(axis).copied())
+        };
+        let a = size("lokr_w1", 0).or(size("lokr_w1_a", 0)).unwrap_or(1);
+        let c = size("lokr_w1", 1).or(size("lokr_w1_b", 1)).unwrap_or(1);
+        let (a, c) = (a.max(1), c.max(1));
+        // A low-rank factor does not tell its kernel; the layer's name does.
+        let last = path.rsplit('.').next().unwrap_or(path);
+        let large = ["conv", "conv1", "conv2", "conv_in", "conv_out"].contains(&last);
+        let inputs = matrix.1 / if large { 9 } else { 1 };
+        Self {
+            outputs: (a, matrix.0 / a),
+            inputs: (c, inputs / c),
+            low_rank: (
+                parts.contains_key("lokr_w1_a"),
+                parts.contains_key("lokr_w2_a"),
+            ),
+        }
+    }
+
+    fn largest(&self) -> usize {
+        [self.outputs.0, self.outputs.1, self.inputs.0, self.inputs.1]
+            .into_iter()
+            .fold(1, usize::max)
+    }
+
+    /// Whether PEFT splits this layer so, given its two options.
+    fn fits(&self, rank: usize, factor: i64, both: bool) -> bool {
+        let split = |n: usize| match usize::try_from(factor) {
+            // PEFT does not sort these two.
+            Ok(f) if f > 0 && n.is_multiple_of(f) => (f, n / f),
+            _ => crate::factorization(n, factor),
+        };
+        let ((a, b), (c, d)) = (self.outputs, self.inputs);
+        let low = (both && 2 * rank < a.max(c), 2 * rank < b.max(d));
+        split(a * b) == self.outputs && split(c * d) == self.inputs && low == self.low_rank
+    }
+}
+
+/// PEFT's `decompose_factor` and `decompose_both`, from which it derives every shape.
+fn decomposition(layers: &[(String, usize, KroneckerSizes)]) -> Result<(i64, bool)> {
+    let both = layers.iter().any(|(_, _, sizes)| sizes.low_rank.0);
+    let sizes = layers
+        .iter()
+        .flat_map(|(_, _, s)| [s.outputs.0, s.inputs.0]);
+    let mut factors: Vec<i64> = sizes.filter_map(|n| i64::try_from(n).ok()).collect();
+    factors.push(-1);
+    factors.sort_unstable();
+    factors.dedup();
+    let misfit = |factor: i64| {
+        let mut layers = layers.iter();
+        layers.find(|(_, rank, sizes)| !sizes.fits(*rank, factor, both))
+    };
+    match factors.iter().find(|f| misfit(**f).is_none()) {
+        Some(factor) => Ok((*factor, both)),
+        None => {
+            let layer = misfit(-1).map_or("the set", |(layer, _, _)| layer);
+            Err(not_writable(
+                layer,
+                "a Kronecker product whose factors no decompose_factor gives",
+                SaveLayout::Peft,
+                "keep kohya's layout",
+            ))
+        }
+    }
 }
