@@ -178,6 +178,10 @@ impl AdapterSet {
 
     /// Takes over another set's adapters, for example the text encoder's.
     pub fn extend(&mut self, other: Self) {
+        if self.origin != other.origin {
+            // No one file is to blame any more.
+            self.origin = None;
+        }
         self.entries.extend(other.entries);
         self.bundled.extend(other.bundled);
         self.metadata.extend(other.metadata);
