@@ -40,6 +40,7 @@ mod family;
 pub mod format;
 mod init;
 mod layer;
+mod max_norm;
 pub mod merge;
 mod set;
 mod targets;
@@ -56,7 +57,8 @@ pub use family::{
 pub use format::{FileReport, SaveOptions};
 pub use layer::{Adaptable, BaseLayer, Layer, LayerOp};
 pub use lora_kernels::Conv2dParams;
-pub use set::{AdapterSet, AttachReport, NormReport};
+pub use max_norm::NormReport;
+pub use set::{AdapterSet, AttachReport};
 pub use targets::Targets;
 
 /// The README's programs, compiled and run as tests.

@@ -80,17 +80,6 @@ impl AttachReport {
     }
 }
 
-/// What [`AdapterSet::scale_norms`] did.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct NormReport {
-    /// The layers that were scaled down, with the factor on each of their factors.
-    pub factors: Vec<(String, f64)>,
-    /// Mean norm of the deltas afterwards.
-    pub mean: f64,
-    /// Largest norm afterwards.
-    pub max: f64,
-}
-
 impl AdapterSet {
     /// Reads an adapter file, detecting its format. Anything that is not understood is an
     /// error; [`load_with`](Self::load_with) can be lenient.
@@ -114,6 +103,16 @@ impl AdapterSet {
         options: &LoadOptions,
     ) -> Result<Self> {
         format::load(path.as_ref(), device, options)
+    }
+
+    /// Reads what a file consists of, not its numbers: families, ranks, alphas, shapes and
+    /// metadata are right, the factors are zeros that take no memory. For listings; takes
+    /// milliseconds whatever the file's size.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), values that are no numbers apart.
+    pub fn outline(path: impl AsRef<Path>) -> Result<Self> {
+        format::outline(path.as_ref())
     }
 
     /// An empty set that remembers where it comes from.
@@ -378,30 +377,6 @@ impl AdapterSet {
             set.insert(name.clone(), adapter.trainable()?);
         }
         Ok(set)
-    }
-
-    /// Scales down every delta whose Frobenius norm exceeds `max_norm`: sd-scripts'
-    /// `scale_weight_norms`. Small norms count as half of `max_norm`, as there.
-    ///
-    /// # Errors
-    /// When a factor cannot be read or written.
-    pub fn scale_norms(&self, max_norm: f64) -> Result<NormReport> {
-        let (mut factors, mut norms) = (Vec::new(), Vec::new());
-        for (name, adapter) in &self.entries {
-            // Families whose delta depends on the base weight have no norm of their own.
-            let Some(norm) = adapter.norm()? else {
-                continue;
-            };
-            let clamped = norm.max(max_norm / 2.0);
-            let ratio = clamped.min(max_norm) / clamped;
-            if ratio < 1.0 {
-                factors.push((name.clone(), adapter.rescale(ratio)?));
-            }
-            norms.push(norm * ratio);
-        }
-        let max = norms.iter().copied().fold(0.0, f64::max);
-        let mean = norms.iter().sum::<f64>() / norms.len().max(1) as f64;
-        Ok(NormReport { factors, mean, max })
     }
 
     /// Adds the deltas of the model's component to its base weights, for good:

@@ -75,7 +75,8 @@ impl Values<'_> {
                 if whole || shape.iter().product::<usize>() <= 1 {
                     return file.tensor(name, &Device::Cpu);
                 }
-                let zero = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+                let dtype = file.dtype(name).unwrap_or(DType::F32);
+                let zero = Tensor::zeros((), dtype, &Device::Cpu)?;
                 Ok(zero.broadcast_as(shape)?)
             }
         }
@@ -125,6 +126,17 @@ pub(crate) fn load(path: &Path, device: &Device, options: &LoadOptions) -> Resul
         tracing::warn!("left out of the adapter: {error}");
     }
     Ok(examined.set)
+}
+
+/// Reads what a file consists of: shapes, dtypes and single numbers are right, the factors
+/// are zeros that take no memory.
+pub(crate) fn outline(path: &Path) -> Result<AdapterSet> {
+    let file = TensorFile::open(path)?;
+    let mut examined = examine(&file, &Values::Shapes)?;
+    match examined.errors.is_empty() {
+        true => Ok(examined.set),
+        false => Err(examined.errors.swap_remove(0)),
+    }
 }
 
 /// Goes through a file, collecting everything worth a remark.
