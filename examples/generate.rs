@@ -15,7 +15,7 @@ use candle_core::{DType, Device};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use lora_core::AdapterSet;
-use lora_core::format::sha256_of_file;
+use lora_core::format::{FileReport, LoadOptions, Strictness, sha256_of_file};
 use lora_examples::{demo_model, device, peak_memory_mb};
 use lora_sd15::prompt::extract_tags;
 use lora_sd15::{
@@ -113,7 +113,15 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let mut sd = load(&model, arguments.vae.as_deref(), &device)?;
     let mut lora_hashes = Vec::new();
     for (name, path) in &loras {
-        let set = AdapterSet::load(path, &device)?;
+        // A picture with most of an adapter is better than none.
+        for finding in FileReport::open(path)?.errors() {
+            eprintln!("warning: {}", finding.message);
+        }
+        let lenient = LoadOptions {
+            strictness: Strictness::Lenient,
+            ..Default::default()
+        };
+        let set = AdapterSet::load_with(path, &device, &lenient)?;
         let hash = set
             .metadata()
             .get("sshs_model_hash")

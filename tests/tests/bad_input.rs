@@ -154,10 +154,10 @@ fn settings_that_make_no_sense() {
         ),
         (
             TrainConfig {
-                network_module: Some("networks.oft".into()),
+                network_module: Some("networks.dylora".into()),
                 ..base()
             },
-            &["networks.oft", "networks.lora"],
+            &["networks.dylora", "networks.lora"],
         ),
         (
             TrainConfig {

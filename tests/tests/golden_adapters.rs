@@ -5,12 +5,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Module;
-use lora_core::format::{layer_from_ldm, write_tensors};
-use lora_core::{
-    Adaptable, Adapter, AdapterConfig, AdapterSet, BaseLayer, Component, Conv2dParams,
-    DoraMultiplier, Family, Layer, LayerOp, Lora, Reading, Targets, merge,
+use lora_core::format::{
+    FileReport, Format, SaveLayout, TensorFile, layer_from_ldm, layer_path, layer_to_ldm,
+    write_tensors,
 };
-use lora_tests::{Report, Tolerance, golden_json, golden_path, golden_tensors, values};
+use lora_core::{
+    Adaptable, Adapter, AdapterConfig, AdapterSet, BaseLayer, Block, BlockValues, Component,
+    Conv2dParams, DoraMultiplier, Error, Family, Layer, LayerOp, Lora, Reading, SaveOptions,
+    Targets, merge,
+};
+use lora_tests::{
+    Report, Tolerance, bundled_json, golden_json, golden_path, golden_tensors, values,
+};
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::SeedableRng;
 use serde_json::Value;
@@ -313,6 +319,350 @@ fn golden_adapters_peft() {
     check_group("peft");
 }
 
+/// DyLoRA: the delta and gradients of one nested step, and the file read as all blocks were
+/// trained.
+fn check_dylora(case: &mut Case<'_>) {
+    let config = &case.json["config"];
+    let number = |key: &str| config[key].as_u64().unwrap() as usize;
+    let (size, rank) = (number("block_size"), number("rank"));
+    let block = rank.div_ceil(size);
+    let joined = |name: &str, axis: usize| {
+        let parts = (0..number("lora_dim") / size)
+            .map(|i| case.get(&format!("param/{name}_list.{i}")).unwrap());
+        Tensor::cat(&parts.collect::<Vec<_>>(), axis).unwrap()
+    };
+    let alpha = config["alpha"].as_f64().unwrap();
+    let shape = case.get("gdelta").unwrap().shape().clone();
+    let base = Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let (down, up) = (joined("down", 0), joined("up", 1));
+    let (down, up) = (
+        Var::from_tensor(&down).unwrap(),
+        Var::from_tensor(&up).unwrap(),
+    );
+    let tensors = (down.as_tensor().clone(), up.as_tensor().clone());
+    let whole = Lora::new(case.name, tensors.0, None, tensors.1, alpha).unwrap();
+    let step = whole.nested(size, block).unwrap();
+    let delta = step
+        .delta(&base, case.json["multiplier"].as_f64().unwrap())
+        .unwrap();
+    case.compare("out/delta", &delta);
+    let loss = (&delta * case.get("gdelta").unwrap())
+        .unwrap()
+        .sum_all()
+        .unwrap();
+    let grads = loss.backward().unwrap();
+    for (name, var, axis) in [("down", &down, 0), ("up", &up, 1)] {
+        let gradient = grads.get(var).unwrap();
+        for i in 0..number("lora_dim") / size {
+            let own = gradient.narrow(axis, i * size, size).unwrap();
+            case.compare(&format!("out/grad/{name}_list.{i}"), &own);
+        }
+    }
+    // The file: told by its metadata, at the scale of the last block's step.
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("dylora.safetensors");
+    let files = ["alpha", "lora_down.weight", "lora_up.weight"];
+    let tensors: Tensors = files
+        .map(|part| {
+            let tensor = case.get(&format!("file/{part}")).unwrap();
+            (format!("lora_unet_layer.{part}"), tensor)
+        })
+        .into();
+    let args = format!(r#"{{"algo": "dylora", "block_size": "{size}"}}"#);
+    let metadata = BTreeMap::from([
+        ("ss_network_module".to_string(), "lycoris.kohya".to_string()),
+        ("ss_network_args".to_string(), args),
+    ]);
+    write_tensors(&path, &tensors, &metadata).unwrap();
+    let set = AdapterSet::load(&path, &Device::Cpu).unwrap();
+    let last = whole.nested(size, number("lora_dim") / size - 1).unwrap();
+    let want = last.delta(&base, 1.0).unwrap();
+    let tolerance = Tolerance {
+        atol: 1e-6,
+        rtol: 1e-6,
+    };
+    let again = folder.path().join("again.safetensors");
+    set.save(&again, &Default::default()).unwrap();
+    for path in [&path, &again] {
+        let set = AdapterSet::load(path, &Device::Cpu).unwrap();
+        let got = set
+            .get("lora_unet_layer")
+            .unwrap()
+            .delta(&base, 1.0)
+            .unwrap();
+        case.report
+            .tensor(case.name, "file", &got, &want, tolerance);
+    }
+}
+
+fn check_tlora(case: &mut Case<'_>) {
+    let get = |key: &str| case.get(key).unwrap();
+    let mut tensors: Tensors = ["p_layer.weight", "q_layer.weight", "lambda_layer"]
+        .map(|part| {
+            (
+                format!("lora_unet_layer.{part}"),
+                get(&format!("param/{part}")),
+            )
+        })
+        .into();
+    let alpha = case.json["config"]["alpha"].as_f64().unwrap() as f32;
+    let alpha = Tensor::new(alpha, &Device::Cpu).unwrap();
+    tensors.insert("lora_unet_layer.alpha".into(), alpha);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tlora.safetensors");
+    write_tensors(&path, &tensors, &BTreeMap::new()).unwrap();
+    let set = AdapterSet::load(&path, &Device::Cpu).unwrap();
+    let multiplier = case.json["multiplier"].as_f64().unwrap();
+    let adapter = set.get("lora_unet_layer").unwrap();
+    let delta = adapter.delta(&get("base.weight"), multiplier).unwrap();
+    case.compare("out/delta", &delta);
+}
+
+#[test]
+fn golden_adapters_dylora_tlora() {
+    let index = golden_json("adapters", "index.json");
+    let groups = index["groups"].as_array().unwrap();
+    let group = groups
+        .iter()
+        .find(|g| g["group"] == "dylora_tlora")
+        .unwrap();
+    let t = golden_tensors("adapters", group["file"].as_str().unwrap());
+    let mut report = Report::default();
+    for json in group["cases"].as_array().unwrap() {
+        // One tolerance for all outputs here.
+        let mut json = json.clone();
+        let name = json["name"].as_str().unwrap().to_string();
+        let any = json["outputs"]["out/*"].clone();
+        let prefix = format!("{name}/");
+        let outputs = t.keys().filter_map(|k| k.strip_prefix(&prefix));
+        let outputs = outputs.filter(|k| k.starts_with("out/"));
+        json["outputs"] = outputs.map(|k| (k.to_string(), any.clone())).collect();
+        let mut case = Case {
+            json: &json,
+            name: &name,
+            tensors: &t,
+            report: &mut report,
+            compared: BTreeSet::new(),
+        };
+        match json["algo"].as_str().unwrap() {
+            "dylora" => check_dylora(&mut case),
+            "tlora" => check_tlora(&mut case),
+            other => panic!("no test for {other}"),
+        }
+        case.finish();
+    }
+    report.finish();
+}
+
+/// Groups and whole files that no test knows must not pass unnoticed.
+#[test]
+fn golden_adapters_every_group_has_a_test() {
+    let index = golden_json("adapters", "index.json");
+    let known = [
+        "lora",
+        "loha",
+        "lokr",
+        "dora",
+        "misc",
+        "oft",
+        "dylora_tlora",
+        "peft",
+        // In golden_adapters_extract.rs.
+        "extract",
+    ];
+    for group in index["groups"].as_array().unwrap() {
+        let name = group["group"].as_str().unwrap();
+        assert!(known.contains(&name), "no test for group {name}");
+    }
+    let parts = [
+        "versions",
+        "seed",
+        "variant",
+        "conventions",
+        "groups",
+        "merge_dtypes",
+        "whole_files",
+    ];
+    for key in index.as_object().unwrap().keys() {
+        assert!(parts.contains(&key.as_str()), "no test for {key}");
+    }
+}
+
+/// Every golden file, written in every layout that can hold it and read again, has the same
+/// deltas.
+#[test]
+fn golden_adapters_layouts_round_trip() {
+    let index = golden_json("adapters", "index.json");
+    let whole = &index["whole_files"];
+    let bases = base_weights(whole["base_weights"].as_str().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let mut report = Report::default();
+    for entry in whole["files"].as_array().unwrap() {
+        let file = entry["file"].as_str().unwrap();
+        let mut set = AdapterSet::load(golden_path("adapters", file), &Device::Cpu).unwrap();
+        set.take_embeddings();
+        for layout in [
+            SaveLayout::Kohya,
+            SaveLayout::KohyaLdm,
+            SaveLayout::DiffusersOld,
+            SaveLayout::Diffusers,
+            SaveLayout::Peft,
+        ] {
+            let mut parts = vec![set.clone()];
+            if layout == SaveLayout::Peft {
+                // One file per model.
+                parts = [Component::Unet, Component::TextEncoder]
+                    .map(|component| {
+                        let mut part = set.clone();
+                        part.retain(|name| component.owns(name));
+                        part
+                    })
+                    .into_iter()
+                    .filter(|part| !part.is_empty())
+                    .collect();
+            }
+            for part in parts {
+                let path = folder.path().join("adapter_model.safetensors");
+                let options = SaveOptions {
+                    layout,
+                    ..Default::default()
+                };
+                match part.save(&path, &options) {
+                    Ok(_) => {}
+                    Err(Error::NotWritable { .. }) if !holds(layout, &part) => continue,
+                    Err(error) => panic!("{file} as {layout:?}: {error}"),
+                }
+                assert!(
+                    holds(layout, &part),
+                    "{file} as {layout:?} should be refused"
+                );
+                let again = AdapterSet::load(&path, &Device::Cpu).unwrap();
+                report.equal(
+                    file,
+                    &format!("{layout:?}"),
+                    &again.names().collect::<Vec<_>>(),
+                    &part.names().collect::<Vec<_>>(),
+                );
+                for (name, adapter) in part.iter() {
+                    let Some(other) = again.get(name) else {
+                        continue;
+                    };
+                    let want = adapter.delta(&bases[name], 1.0).unwrap();
+                    let got = other.delta(&bases[name], 1.0).unwrap();
+                    let size = values(&want).iter().fold(0f64, |m, v| m.max(v.abs()));
+                    let tolerance = Tolerance {
+                        atol: 1e-6 * size,
+                        rtol: 0.0,
+                    };
+                    report.tensor(file, &format!("{layout:?} {name}"), &got, &want, tolerance);
+                }
+            }
+        }
+    }
+    report.finish();
+}
+
+/// Which sets a layout can hold.
+fn holds(layout: SaveLayout, set: &AdapterSet) -> bool {
+    let cores = set
+        .iter()
+        .any(|(_, a)| a.factors().iter().any(|(n, _)| *n == "lora_mid.weight"));
+    let families: BTreeSet<Family> = set.iter().map(|(_, a)| a.family()).collect();
+    let only = |allowed: &[Family]| families.iter().all(|f| allowed.contains(f));
+    match layout {
+        SaveLayout::DiffusersOld => only(&[Family::Lora]) && !cores,
+        SaveLayout::Diffusers => only(&[Family::Lora, Family::Dora]) && !cores,
+        SaveLayout::Peft => {
+            (only(&[Family::Lora, Family::Dora]) && !cores)
+                || only(&[Family::Loha])
+                || only(&[Family::Lokr])
+        }
+        _ => true,
+    }
+}
+
+/// The layouts of one adapter have the keys that the peers' files have.
+#[test]
+fn golden_adapters_layouts_have_the_peers_keys() {
+    let load = |file: &str| {
+        let path = golden_path("adapters", file);
+        AdapterSet::load(path, &Device::Cpu).unwrap()
+    };
+    let source = load("file_lora_attn_mlp.safetensors");
+    let folder = tempfile::tempdir().unwrap();
+    let mut report = Report::default();
+    for (layout, file) in [
+        (SaveLayout::Kohya, "file_lora_attn_mlp.safetensors"),
+        (
+            SaveLayout::KohyaLdm,
+            "file_lora_attn_mlp_ldm_names.safetensors",
+        ),
+        (
+            SaveLayout::DiffusersOld,
+            "file_lora_attn_mlp_diffusers_old.safetensors",
+        ),
+        (
+            SaveLayout::Diffusers,
+            "file_lora_attn_mlp_diffusers_peft.safetensors",
+        ),
+        (
+            SaveLayout::Peft,
+            "file_lora_attn_mlp_peft_unet_adapter_model.safetensors",
+        ),
+    ] {
+        let mut set = source.clone();
+        if layout == SaveLayout::Peft {
+            set.retain(|name| Component::Unet.owns(name));
+        }
+        let path = folder.path().join("adapter_model.safetensors");
+        let options = SaveOptions {
+            layout,
+            ..Default::default()
+        };
+        set.save(&path, &options).unwrap();
+        let (got, want) = (
+            TensorFile::open(&path).unwrap(),
+            TensorFile::open(golden_path("adapters", file)).unwrap(),
+        );
+        report.equal(file, "keys", &got.names(), &want.names());
+        for name in want.names() {
+            let shapes = (got.shape(&name), want.shape(&name));
+            report.equal(file, &name, &shapes.0, &shapes.1);
+        }
+    }
+    report.finish();
+}
+
+/// The report on every golden file names its format and accounts for every key.
+#[test]
+fn golden_adapters_file_reports() {
+    let index = golden_json("adapters", "index.json");
+    let mut report = Report::default();
+    for entry in index["whole_files"]["files"].as_array().unwrap() {
+        let file = entry["file"].as_str().unwrap();
+        let found = FileReport::open_checking_values(golden_path("adapters", file)).unwrap();
+        let set = AdapterSet::load(golden_path("adapters", file), &Device::Cpu).unwrap();
+        let format = match file {
+            f if f.contains("ldm_names") => Format::KohyaLdm,
+            f if f.contains("diffusers_old") => Format::DiffusersOld,
+            f if f.contains("diffusers_peft") => Format::Diffusers,
+            f if f.contains("adapter_model") => Format::Peft,
+            _ => Format::Kohya,
+        };
+        report.equal(file, "format", &found.format(), &Some(format));
+        report.equal(file, "errors", &found.errors().count(), &0);
+        report.equal(file, "layers", &found.layers.len(), &set.len());
+        report.equal(file, "values", &found.parameters(), &set.parameter_count());
+        for (name, adapter) in set.iter() {
+            let layer = &found.layers[name];
+            report.equal(name, "family", &layer.family, &adapter.family());
+            report.equal(name, "rank", &layer.rank, &adapter.rank());
+            report.equal(name, "alpha", &layer.alpha, &adapter.alpha());
+        }
+    }
+    report.finish();
+}
+
 const FINGERPRINT: &str = "delta_fingerprint [sum, sum_sq, dot cos(1..n)]";
 
 /// Sum, sum of squares, dot product with cos(1), cos(2), ...
@@ -412,7 +762,7 @@ fn golden_adapters_whole_files() {
 
 #[test]
 fn golden_adapters_ldm_names() {
-    let names = golden_json("adapters", "sd15_module_names.json");
+    let names = bundled_json("adapters", "sd15_module_names.json");
     let mut report = Report::default();
     for module in names["unet"].as_array().unwrap() {
         let path = |key: &str| {
@@ -428,6 +778,58 @@ fn golden_adapters_ldm_names() {
             &got.as_deref(),
             &Some(path("kohya")),
         );
+        let kohya = module["kohya"].as_str().unwrap();
+        let dotted = module["diffusers"].as_str().unwrap().to_string();
+        report.equal(
+            kohya,
+            "path",
+            &layer_path(kohya),
+            &Some((Component::Unet, dotted)),
+        );
+        let slot = |block: Block| match block {
+            Block::Base => "BASE".to_string(),
+            Block::In(n) => format!("IN{n:02}"),
+            Block::Mid => "MID".into(),
+            Block::Out(n) => format!("OUT{n:02}"),
+        };
+        let block = Block::of(kohya).map(slot);
+        report.equal(
+            kohya,
+            "block",
+            &block.as_deref(),
+            &module["block26"].as_str(),
+        );
+        let ldm = layer_to_ldm(kohya).map(|p| p.replace('.', "_"));
+        report.equal(kohya, "LDM", &ldm.as_deref(), &Some(path("kohya_ldm")));
+    }
+    for module in names["text_encoder"].as_array().unwrap() {
+        let kohya = module["kohya"].as_str().unwrap();
+        let dotted = module["diffusers"].as_str().unwrap();
+        if dotted.contains("embedding") {
+            continue;
+        }
+        let want = Some((Component::TextEncoder, dotted.to_string()));
+        report.equal(kohya, "path", &layer_path(kohya), &want);
+        report.equal(kohya, "block", &Block::of(kohya), &Some(Block::Base));
+    }
+    // A list of each length gives every layer the number at its block's place.
+    for (length, blocks) in names["block_weight_layouts"].as_object().unwrap() {
+        let places: Vec<&str> = blocks
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|b| b.as_str().unwrap())
+            .collect();
+        let numbers: Vec<f64> = (1..=places.len()).map(|i| i as f64).collect();
+        let list = BlockValues::new(&numbers).unwrap();
+        for module in names["unet"].as_array().unwrap() {
+            let kohya = module["kohya"].as_str().unwrap();
+            let want = module["block26"].as_str().map(|block| {
+                let place = places.iter().position(|p| *p == block);
+                place.map_or(0.0, |i| numbers[i])
+            });
+            report.equal(kohya, length, &list.get(kohya), &want);
+        }
     }
     report.finish();
 }

@@ -459,6 +459,7 @@ fn lycoris_presets_select_the_documented_layers() {
         ("unet-only", 282, 0),
         ("unet-transformer-only", 192, 0),
         ("unet-convblock-only", 88, 0),
+        ("ia3", 80, 36),
     ] {
         let config = lora_train::TrainConfig {
             network_module: Some("lycoris.kohya".into()),
@@ -887,4 +888,175 @@ fn check_max_norm(
             report.tensor(name, &param, &tensor, want, tol);
         }
     }
+}
+
+/// The fresh adapter that these arguments make for the SD1.5 UNet.
+fn unet_adapter(module: &str, args: &[&str]) -> AdapterSet {
+    let mut unet = UNet::new(&UnetConfig::default(), shapes_only()).unwrap();
+    let config = lora_train::TrainConfig {
+        network_module: Some(module.into()),
+        network_args: args.iter().map(ToString::to_string).collect(),
+        network_dim: Some(4),
+        network_alpha: 2.0,
+        ..Default::default()
+    };
+    let mut rng = rand_chacha::ChaCha12Rng::seed_from_u64(1);
+    let targets = config.targets().unwrap().0.unwrap();
+    AdapterSet::create(&mut unet, &config.adapter().unwrap(), &targets, &mut rng).unwrap()
+}
+
+fn list(values: impl IntoIterator<Item = usize>) -> String {
+    let values: Vec<String> = values.into_iter().map(|v| v.to_string()).collect();
+    values.join(",")
+}
+
+#[test]
+fn ranks_by_block() {
+    // Every block another rank; the second block none.
+    let dims = list((0..25).map(|i| if i == 2 { 0 } else { i + 1 }));
+    let alphas = list(26..51);
+    let args = [
+        format!("block_dims={dims}"),
+        format!("block_alphas={alphas}"),
+        format!("conv_block_dims={}", list([3; 25])),
+    ];
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let set = unet_adapter("networks.lora", &args);
+    let mut spatial = 0;
+    for (name, adapter) in set.iter() {
+        let i = lora_optim::kohya::block_index(name).unwrap();
+        let large = adapter.kernel().is_some_and(|kernel| kernel != (1, 1));
+        let want = if large {
+            (3, 1.0)
+        } else {
+            (i + 1, (26 + i) as f64)
+        };
+        spatial += usize::from(large);
+        assert_eq!(
+            (adapter.rank().unwrap(), adapter.alpha().unwrap()),
+            want,
+            "{name}"
+        );
+        assert!(i != 2 || large, "{name}");
+    }
+    assert_eq!(spatial, 50);
+    // The 17 places of a plain LoRA, text encoder first.
+    let mut short = [5; 17];
+    short[7] = 9;
+    let set = unet_adapter("networks.lora", &[&format!("block_dims={}", list(short))]);
+    assert_eq!(set.len(), 192);
+    for (name, adapter) in set.iter() {
+        let want = if name.contains("mid_block") { 9 } else { 5 };
+        assert_eq!(
+            (adapter.rank(), adapter.alpha()),
+            (Some(want), Some(2.0)),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn blocks_that_do_not_learn_get_no_adapter() {
+    let args = [
+        "down_lr_weight=linear",
+        "mid_lr_weight=0",
+        "up_lr_weight=cosine+0.2",
+        "block_lr_zero_threshold=0.25",
+        "conv_dim=2",
+    ];
+    let set = unet_adapter("networks.lora", &args);
+    assert!(set.len() > 100);
+    for name in set.names() {
+        let i = lora_optim::kohya::block_index(name).unwrap();
+        // linear: i / 11 is above the threshold from 3 on; the cosine ends at 0.2.
+        assert!((3..12).contains(&i) || (13..24).contains(&i), "{name}: {i}");
+    }
+}
+
+#[test]
+fn sd_scripts_oft_selects_its_layers() {
+    for (args, count) in [
+        (&[][..], 128),
+        (&["enable_all_linear=True"][..], 192),
+        (&["enable_all_linear=True", "enable_conv=True"], 278),
+    ] {
+        let set = unet_adapter("networks.oft", args);
+        assert_eq!(set.len(), count, "{args:?}");
+        for (name, adapter) in set.iter() {
+            assert_eq!(adapter.family(), lora_core::Family::KohyaOft, "{name}");
+            assert_eq!(adapter.alpha(), Some(2.0));
+            let blocks = adapter.factors()[0].1.dims().to_vec();
+            assert_eq!(blocks[0], 4, "{name}");
+            if count == 278 {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_preset_file_gives_some_layers_other_options() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("preset.toml");
+    let text = r#"
+        enable_conv = false
+        unet_target_module = ["Transformer2DModel"]
+        unet_target_name = ["conv_in"]
+        [module_algo_map.FeedForward]
+        algo = "lokr"
+        dim = 2
+        factor = 8
+        [name_algo_map.conv_in]
+        dim = 3
+        alpha = 1
+    "#;
+    std::fs::write(&path, text).unwrap();
+    let preset = format!("preset={}", path.display());
+    let set = unet_adapter("lycoris.kohya", &["algo=loha", &preset]);
+    assert_eq!(set.len(), 193);
+    for (name, adapter) in set.iter() {
+        let found = (adapter.family(), adapter.rank(), adapter.alpha());
+        let want = match name {
+            n if n.contains("_ff_") => (lora_core::Family::Lokr, Some(2), Some(2.0)),
+            "lora_unet_conv_in" => (lora_core::Family::Loha, Some(3), Some(1.0)),
+            _ => (lora_core::Family::Loha, Some(4), Some(2.0)),
+        };
+        assert_eq!(found, want, "{name}");
+    }
+}
+
+#[test]
+fn network_args_that_make_no_sense() {
+    for (module, arg, word) in [
+        ("networks.lora", "block_dims=1,2,3", "12, 17, 25 or 26"),
+        ("networks.lora", "block_dims=a", "block_dims"),
+        ("networks.lora", "conv_dim=-1", "negative"),
+        ("networks.lora", "surplus=1", "surplus"),
+        ("networks.oft", "conv_dim=4", "conv_dim"),
+        ("lycoris.kohya", "block_dims=1", "block_dims"),
+        ("lycoris.kohya", "preset=absent.toml", "absent.toml"),
+        ("lycoris.kohya", "algo=dylora", "dylora"),
+    ] {
+        let config = lora_train::TrainConfig {
+            network_module: Some(module.into()),
+            network_args: vec![arg.into()],
+            ..Default::default()
+        };
+        let error = config.adapter().unwrap_err().to_string();
+        assert!(error.contains(word), "{arg}: {error}");
+    }
+    let config = lora_train::TrainConfig {
+        network_args: vec![format!("block_dims={}", ["0.5"; 25].join(","))],
+        ..Default::default()
+    };
+    let error = config
+        .adapter()
+        .unwrap()
+        .validate()
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("block_ranks") && error.contains("0.5"),
+        "{error}"
+    );
 }

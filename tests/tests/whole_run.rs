@@ -317,14 +317,23 @@ fn every_family_trains_and_its_file_loads_and_draws() {
         &["algo=diag-oft", "constraint=0.01", "rescaled=True"],
         &["algo=boft"],
         &["algo=full", "train_norm=True"],
+        // sd-scripts' own.
+        &["enable_all_linear=True"],
     ] {
+        let kohya = args[0].starts_with("enable");
+        let preset = (!kohya).then_some("preset=attn-mlp");
+        let module = if kohya {
+            "networks.oft"
+        } else {
+            "lycoris.kohya"
+        };
         let (path, losses) = train(TrainConfig {
             output_name: Some(args.join("-")),
-            network_module: Some("lycoris.kohya".into()),
+            network_module: Some(module.into()),
             network_args: args
                 .iter()
                 .copied()
-                .chain(["preset=attn-mlp"])
+                .chain(preset)
                 .map(str::to_string)
                 .collect(),
             // BOFT needs blocks that divide the miniature's widths into powers of two.

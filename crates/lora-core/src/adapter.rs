@@ -32,6 +32,10 @@ pub enum Family {
     Full,
     /// Weight and bias differences of normalization layers.
     Norm,
+    /// Block rotations as sd-scripts' `networks.oft` trains them.
+    KohyaOft,
+    /// Low-rank product counted from the base weight's own largest directions.
+    Tlora,
 }
 
 impl Family {
@@ -48,6 +52,8 @@ impl Family {
             Family::Boft => "boft",
             Family::Full => "full",
             Family::Norm => "norm",
+            Family::KohyaOft => "kohya-oft",
+            Family::Tlora => "tlora",
         }
     }
 }
@@ -100,34 +106,56 @@ pub struct Reading {
 ///
 /// [`delta`](Adapter::delta) defines what it means; every other path agrees with
 /// it. Shapes: linear weight `[o, i]`, convolution weight `[o, i / groups, kh, kw]`.
+///
+/// A family says its formula, its sizes and its factors; saving, training and checking
+/// follow from these.
 pub trait Adapter: Debug + Send + Sync {
     /// The family.
     fn family(&self) -> Family;
 
     /// The rank read from the factors, for families that have one.
-    fn rank(&self) -> Option<usize>;
+    fn rank(&self) -> Option<usize> {
+        None
+    }
 
     /// `alpha`, for families that have one.
-    fn alpha(&self) -> Option<f64>;
+    fn alpha(&self) -> Option<f64> {
+        None
+    }
+
+    /// What the factors' product is multiplied by: `alpha / rank`, or 1 without a rank.
+    fn scale(&self) -> f64 {
+        match (self.rank(), self.alpha()) {
+            (Some(rank), Some(alpha)) => alpha / rank.max(1) as f64,
+            _ => 1.0,
+        }
+    }
 
     /// Outputs, and inputs times kernel area, of the weights this adapter is for.
     fn matrix_dims(&self) -> (usize, usize);
 
+    /// Kernel height and width, where the factors tell.
+    fn kernel(&self) -> Option<(usize, usize)> {
+        None
+    }
+
     /// Whether this adapter fits a layer whose weight has these dimensions.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`](crate::Error::ShapeMismatch), naming `layer`.
+    /// [`Error::ShapeMismatch`](crate::Error::ShapeMismatch), naming `layer`, the factors
+    /// and their shapes.
     fn check(&self, layer: &str, weight: &[usize]) -> crate::Result<()> {
         let (o, i) = self.matrix_dims();
-        if weight.first() == Some(&o) && weight.iter().skip(1).product::<usize>() == i {
+        let sizes = weight.first() == Some(&o) && weight.iter().skip(1).product::<usize>() == i;
+        let kernel = match (self.kernel(), weight) {
+            (Some(own), [_, _, kh, kw]) => own == (*kh, *kw),
+            (Some(own), _) => own == (1, 1),
+            (None, _) => true,
+        };
+        if sizes && kernel {
             return Ok(());
         }
-        Err(crate::Error::ShapeMismatch {
-            layer: layer.to_string(),
-            tensor: format!("{} delta", self.family()),
-            expected: format!("the size of the layer's weight {weight:?}"),
-            got: vec![o, i],
-        })
+        Err(misfit(layer, &self.factors(), weight, vec![o, i]))
     }
 
     /// Weight change for `base`, in its shape and dtype, scale (`alpha / rank`) and
@@ -162,21 +190,60 @@ pub trait Adapter: Debug + Send + Sync {
         layer.op.apply(x, &delta, bias.as_ref())
     }
 
-    /// The trainable factors in a fixed order, named by file suffix; empty for an
-    /// adapter loaded for inference.
-    fn vars(&self) -> Vec<(&'static str, Var)>;
+    /// The factors in a fixed order, named by file suffix (`lora_down.weight`, ...): what
+    /// is trained and saved.
+    fn factors(&self) -> Vec<(&'static str, &Tensor)>;
 
-    /// What a file holds, named by suffix (`lora_down.weight`, `alpha`, ...).
+    /// The same adapter with each factor, in the order of [`factors`](Adapter::factors),
+    /// replaced by `f` of it. `f` must keep the shape.
+    ///
+    /// # Errors
+    /// Those of `f`.
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Arc<dyn Adapter>>;
+
+    /// The numbers that a file holds beside the factors; `alpha` for families that have
+    /// one.
     ///
     /// # Errors
     /// When a tensor cannot be made.
-    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>>;
+    fn constants(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        self.alpha()
+            .map(|alpha| Ok(("alpha", Tensor::new(alpha as f32, &Device::Cpu)?)))
+            .into_iter()
+            .collect()
+    }
+
+    /// The trainable factors; empty for an adapter loaded for inference.
+    fn vars(&self) -> Vec<(&'static str, Var)> {
+        self.factors()
+            .into_iter()
+            .filter_map(|(name, factor)| Some((name, var(factor)?)))
+            .collect()
+    }
+
+    /// What a file holds: factors and constants.
+    ///
+    /// # Errors
+    /// When a tensor cannot be made.
+    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        let factors = self.factors().into_iter().map(|(n, t)| (n, t.clone()));
+        Ok(factors.chain(self.constants()?).collect())
+    }
 
     /// The same adapter with factors that record gradients, as f32.
     ///
     /// # Errors
     /// When the factors cannot be copied.
-    fn trainable(&self) -> Result<Arc<dyn Adapter>>;
+    fn trainable(&self) -> Result<Arc<dyn Adapter>> {
+        self.map(&mut |factor| {
+            Ok(Var::from_tensor(&factor.detach().to_dtype(DType::F32)?)?.into_inner())
+        })
+    }
+
+    /// Number of values in all factors.
+    fn parameter_count(&self) -> usize {
+        self.factors().iter().map(|(_, t)| t.elem_count()).sum()
+    }
 
     /// Frobenius norm of the delta at multiplier 1, for families whose delta does not
     /// depend on the base weight; of DoRA's direction, its delta before the magnitudes.
@@ -204,10 +271,35 @@ pub trait Adapter: Debug + Send + Sync {
     fn rescale(&self, ratio: f64) -> Result<f64> {
         let vars = self.vars();
         let factor = ratio.powf(1.0 / vars.len().max(1) as f64);
-        for (_, var) in vars {
-            var.set(&(var.as_detached_tensor() * factor)?)?;
-        }
+        multiply(vars, factor)?;
         Ok(factor)
+    }
+}
+
+/// Multiplies variables in place.
+pub(crate) fn multiply(vars: Vec<(&'static str, Var)>, factor: f64) -> Result<()> {
+    for (_, var) in vars {
+        var.set(&(var.as_detached_tensor() * factor)?)?;
+    }
+    Ok(())
+}
+
+/// The error of factors that are for another layer.
+pub(crate) fn misfit(
+    layer: &str,
+    factors: &[(&'static str, &Tensor)],
+    weight: &[usize],
+    got: Vec<usize>,
+) -> crate::Error {
+    let shapes: Vec<String> = factors
+        .iter()
+        .map(|(name, t)| format!("{name} {:?}", t.dims()))
+        .collect();
+    crate::Error::ShapeMismatch {
+        layer: layer.to_string(),
+        tensor: format!("the change by {}", shapes.join(", ")),
+        expected: format!("one for the layer's weight {weight:?}"),
+        got,
     }
 }
 

@@ -1,7 +1,16 @@
 //! What kind of adapter to create.
 
 use crate::control::Dropout;
-use crate::{Error, Family, Result};
+use crate::{BlockValues, Error, Family, Result, Targets};
+
+/// Options that hold for some layers instead of the general ones.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Override {
+    /// The layers.
+    pub targets: Targets,
+    /// Their options.
+    pub config: AdapterConfig,
+}
 
 /// Options of a fresh adapter.
 ///
@@ -19,12 +28,17 @@ use crate::{Error, Family, Result};
 /// | `decompose_both`, `full_matrix`, `unbalanced_factorization` | false | LoKr | the same |
 /// | `weight_decompose` | false | DoRA on top of LoRA, LoHa or LoKr | `dora_wd` |
 /// | `wd_on_output` | true | DoRA: a magnitude per output, not per input | `wd_on_output` |
+/// | `block_ranks`, `block_alphas` | none | ranks and alphas by block of the UNet, see [`BlockValues`] | `block_dims`, `block_alphas` |
+/// | `conv_block_ranks`, `conv_block_alphas` | none | the same for larger kernels | `conv_block_dims`, `conv_block_alphas` |
+/// | `overrides` | none | other options for some layers | `module_algo_map`, `name_algo_map` |
 /// | `train_norm` | false | train the selected normalization layers too | `train_norm` |
 /// | `train_on_input` | false | (IA)^3: factors on inputs | `train_on_input` |
 /// | `constraint` | 0 | OFT, BOFT: bound of the rotation; 0 for none | `constraint` |
 /// | `rescaled` | false | OFT, BOFT: a factor per output row | `rescaled` |
 ///
-/// For OFT and BOFT `rank` bounds the block size; Full, Norm and (IA)^3 have none.
+/// For OFT and BOFT `rank` bounds the block size, for sd-scripts' OFT it is the number of
+/// blocks; Full, Norm and (IA)^3 have none. Where a block list has no value for a layer, the
+/// options for all layers hold.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterConfig {
     /// The family.
@@ -37,6 +51,17 @@ pub struct AdapterConfig {
     pub conv_rank: Option<usize>,
     /// `alpha` for them; 0 means the rank.
     pub conv_alpha: f64,
+    /// Ranks by block for linear layers and 1x1 convolutions; 0 leaves a block out.
+    pub block_ranks: Option<BlockValues>,
+    /// `alpha` by block for them.
+    pub block_alphas: Option<BlockValues>,
+    /// Ranks by block for larger kernels; 0 leaves a block out.
+    pub conv_block_ranks: Option<BlockValues>,
+    /// `alpha` by block for them.
+    pub conv_block_alphas: Option<BlockValues>,
+    /// Other options for some of the selected layers; the last that matches holds. Their
+    /// `dropout` and `overrides` mean nothing.
+    pub overrides: Vec<Override>,
     /// Whether larger kernels are decomposed with a core tensor (Tucker).
     pub use_tucker: bool,
     /// Dropout while training.
@@ -74,6 +99,11 @@ impl Default for AdapterConfig {
             alpha: 1.0,
             conv_rank: None,
             conv_alpha: 1.0,
+            block_ranks: None,
+            block_alphas: None,
+            conv_block_ranks: None,
+            conv_block_alphas: None,
+            overrides: Vec::new(),
             use_tucker: false,
             dropout: Dropout::default(),
             rs_lora: false,
@@ -116,6 +146,33 @@ impl AdapterConfig {
                     "expected a finite number, 0 (meaning the rank) or more",
                 );
             }
+        }
+        let lists = [
+            ("block_ranks", &self.block_ranks, true),
+            ("conv_block_ranks", &self.conv_block_ranks, true),
+            ("block_alphas", &self.block_alphas, false),
+            ("conv_block_alphas", &self.conv_block_alphas, false),
+        ];
+        for (name, list, whole) in lists {
+            let mut values = list.iter().flat_map(BlockValues::values);
+            let odd = |v: &f64| *v < 0.0 || (whole && (v.fract() != 0.0 || *v > 1e6));
+            if let Some(value) = values.find(odd) {
+                return bad(
+                    name,
+                    value.to_string(),
+                    "expected numbers of at least 0, whole ones for ranks",
+                );
+            }
+        }
+        for other in &self.overrides {
+            other.config.validate()?;
+        }
+        if self.family == Family::Tlora {
+            return bad(
+                "family",
+                self.family.to_string(),
+                "T-LoRA files are read, not trained; expected another family",
+            );
         }
         let Dropout {
             neuron,

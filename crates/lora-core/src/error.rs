@@ -122,12 +122,65 @@ pub enum Error {
         /// Their names.
         layers: Vec<String>,
     },
+    /// A tensor holds values that are not numbers or infinite.
+    #[error("{}: {key} holds {count} values that are NaN or infinite", path.display())]
+    NotFinite {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        key: String,
+        /// How many of its values are not finite.
+        count: usize,
+    },
+    /// A layer's adapter cannot be written in the wanted layout.
+    #[error("{layer}: {what} cannot be written in {layout} layout; {advice}")]
+    NotWritable {
+        /// The layer's name, or what stands for it.
+        layer: String,
+        /// What it is.
+        what: String,
+        /// The layout.
+        layout: &'static str,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// Another error, with the file that it concerns.
+    #[error("{}: {source}", path.display())]
+    InFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<Error>,
+    },
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
 }
 
 impl Error {
+    /// Says which file an error concerns, where it does not say so itself.
+    pub fn in_file(self, file: &std::path::Path) -> Error {
+        match self {
+            Error::UnknownKeys { layer, keys, .. } => Error::UnknownKeys {
+                path: file.to_path_buf(),
+                layer,
+                keys,
+            },
+            Error::MissingPart { layer, missing, .. } => Error::MissingPart {
+                path: file.to_path_buf(),
+                layer,
+                missing,
+            },
+            Error::ShapeMismatch { .. } | Error::BadValue { .. } | Error::Candle(_) => {
+                Error::InFile {
+                    path: file.to_path_buf(),
+                    source: Box::new(self),
+                }
+            }
+            other => other,
+        }
+    }
+
     /// Wraps an I/O error with the file it concerns.
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();

@@ -30,30 +30,35 @@
 //! base weight is never written to except by [`AdapterSet::merge`].
 
 mod adapter;
+mod blocks;
 mod component;
 mod config;
 mod control;
+mod create;
 mod error;
 mod family;
 pub mod format;
 mod init;
 mod layer;
+mod max_norm;
 pub mod merge;
 mod set;
 mod targets;
 
 pub use adapter::{Adapter, DoraMultiplier, Family, Reading};
+pub use blocks::{Block, BlockValues};
 pub use component::Component;
-pub use config::AdapterConfig;
+pub use config::{AdapterConfig, Override};
 pub use control::{Draws, Dropout, DropoutKind, Pass};
 pub use error::{Error, Result};
 pub use family::{
-    Boft, Dora, Full, Glora, Ia3, Loha, Lokr, LokrFactor, Lora, Norm, Oft, factorization,
+    Boft, Dora, Full, Glora, Ia3, Loha, Lokr, LokrFactor, Lora, Norm, Oft, Tlora, factorization,
 };
-pub use format::SaveOptions;
+pub use format::{FileReport, SaveOptions};
 pub use layer::{Adaptable, BaseLayer, Layer, LayerOp};
 pub use lora_kernels::Conv2dParams;
-pub use set::{AdapterSet, AttachReport, NormReport};
+pub use max_norm::NormReport;
+pub use set::{AdapterSet, AttachReport};
 pub use targets::Targets;
 
 /// The README's programs, compiled and run as tests.

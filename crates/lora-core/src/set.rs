@@ -1,21 +1,18 @@
 //! All adapters of one file or one training run.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
-use rand::RngCore;
 
 use crate::adapter::{Adapter, Family, Reading};
 use crate::control::Control;
-use crate::family::{self, Fresh};
-use crate::format::{self, SaveOptions};
-use crate::layer::{Adaptable, Attachment, Layer};
+use crate::format::{self, LoadOptions, SaveOptions};
+use crate::layer::{Adaptable, Attachment};
 use crate::merge;
-use crate::targets::{Kind, Targets};
-use crate::{AdapterConfig, Component, Dropout, Error, Result};
+use crate::{Component, Dropout, Error, Result};
 
 /// An ordered map from layer names, as files spell them, to adapters.
 ///
@@ -52,7 +49,9 @@ pub struct AdapterSet {
     /// Embeddings that came with the file, by full key.
     bundled: BTreeMap<String, Tensor>,
     metadata: BTreeMap<String, String>,
-    dropout: Dropout,
+    pub(crate) dropout: Dropout,
+    /// The file it was read from.
+    origin: Option<PathBuf>,
     controls: BTreeMap<Component, Arc<Control>>,
 }
 
@@ -81,107 +80,66 @@ impl AttachReport {
     }
 }
 
-/// What [`AdapterSet::scale_norms`] did.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct NormReport {
-    /// The layers that were scaled down, with the factor on each of their factors.
-    pub factors: Vec<(String, f64)>,
-    /// Mean norm of the deltas afterwards.
-    pub mean: f64,
-    /// Largest norm afterwards.
-    pub max: f64,
-}
-
 impl AdapterSet {
-    /// Draws a fresh, trainable adapter for every selected layer of `model`.
-    ///
-    /// Layers whose kernel is larger than 1x1 take part only with
-    /// [`AdapterConfig::conv_rank`].
-    ///
-    /// # Errors
-    /// [`Error::NothingSelected`] when no layer matches, [`Error::BadValue`] for bad
-    /// options.
-    pub fn create(
-        model: &mut dyn Adaptable,
-        config: &AdapterConfig,
-        targets: &Targets,
-        rng: &mut dyn RngCore,
-    ) -> Result<Self> {
-        config.validate()?;
-        let component = model.component();
-        let mut set = Self {
-            dropout: config.dropout,
-            ..Self::default()
-        };
-        let mut seen = Vec::new();
-        model.visit_layers(&mut |layer| {
-            seen.push(layer.path().to_string());
-            if targets.matches(layer.path()) {
-                set.create_one(layer, component.layer_name(layer.path()), config, rng)?;
-            }
-            Ok(())
-        })?;
-        if set.entries.is_empty() {
-            return Err(Error::NothingSelected {
-                targets: targets.to_string(),
-                layers: seen.len(),
-                example: seen.into_iter().next().unwrap_or_else(|| "none".into()),
-            });
-        }
-        Ok(set)
-    }
-
-    fn create_one(
-        &mut self,
-        layer: &Layer,
-        name: String,
-        config: &AdapterConfig,
-        rng: &mut dyn RngCore,
-    ) -> Result<()> {
-        let (rank, alpha) = match (Kind::of(layer), config.conv_rank) {
-            (Kind::Pointwise, _) => (config.rank, config.alpha),
-            (Kind::Spatial, Some(rank)) => (rank, config.conv_alpha),
-            (Kind::Norm, _) if config.train_norm || config.family == Family::Norm => {
-                (config.rank, config.alpha)
-            }
-            (Kind::Spatial, None) | (Kind::Norm, _) => return Ok(()),
-        };
-        let family = match Kind::of(layer) {
-            Kind::Norm => Family::Norm,
-            _ if config.family == Family::Norm => return Ok(()),
-            _ if config.weight_decompose => Family::Dora,
-            _ => config.family,
-        };
-        let weight = &layer.base().weight;
-        let fresh = Fresh {
-            layer: &name,
-            weight: weight.dims(),
-            base: layer.base(),
-            rank,
-            alpha: stored_alpha(alpha, rank, config.rs_lora),
-            config,
-            device: weight.device(),
-        };
-        let adapter = (family::entry(family).create)(&fresh, rng)?;
-        self.insert(name, adapter);
-        Ok(())
-    }
-
-    /// Reads an adapter file, detecting its format.
+    /// Reads an adapter file, detecting its format. Anything that is not understood is an
+    /// error; [`load_with`](Self::load_with) can be lenient.
     ///
     /// # Errors
     /// When the file is not an adapter, damaged, or in a format that is not
     /// supported; the error says which.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
-        format::load(path.as_ref(), device)
+        Self::load_with(path, device, &LoadOptions::default())
     }
 
-    /// Writes the adapter as a kohya-format safetensors file: temporary file, sync,
-    /// rename. Returns the hash of the tensor data (`sshs_model_hash`).
+    /// Reads an adapter file as `options` say. [`FileReport`](crate::format::FileReport)
+    /// tells what is in a file without loading it.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); lenient reading fails on files that are no adapter, or not
+    /// for this architecture, only.
+    pub fn load_with(
+        path: impl AsRef<Path>,
+        device: &Device,
+        options: &LoadOptions,
+    ) -> Result<Self> {
+        format::load(path.as_ref(), device, options)
+    }
+
+    /// Reads what a file consists of, not its numbers: families, ranks, alphas, shapes and
+    /// metadata are right, the factors are zeros that take no memory. For listings; takes
+    /// milliseconds whatever the file's size.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), values that are no numbers apart.
+    pub fn outline(path: impl AsRef<Path>) -> Result<Self> {
+        format::outline(path.as_ref())
+    }
+
+    /// An empty set that remembers where it comes from.
+    pub(crate) fn from_file(path: &Path, metadata: BTreeMap<String, String>) -> Self {
+        Self {
+            origin: Some(path.to_path_buf()),
+            metadata,
+            ..Self::default()
+        }
+    }
+
+    /// An error about one of the adapters, with the file that it came from.
+    fn blame(&self, error: Error) -> Error {
+        match &self.origin {
+            Some(path) => error.in_file(path),
+            None => error,
+        }
+    }
+
+    /// Writes the adapter as a safetensors file, in kohya's layout unless `options` say
+    /// otherwise: temporary file, sync, rename. Returns the hash of the tensor data
+    /// (`sshs_model_hash`).
     ///
     /// # Errors
     /// When a tensor cannot be read or the file not be written; an existing file is
-    /// then still whole.
+    /// then still whole. [`Error::NotWritable`] when the layout has no way to write a
+    /// layer's adapter.
     pub fn save(&self, path: impl AsRef<Path>, options: &SaveOptions) -> Result<String> {
         format::save(self, path.as_ref(), options)
     }
@@ -206,6 +164,12 @@ impl AdapterSet {
             .map(|(key, t)| (key.strip_prefix(format::BUNDLE).unwrap_or(key), t))
     }
 
+    /// Takes the bundled embeddings out, by their full keys, for layouts that have no place
+    /// for them.
+    pub fn take_embeddings(&mut self) -> BTreeMap<String, Tensor> {
+        std::mem::take(&mut self.bundled)
+    }
+
     /// Keeps the adapters whose layer name passes the test.
     pub fn retain(&mut self, mut keep: impl FnMut(&str) -> bool) {
         self.entries.retain(|name, _| keep(name));
@@ -213,6 +177,10 @@ impl AdapterSet {
 
     /// Takes over another set's adapters, for example the text encoder's.
     pub fn extend(&mut self, other: Self) {
+        if self.origin != other.origin {
+            // No one file is to blame any more.
+            self.origin = None;
+        }
         self.entries.extend(other.entries);
         self.bundled.extend(other.bundled);
         self.metadata.extend(other.metadata);
@@ -290,7 +258,8 @@ impl AdapterSet {
         let outcome = model.visit_layers(&mut |layer| {
             let name = component.layer_name(layer.path());
             if let Some(adapter) = rest.remove(name.as_str()) {
-                adapter.check(&name, layer.base().weight.dims())?;
+                let fits = adapter.check(&name, layer.base().weight.dims());
+                fits.map_err(|e| self.blame(e))?;
                 let (name, adapter) = (Arc::from(name), adapter.clone());
                 layer.attach(Attachment {
                     name,
@@ -389,15 +358,7 @@ impl AdapterSet {
 
     /// Number of values in all factors, `alpha` not counted.
     pub fn parameter_count(&self) -> usize {
-        let count = |adapter: &Arc<dyn Adapter>| {
-            let tensors = adapter.tensors().unwrap_or_default();
-            tensors
-                .iter()
-                .filter(|(name, _)| !matches!(*name, "alpha" | "on_input"))
-                .map(|(_, t)| t.elem_count())
-                .sum::<usize>()
-        };
-        self.entries.values().map(count).sum()
+        self.entries.values().map(|a| a.parameter_count()).sum()
     }
 
     /// The same adapters with factors that record gradients, to train them further.
@@ -408,6 +369,7 @@ impl AdapterSet {
         let mut set = Self {
             bundled: self.bundled.clone(),
             metadata: self.metadata.clone(),
+            origin: self.origin.clone(),
             dropout: self.dropout,
             ..Self::default()
         };
@@ -415,30 +377,6 @@ impl AdapterSet {
             set.insert(name.clone(), adapter.trainable()?);
         }
         Ok(set)
-    }
-
-    /// Scales down every delta whose Frobenius norm exceeds `max_norm`: sd-scripts'
-    /// `scale_weight_norms`. Small norms count as half of `max_norm`, as there.
-    ///
-    /// # Errors
-    /// When a factor cannot be read or written.
-    pub fn scale_norms(&self, max_norm: f64) -> Result<NormReport> {
-        let (mut factors, mut norms) = (Vec::new(), Vec::new());
-        for (name, adapter) in &self.entries {
-            // Families whose delta depends on the base weight have no norm of their own.
-            let Some(norm) = adapter.norm()? else {
-                continue;
-            };
-            let clamped = norm.max(max_norm / 2.0);
-            let ratio = clamped.min(max_norm) / clamped;
-            if ratio < 1.0 {
-                factors.push((name.clone(), adapter.rescale(ratio)?));
-            }
-            norms.push(norm * ratio);
-        }
-        let max = norms.iter().copied().fold(0.0, f64::max);
-        let mean = norms.iter().sum::<f64>() / norms.len().max(1) as f64;
-        Ok(NormReport { factors, mean, max })
     }
 
     /// Adds the deltas of the model's component to its base weights, for good:
@@ -454,7 +392,8 @@ impl AdapterSet {
         model.visit_layers(&mut |layer| {
             let name = component.layer_name(layer.path());
             if let Some(adapter) = self.entries.get(&name) {
-                adapter.check(&name, layer.base().weight.dims())?;
+                let fits = adapter.check(&name, layer.base().weight.dims());
+                fits.map_err(|e| self.blame(e))?;
                 let weight =
                     merge::merged_weight(&layer.base().weight, &[(adapter.as_ref(), multiplier)])?;
                 let bias = merge::merged_bias(
@@ -504,41 +443,30 @@ impl AdapterSet {
         merge::merged_builder(self.entries.clone(), base, component, multiplier)
     }
 
-    pub(crate) fn set_metadata(&mut self, metadata: BTreeMap<String, String>) {
-        self.metadata = metadata;
-    }
-
-    /// All tensors as a file holds them, in `dtype` if given.
+    /// All tensors as a file in kohya's layout holds them; those of real numbers in
+    /// `dtype` if given.
     ///
     /// # Errors
     /// When a tensor cannot be converted.
     pub fn tensors(&self, dtype: Option<DType>) -> Result<BTreeMap<String, Tensor>> {
+        let converted = |tensor: Tensor| match dtype.filter(|_| tensor.dtype().is_float()) {
+            Some(dtype) => tensor.to_dtype(dtype),
+            None => Ok(tensor),
+        };
         let mut all = BTreeMap::new();
         for (name, adapter) in &self.entries {
+            // sd-scripts' OFT is known by its prefix alone.
+            let name = match (adapter.family(), name.strip_prefix("lora_")) {
+                (Family::KohyaOft, Some(rest)) => format!("oft_{rest}"),
+                _ => name.clone(),
+            };
             for (suffix, tensor) in adapter.tensors()? {
-                let tensor = tensor.detach();
-                let tensor = match dtype {
-                    Some(dtype) => tensor.to_dtype(dtype)?,
-                    None => tensor,
-                };
-                all.insert(format!("{name}.{suffix}"), tensor);
+                all.insert(format!("{name}.{suffix}"), converted(tensor.detach())?);
             }
         }
         for (key, tensor) in &self.bundled {
-            let tensor = match dtype {
-                Some(dtype) => tensor.to_dtype(dtype)?,
-                None => tensor.clone(),
-            };
-            all.insert(key.clone(), tensor);
+            all.insert(key.clone(), converted(tensor.clone())?);
         }
         Ok(all)
     }
-}
-
-/// `alpha` as a file holds it: 0 means the rank, and rsLoRA's scale is written so that
-/// `alpha / rank` gives it.
-fn stored_alpha(alpha: f64, rank: usize, rs_lora: bool) -> f64 {
-    let rank = rank as f64;
-    let alpha = if alpha == 0.0 { rank } else { alpha };
-    if rs_lora { alpha * rank.sqrt() } else { alpha }
 }

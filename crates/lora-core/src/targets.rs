@@ -1,5 +1,7 @@
 //! Which layers of a model get an adapter.
 
+use regex::Regex;
+
 use crate::layer::{Layer, LayerOp};
 
 /// A selection of layers by their dotted paths.
@@ -21,6 +23,61 @@ use crate::layer::{Layer, LayerOp};
 pub struct Targets {
     include: Vec<String>,
     exclude: Vec<String>,
+    names: Vec<Name>,
+    excluded_names: Vec<Name>,
+}
+
+/// A pattern of whole paths.
+#[derive(Debug, Clone)]
+struct Name {
+    text: String,
+    regex: Regex,
+}
+
+impl PartialEq for Name {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text && self.regex.as_str() == other.regex.as_str()
+    }
+}
+
+impl Eq for Name {}
+
+impl Name {
+    /// LyCORIS' ways to name layers: a regular expression that the path begins with, or a
+    /// shell pattern of the whole path.
+    fn new(text: &str, fnmatch: bool) -> crate::Result<Self> {
+        let expression = if fnmatch {
+            let parts: Vec<String> = text
+                .chars()
+                .map(|c| match c {
+                    '*' => ".*".to_string(),
+                    '?' => ".".to_string(),
+                    // Sets of characters are written alike.
+                    '[' | ']' => c.to_string(),
+                    other => regex::escape(&other.to_string()),
+                })
+                .collect();
+            format!("^(?s:{})$", parts.concat().replace("[!", "[^"))
+        } else {
+            format!("^(?:{text})")
+        };
+        match Regex::new(&expression) {
+            Ok(regex) => Ok(Self {
+                text: text.to_string(),
+                regex,
+            }),
+            Err(_) => Err(crate::Error::BadValue {
+                layer: "targets".into(),
+                name: "name",
+                value: format!("{text:?}"),
+                expected: "expected a regular expression, or a shell pattern with use_fnmatch",
+            }),
+        }
+    }
+
+    fn matches(&self, path: &str) -> bool {
+        path == self.text || self.regex.is_match(path)
+    }
 }
 
 impl Targets {
@@ -32,7 +89,7 @@ impl Targets {
     pub fn new(include: &[&str]) -> crate::Result<Self> {
         Ok(Self {
             include: patterns(include)?,
-            exclude: Vec::new(),
+            ..Self::known(&[])
         })
     }
 
@@ -42,6 +99,42 @@ impl Targets {
     /// As [`Targets::new`].
     pub fn without(mut self, exclude: &[&str]) -> crate::Result<Self> {
         self.exclude.extend(patterns(exclude)?);
+        Ok(self)
+    }
+
+    /// The same selection and the layers that LyCORIS' `target_name` means: the path, or a
+    /// regular expression that it begins with, or with `fnmatch` a shell pattern of all of
+    /// it.
+    ///
+    /// # Errors
+    /// [`Error::BadValue`](crate::Error::BadValue) for a pattern that cannot be read.
+    ///
+    /// ```
+    /// use lora_core::Targets;
+    /// let targets = Targets::new(&["attn1"])?.with_names(&[".*conv[12]"], false)?;
+    /// assert!(targets.matches("mid_block.resnets.0.conv1"));
+    /// assert!(!targets.matches("mid_block.resnets.0.conv_shortcut"));
+    /// # Ok::<(), lora_core::Error>(())
+    /// ```
+    pub fn with_names(mut self, names: &[impl AsRef<str>], fnmatch: bool) -> crate::Result<Self> {
+        for name in names {
+            self.names.push(Name::new(name.as_ref(), fnmatch)?);
+        }
+        Ok(self)
+    }
+
+    /// The same selection without the layers that LyCORIS' `exclude_name` means.
+    ///
+    /// # Errors
+    /// As [`Targets::with_names`].
+    pub fn without_names(
+        mut self,
+        names: &[impl AsRef<str>],
+        fnmatch: bool,
+    ) -> crate::Result<Self> {
+        for name in names {
+            self.excluded_names.push(Name::new(name.as_ref(), fnmatch)?);
+        }
         Ok(self)
     }
 
@@ -68,21 +161,35 @@ impl Targets {
         Self {
             include: include.iter().map(ToString::to_string).collect(),
             exclude: Vec::new(),
+            names: Vec::new(),
+            excluded_names: Vec::new(),
         }
     }
 
     /// Whether a path is selected.
     pub fn matches(&self, path: &str) -> bool {
         let any = |patterns: &[String]| patterns.iter().any(|p| contains(path, p));
-        any(&self.include) && !any(&self.exclude)
+        let named = |names: &[Name]| names.iter().any(|n| n.matches(path));
+        (any(&self.include) || named(&self.names))
+            && !any(&self.exclude)
+            && !named(&self.excluded_names)
     }
 }
 
 impl std::fmt::Display for Targets {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "[{}]", self.include.join(", "))?;
-        if !self.exclude.is_empty() {
-            write!(f, " without [{}]", self.exclude.join(", "))?;
+        let list = |patterns: &[String], names: &[Name]| {
+            let names = names.iter().map(|n| &n.text);
+            let all: Vec<&str> = patterns.iter().chain(names).map(String::as_str).collect();
+            all.join(", ")
+        };
+        write!(f, "[{}]", list(&self.include, &self.names))?;
+        if !self.exclude.is_empty() || !self.excluded_names.is_empty() {
+            write!(
+                f,
+                " without [{}]",
+                list(&self.exclude, &self.excluded_names)
+            )?;
         }
         Ok(())
     }

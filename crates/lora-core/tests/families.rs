@@ -413,3 +413,66 @@ fn fresh_adapters_change_nothing_and_have_gradients() {
         set.scale_norms(1.0).unwrap();
     }
 }
+
+/// Every family's branch is the layer's operation with its delta, in convolutions of groups
+/// too, whose weights see a part of the inputs only.
+#[test]
+fn branches_agree_with_deltas() {
+    use lora_core::Conv2dParams;
+    let grouped = LayerOp::Conv2d(Conv2dParams {
+        padding: 1,
+        groups: 2,
+        ..Default::default()
+    });
+    let strided = LayerOp::Conv2d(Conv2dParams {
+        stride: 2,
+        padding: 2,
+        dilation: 2,
+        ..Default::default()
+    });
+    for (op, weight, x) in [
+        (LayerOp::Linear, &[4usize, 4][..], &[2usize, 3, 4][..]),
+        (strided, &[4, 4, 3, 3], &[2, 4, 7, 6]),
+        (grouped, &[4, 4, 3, 3], &[2, 8, 7, 6]),
+    ] {
+        let layer = BaseLayer {
+            weight: counting(weight),
+            bias: Some(counting(&[4])),
+            op,
+        };
+        let x = counting(x);
+        for config in samples().into_iter().map(|(family, _)| AdapterConfig {
+            family,
+            rank: 2,
+            conv_rank: Some(2),
+            use_tucker: family == Family::Loha,
+            factor: 2,
+            ..Default::default()
+        }) {
+            if config.family == Family::Norm {
+                continue;
+            }
+            let mut model = Model::new();
+            model.fc = Layer::new("fc", layer.clone());
+            let mut rng = rand_chacha::ChaCha12Rng::seed_from_u64(7);
+            let targets = Targets::new(&["fc"]).unwrap();
+            let set = AdapterSet::create(&mut model, &config, &targets, &mut rng).unwrap();
+            let (_, adapter) = set.iter().next().unwrap();
+            // Away from the start, where there is nothing to see.
+            let adapter = adapter
+                .map(&mut |t| t.detach() + (counting(t.dims()) * 0.3)?)
+                .unwrap();
+            adapter.check("fc", weight).unwrap();
+            let got = adapter.branch(&x, &layer, 0.7, None).unwrap();
+            let delta = adapter.delta(&layer.weight, 0.7).unwrap();
+            let bias = adapter.bias_delta(layer.bias.as_ref(), 0.7).unwrap();
+            let want = op.apply(&x, &delta, bias.as_ref()).unwrap();
+            assert_eq!(got.dims(), want.dims(), "{config:?}");
+            let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let size = flat(&want).iter().fold(0f32, |m, v| m.max(v.abs()));
+            for (g, w) in flat(&got).iter().zip(flat(&want)) {
+                assert!((g - w).abs() <= 1e-5 * size, "{op:?} {config:?}: {g} {w}");
+            }
+        }
+    }
+}

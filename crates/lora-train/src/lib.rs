@@ -22,6 +22,7 @@ mod observer;
 pub mod options;
 pub mod pick;
 mod plan;
+mod preset;
 mod samples;
 mod saving;
 mod setup;

@@ -1,9 +1,10 @@
 //! `network_module` and `network_args`, as users of sd-scripts and LyCORIS write them.
 
-use lora_core::{AdapterConfig, Family, Targets};
+use lora_core::{AdapterConfig, BlockValues, Family, Override, Targets};
 use lora_optim::kohya::GroupOptions;
 
 use crate::config::bad;
+use crate::preset::{Preset, preset};
 use crate::{Result, TrainConfig};
 
 /// What `network_module` and `network_args` say.
@@ -17,37 +18,47 @@ pub struct NetworkArgs {
     pub groups: GroupOptions,
 }
 
+/// The programs whose arguments are understood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Module {
+    /// sd-scripts' `networks.lora`.
+    Lora,
+    /// sd-scripts' `networks.oft`.
+    Oft,
+    /// `lycoris.kohya`.
+    Lycoris,
+}
+
 /// Collected while the arguments are read.
 struct Reader {
-    lycoris: bool,
+    module: Module,
     algo: String,
     preset: String,
     conv_dim: Option<usize>,
     conv_alpha: Option<f64>,
+    /// `dim` and `alpha` of some layers, in a preset's maps.
+    dim: Option<usize>,
+    alpha: Option<f64>,
+    /// sd-scripts' OFT: feed-forward layers and projections too, convolutions too.
+    all_linear: bool,
+    convolutions: bool,
     adapter: AdapterConfig,
     groups: GroupOptions,
 }
 
 impl NetworkArgs {
     pub(crate) fn parse(config: &TrainConfig) -> Result<Self> {
-        let lycoris = match config.network_module.as_deref() {
-            None | Some("networks.lora") => false,
-            Some("lycoris.kohya") => true,
+        let module = match config.network_module.as_deref() {
+            None | Some("networks.lora") => Module::Lora,
+            Some("networks.oft") => Module::Oft,
+            Some("lycoris.kohya") => Module::Lycoris,
             Some(other) => {
                 return bad(format!(
-                    "network_module {other:?} is not supported; use networks.lora or lycoris.kohya"
+                    "network_module {other:?} is not supported; use networks.lora, networks.oft or lycoris.kohya"
                 ));
             }
         };
-        let mut reader = Reader {
-            lycoris,
-            algo: "lora".into(),
-            preset: "full".into(),
-            conv_dim: None,
-            conv_alpha: None,
-            adapter: AdapterConfig::default(),
-            groups: GroupOptions::default(),
-        };
+        let mut reader = Reader::new(module);
         for arg in &config.network_args {
             let Some((key, value)) = arg.split_once('=') else {
                 return bad(format!(
@@ -87,23 +98,58 @@ fn switch(key: &str, value: &str) -> Result<bool> {
     }
 }
 
+fn size(key: &str, value: &str) -> Result<usize> {
+    usize::try_from(integer(key, value)?)
+        .or_else(|_| bad(format!("network_args: {key}: {value} is negative")))
+}
+
+fn blocks(key: &str, value: &str) -> Result<Option<BlockValues>> {
+    match BlockValues::parse(value) {
+        Ok(values) => Ok(Some(values)),
+        Err(e) => bad(format!("network_args: {key}: {e}")),
+    }
+}
+
 impl Reader {
+    fn new(module: Module) -> Self {
+        Self {
+            module,
+            algo: "lora".into(),
+            preset: "full".into(),
+            conv_dim: None,
+            conv_alpha: None,
+            dim: None,
+            alpha: None,
+            all_linear: false,
+            convolutions: false,
+            adapter: AdapterConfig::default(),
+            groups: GroupOptions::default(),
+        }
+    }
+
     fn set(&mut self, key: &str, value: &str) -> Result<()> {
-        match key {
-            "conv_dim" => match usize::try_from(integer(key, value)?) {
-                Ok(dim) => self.conv_dim = Some(dim),
-                Err(_) => return bad(format!("network_args: conv_dim: {value} is negative")),
-            },
-            "conv_alpha" => self.conv_alpha = Some(number(key, value)?),
-            "rank_dropout" => self.adapter.dropout.rank = number(key, value)?,
-            "module_dropout" => self.adapter.dropout.module = number(key, value)?,
-            "block_dims" | "block_alphas" | "conv_block_dims" | "conv_block_alphas" => {
+        match (self.module, key) {
+            (Module::Oft, "enable_all_linear") => self.all_linear = switch(key, value)?,
+            (Module::Oft, "enable_conv") => self.convolutions = switch(key, value)?,
+            (Module::Oft, _) => {
                 return bad(format!(
-                    "network_args: {key}: ranks per block are not supported; use one network_dim"
+                    "network_args: {key:?} is not known to networks.oft; known are enable_all_linear, enable_conv"
                 ));
             }
-            _ if self.lycoris => self.set_lycoris(key, value)?,
-            _ => self.groups.set_network_arg(key, value)?,
+            (_, "conv_dim") => self.conv_dim = Some(size(key, value)?),
+            (_, "conv_alpha") => self.conv_alpha = Some(number(key, value)?),
+            (_, "rank_dropout") => self.adapter.dropout.rank = number(key, value)?,
+            (_, "module_dropout") => self.adapter.dropout.module = number(key, value)?,
+            (Module::Lycoris, _) => self.set_lycoris(key, value)?,
+            (Module::Lora, "block_dims") => self.adapter.block_ranks = blocks(key, value)?,
+            (Module::Lora, "block_alphas") => self.adapter.block_alphas = blocks(key, value)?,
+            (Module::Lora, "conv_block_dims") => {
+                self.adapter.conv_block_ranks = blocks(key, value)?;
+            }
+            (Module::Lora, "conv_block_alphas") => {
+                self.adapter.conv_block_alphas = blocks(key, value)?;
+            }
+            (Module::Lora, _) => self.groups.set_network_arg(key, value)?,
         }
         Ok(())
     }
@@ -150,90 +196,143 @@ impl Reader {
     }
 
     fn finish(mut self, config: &TrainConfig) -> Result<NetworkArgs> {
-        let rank = config.network_rank();
-        let (targets, kxk) = if self.lycoris {
-            self.adapter.family = match self.algo.as_str() {
-                "lora" | "locon" => Family::Lora,
-                "loha" => Family::Loha,
-                "lokr" => Family::Lokr,
-                "ia3" => Family::Ia3,
-                "glora" => Family::Glora,
-                "diag-oft" | "oft" => Family::Oft,
-                "boft" => Family::Boft,
-                "full" => Family::Full,
-                other => {
-                    return bad(format!(
-                        "network_args: algo={other} is not supported; known are lora, locon, loha, lokr, ia3, glora, \
-                         diag-oft, boft, full"
-                    ));
-                }
-            };
-            preset(&self.preset)?
-        } else if self.conv_dim.is_some() {
-            (both(Targets::attn_mlp_conv()), true)
-        } else {
-            (both(Targets::attn_mlp()), false)
+        let (rank, alpha) = (config.network_rank(), config.network_alpha);
+        let targets = match self.module {
+            Module::Lycoris => self.finish_lycoris(rank, alpha)?,
+            Module::Oft => self.finish_oft(rank, alpha)?,
+            Module::Lora => self.finish_lora(rank),
         };
-        // LyCORIS trains larger kernels unless the preset says no; a conv_dim of 0 says no too.
-        let conv_rank = if self.lycoris {
-            self.conv_dim.or(Some(rank))
-        } else {
-            self.conv_dim
-        };
-        let conv_alpha = if self.lycoris {
-            config.network_alpha
-        } else {
-            1.0
-        };
-        self.adapter.conv_rank = conv_rank.filter(|rank| kxk && *rank > 0);
-        self.adapter.conv_alpha = self.conv_alpha.unwrap_or(conv_alpha);
         Ok(NetworkArgs {
             adapter: self.adapter,
             targets,
             groups: self.groups,
         })
     }
+
+    fn finish_lora(&mut self, rank: usize) -> (Option<Targets>, Option<Targets>) {
+        let adapter = &mut self.adapter;
+        adapter.conv_rank = self.conv_dim.filter(|rank| *rank > 0);
+        adapter.conv_alpha = self.conv_alpha.unwrap_or(1.0);
+        // A block that does not learn gets no adapter, as in sd-scripts.
+        let weights = self.groups.block_weights.as_ref();
+        if let Some(weights) = weights.filter(|w| w.is_set()) {
+            let factors = weights.all();
+            let ranks = adapter.block_ranks.take();
+            let mut ranks = ranks.unwrap_or(BlockValues::uniform(rank as f64));
+            ranks.zero_where(&factors);
+            adapter.block_ranks = Some(ranks);
+            let same = adapter.conv_rank.map(|r| BlockValues::uniform(r as f64));
+            adapter.conv_block_ranks = adapter.conv_block_ranks.take().or(same);
+            if let Some(ranks) = &mut adapter.conv_block_ranks {
+                ranks.zero_where(&factors);
+            }
+        }
+        if self.conv_dim.is_some() || adapter.conv_block_ranks.is_some() {
+            both(Targets::attn_mlp_conv())
+        } else {
+            both(Targets::attn_mlp())
+        }
+    }
+
+    /// sd-scripts' OFT: `network_dim` blocks per layer, `network_alpha` their constraint, the
+    /// UNet alone.
+    fn finish_oft(
+        &mut self,
+        rank: usize,
+        alpha: f64,
+    ) -> Result<(Option<Targets>, Option<Targets>)> {
+        self.adapter.family = Family::KohyaOft;
+        self.adapter.constraint = alpha;
+        self.adapter.conv_rank = self.convolutions.then_some(rank);
+        let mut parts = if self.all_linear {
+            vec!["attentions"]
+        } else {
+            vec!["attn1", "attn2"]
+        };
+        if self.convolutions {
+            parts.extend(["resnets", "downsamplers", "upsamplers"]);
+        }
+        Ok((Some(Targets::new(&parts)?), None))
+    }
+
+    fn finish_lycoris(
+        &mut self,
+        rank: usize,
+        alpha: f64,
+    ) -> Result<(Option<Targets>, Option<Targets>)> {
+        self.adapter.family = family(&self.algo)?;
+        let Preset {
+            targets,
+            kxk,
+            overrides,
+        } = preset(&self.preset)?;
+        // Larger kernels are trained unless the preset says no; a conv_dim of 0 says no too.
+        let conv_rank = self.conv_dim.unwrap_or(rank);
+        self.adapter.conv_rank = Some(conv_rank).filter(|rank| kxk && *rank > 0);
+        self.adapter.conv_alpha = self.conv_alpha.unwrap_or(alpha);
+        for (targets, options) in overrides {
+            let mut own = Reader::new(Module::Lycoris);
+            own.algo = self.algo.clone();
+            own.adapter = AdapterConfig {
+                rank,
+                alpha,
+                overrides: Vec::new(),
+                ..self.adapter.clone()
+            };
+            for (key, value) in options {
+                match key.as_str() {
+                    "dim" => own.dim = Some(size(&key, &value)?).filter(|d| *d > 0),
+                    "alpha" => own.alpha = Some(number(&key, &value)?).filter(|a| *a > 0.0),
+                    "preset" | "dropout" | "rank_dropout" | "module_dropout" => {
+                        return bad(format!("preset: {key} cannot be set for some layers only"));
+                    }
+                    _ => own.set(&key, &value)?,
+                }
+            }
+            own.adapter.family = family(&own.algo)?;
+            if let Some(dim) = own.dim {
+                // One dim for all kernels, which brings the larger ones in.
+                own.adapter.rank = dim;
+                own.adapter.conv_rank = Some(dim);
+            }
+            if let Some(alpha) = own.alpha {
+                own.adapter.alpha = alpha;
+                own.adapter.conv_alpha = alpha;
+            }
+            if let Some(dim) = own.conv_dim {
+                own.adapter.conv_rank = Some(dim).filter(|d| *d > 0);
+            }
+            own.adapter.conv_alpha = own.conv_alpha.unwrap_or(own.adapter.conv_alpha);
+            own.adapter.dropout = Default::default();
+            self.adapter.overrides.push(Override {
+                targets,
+                config: own.adapter,
+            });
+        }
+        Ok(targets)
+    }
+}
+
+/// The family behind LyCORIS' `algo`.
+fn family(algo: &str) -> Result<Family> {
+    Ok(match algo {
+        "lora" | "locon" => Family::Lora,
+        "loha" => Family::Loha,
+        "lokr" => Family::Lokr,
+        "ia3" => Family::Ia3,
+        "glora" => Family::Glora,
+        "diag-oft" | "oft" => Family::Oft,
+        "boft" => Family::Boft,
+        "full" => Family::Full,
+        other => {
+            return bad(format!(
+                "network_args: algo={other} is not supported; known are lora, locon, loha, lokr, ia3, glora, \
+                 diag-oft, boft, full"
+            ));
+        }
+    })
 }
 
 fn both(targets: Targets) -> (Option<Targets>, Option<Targets>) {
     (Some(targets.clone()), Some(targets))
-}
-
-/// LyCORIS' presets for SD1.5: targets, and whether kernels larger than 1x1 take part.
-#[allow(clippy::type_complexity)]
-fn preset(name: &str) -> Result<((Option<Targets>, Option<Targets>), bool)> {
-    let unet = |patterns: &[&str]| Targets::new(patterns).map(Some);
-    let text = || Targets::new(&["self_attn", "mlp"]).map(Some);
-    let blocks = [
-        "resnets",
-        "downsamplers",
-        "upsamplers",
-        "conv_in",
-        "conv_out",
-    ];
-    let full = [&["attentions", "time_embedding"][..], &blocks].concat();
-    Ok(match name {
-        "full" => ((unet(&full)?, text()?), true),
-        "full-lin" => (
-            (unet(&["attentions", "resnets", "time_embedding"])?, text()?),
-            false,
-        ),
-        "attn-mlp" => ((unet(&["attentions"])?, text()?), false),
-        "attn-only" => (
-            (
-                unet(&["attn1", "attn2"])?,
-                Targets::new(&["self_attn"]).map(Some)?,
-            ),
-            false,
-        ),
-        "unet-only" => ((unet(&full)?, None), true),
-        "unet-transformer-only" => ((unet(&["attentions"])?, None), false),
-        "unet-convblock-only" => ((unet(&blocks)?, None), true),
-        other => {
-            return bad(format!(
-                "network_args: preset={other} is not supported; known are full, full-lin, attn-mlp, attn-only, \
-                 unet-only, unet-transformer-only, unet-convblock-only"
-            ));
-        }
-    })
 }

@@ -178,6 +178,7 @@ impl Trainer {
         let options = SaveOptions {
             dtype: Some(self.config.save_dtype()?),
             metadata,
+            ..Default::default()
         };
         self.averaged(true)?;
         let saved = self

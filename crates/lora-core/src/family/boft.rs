@@ -13,13 +13,13 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor};
 use rand::RngCore;
 
 use super::oft::{check_outputs, check_rescale, fresh_rescale, rescaled};
-use super::{Entry, Fresh, Parts, cayley, precision, variable};
+use super::{Entry, Fresh, Parts, cayley, precision};
 use crate::Error;
-use crate::adapter::{Adapter, Family, Reading, var};
+use crate::adapter::{Adapter, Family, Reading};
 
 pub(super) const ENTRY: Entry = Entry {
     family: Family::Boft,
@@ -90,7 +90,10 @@ impl Boft {
         let (stages, num, n, _) = self.blocks.dims4()?;
         let outputs = self.outputs();
         let blocks = self.blocks.to_dtype(rows.dtype())?;
-        let rotations = cayley::rotations(&blocks, self.constraint * outputs as f64)?;
+        let rotations = cayley::rotations(
+            &blocks,
+            cayley::Bound::Positive(self.constraint * outputs as f64),
+        )?;
         let rotations = cayley::interpolated(&rotations, multiplier)?;
         let columns = rows.elem_count() / outputs;
         let mut turned = rows.reshape((outputs, columns))?;
@@ -130,10 +133,6 @@ impl Adapter for Boft {
         Family::Boft
     }
 
-    fn rank(&self) -> Option<usize> {
-        None
-    }
-
     fn alpha(&self) -> Option<f64> {
         Some(self.constraint)
     }
@@ -144,7 +143,7 @@ impl Adapter for Boft {
     }
 
     fn check(&self, layer: &str, weight: &[usize]) -> crate::Result<()> {
-        check_outputs(layer, &self.blocks, self.outputs(), weight)
+        check_outputs(layer, &self.factors(), self.outputs(), weight)
     }
 
     fn delta(&self, base: &Tensor, multiplier: f64) -> Result<Tensor> {
@@ -164,27 +163,18 @@ impl Adapter for Boft {
         self.delta(bias, multiplier).map(Some)
     }
 
-    fn vars(&self) -> Vec<(&'static str, Var)> {
+    fn factors(&self) -> Vec<(&'static str, &Tensor)> {
         let rescale = self.rescale.as_ref().map(|t| ("rescale", t));
         [("oft_blocks", &self.blocks)]
             .into_iter()
             .chain(rescale)
-            .filter_map(|(name, t)| Some((name, var(t)?)))
             .collect()
     }
 
-    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
-        let mut tensors = vec![("oft_blocks", self.blocks.clone())];
-        tensors.extend(self.rescale.clone().map(|t| ("rescale", t)));
-        let alpha = Tensor::new(self.constraint as f32, &Device::Cpu)?;
-        tensors.push(("alpha", alpha));
-        Ok(tensors)
-    }
-
-    fn trainable(&self) -> Result<Arc<dyn Adapter>> {
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Arc<dyn Adapter>> {
         Ok(Arc::new(Self {
-            blocks: variable(&self.blocks)?,
-            rescale: self.rescale.as_ref().map(variable).transpose()?,
+            blocks: f(&self.blocks)?,
+            rescale: self.rescale.as_ref().map(f).transpose()?,
             ..*self
         }))
     }

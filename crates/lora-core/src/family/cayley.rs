@@ -3,16 +3,29 @@
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
 
-/// Rotations of `blocks` `[.., n, n]`: `Q = X - X^T`, shrunk to a Frobenius norm of
-/// `limit` over all blocks together if that is positive, `R = (I + Q)(I - Q)^-1`.
-pub(super) fn rotations(blocks: &Tensor, limit: f64) -> Result<Tensor> {
+/// How the Frobenius norm of all skew blocks together is held down.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Bound {
+    /// To this number if it is above 0, else not at all: LyCORIS'.
+    Positive(f64),
+    /// To this number whatever it is: sd-scripts'.
+    Always(f64),
+}
+
+/// Rotations of `blocks` `[.., n, n]`: `Q = X - X^T`, held down by `bound`,
+/// `R = (I + Q)(I - Q)^-1`.
+pub(super) fn rotations(blocks: &Tensor, bound: Bound) -> Result<Tensor> {
     let n = blocks.dim(blocks.rank().saturating_sub(1))?;
     let flat = blocks.reshape(((), n, n))?;
     let mut skew = (&flat - flat.transpose(1, 2)?)?;
-    if limit > 0.0 {
+    let (limit, slack) = match bound {
+        Bound::Positive(limit) => (limit, 0.0),
+        Bound::Always(limit) => (limit, 1e-8),
+    };
+    if limit > 0.0 || matches!(bound, Bound::Always(_)) {
         let norm = (skew.sqr()?.sum_all()?.sqrt()? + 1e-8)?;
-        if norm.detach().to_dtype(DType::F64)?.to_scalar::<f64>()? > limit {
-            skew = skew.broadcast_mul(&(norm.recip()? * limit)?)?;
+        if norm.detach().to_dtype(DType::F64)?.to_scalar::<f64>()? > limit + slack {
+            skew = skew.broadcast_mul(&(norm.recip()? * (limit + slack))?)?;
         }
     }
     let identity = identity(n, &flat)?;
@@ -124,7 +137,7 @@ mod tests {
     fn a_quarter_turn() -> Result<()> {
         // Q = [[0, -1], [1, 0]] gives (I + Q)(I - Q)^-1 = Q itself.
         let blocks = Tensor::new(&[[[0f32, 0.], [1., 0.]]], &Device::Cpu)?;
-        let turn = rotations(&blocks, 0.0)?;
+        let turn = rotations(&blocks, Bound::Positive(0.0))?;
         assert_eq!(turn.to_vec3::<f32>()?, [[[0., -1.], [1., 0.]]]);
         Ok(())
     }

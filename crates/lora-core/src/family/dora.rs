@@ -12,12 +12,12 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor};
 use rand::RngCore;
 
-use super::{Entry, FAMILIES, Fresh, Parts, entry, precision, variable};
+use super::{Entry, FAMILIES, Fresh, Parts, beside, entry, precision};
 use crate::Error;
-use crate::adapter::{Adapter, DoraMultiplier, Family, Reading, var};
+use crate::adapter::{Adapter, DoraMultiplier, Family, Reading};
 
 pub(super) const ENTRY: Entry = Entry {
     family: Family::Dora,
@@ -176,21 +176,20 @@ impl Adapter for Dora {
         delta.to_dtype(base.dtype())
     }
 
-    fn vars(&self) -> Vec<(&'static str, Var)> {
-        let scale = var(&self.scale).map(|v| ("dora_scale", v));
-        self.inner.vars().into_iter().chain(scale).collect()
+    fn factors(&self) -> Vec<(&'static str, &Tensor)> {
+        let mut factors = self.inner.factors();
+        factors.push(("dora_scale", &self.scale));
+        factors
     }
 
-    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
-        let mut tensors = self.inner.tensors()?;
-        tensors.push(("dora_scale", self.scale.clone()));
-        Ok(tensors)
+    fn constants(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        self.inner.constants()
     }
 
-    fn trainable(&self) -> Result<Arc<dyn Adapter>> {
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Arc<dyn Adapter>> {
         Ok(Arc::new(Self {
-            inner: self.inner.trainable()?,
-            scale: variable(&self.scale)?,
+            inner: self.inner.map(f)?,
+            scale: f(&self.scale)?,
             ..*self
         }))
     }
@@ -224,7 +223,7 @@ fn read(parts: &mut Parts<'_>) -> crate::Result<Arc<dyn Adapter>> {
     let Some(inner) = inner else {
         return Err(parts.missing("lora_down.weight, hada_w1_a or lokr_w1 beside dora_scale"));
     };
-    let inner = (inner.read)(parts)?;
+    let inner = beside::with_residual((inner.read)(parts)?, parts)?;
     Ok(Arc::new(Dora::new(parts.layer, inner, scale)?))
 }
 

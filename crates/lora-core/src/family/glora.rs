@@ -5,7 +5,9 @@
 //! | linear | `[i, r]` | `[r, i]` | `[o, r]` | `[r, i]` |
 //! | convolution | `[i, r, 1, 1]` | `[r, i, 1, 1]` | `[o, r, 1, 1]` | `[r, i, kh, kw]` |
 //!
-//! plus `alpha`. In the product with `W`, the input channels are summed at every tap of a
+//! plus `alpha`. With a Tucker core `bm.weight` `[r, r, kh, kw]`, `b2.weight` is
+//! `[r, i, 1, 1]` and the second product `b1 bm b2`; LyCORIS defines it, its trainers never
+//! write it. In the product with `W`, the input channels are summed at every tap of a
 //! kernel. Older LyCORIS wrote each pair the other way round (`a1` `[r, i]`, `a2` `[i, r]`,
 //! `b1` `[r, i]`, `b2` `[o, r]`); such files are known by their shapes and written in the
 //! new order. Paper: Chavan et al. 2023. Fresh factors: `a1`, `b1` from `U(-b, b)`,
@@ -13,11 +15,11 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor};
 use rand::RngCore;
 
-use super::{Entry, Fresh, Parts, precision, variable};
-use crate::adapter::{Adapter, Family, var};
+use super::{Entry, Fresh, Parts, core_times, fold, kernel_of, precision, scaled_like};
+use crate::adapter::{Adapter, Family, misfit};
 use crate::{Error, init};
 
 pub(super) const ENTRY: Entry = Entry {
@@ -44,7 +46,9 @@ const NAMES: [&str; 4] = ["a1.weight", "a2.weight", "b1.weight", "b2.weight"];
 /// ```
 #[derive(Debug, Clone)]
 pub struct Glora {
+    /// a1, a2, b1, b2.
     factors: [Tensor; 4],
+    core: Option<Tensor>,
     rank: usize,
     alpha: f64,
 }
@@ -80,6 +84,7 @@ impl Glora {
         if sound {
             return Ok(Self {
                 factors,
+                core: None,
                 rank,
                 alpha,
             });
@@ -93,8 +98,25 @@ impl Glora {
         })
     }
 
-    fn named(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
-        NAMES.into_iter().zip(&self.factors)
+    /// The same with a Tucker core between `b1` and `b2`. `layer` is for messages.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] when the core does not fit the other factors.
+    pub fn with_core(self, layer: &str, core: Tensor) -> crate::Result<Self> {
+        let r = self.rank;
+        let pointwise = self.factors[3].elem_count() == self.factors[0].elem_count();
+        if pointwise && matches!(*core.dims(), [p, q, kh, kw] if p == r && q == r && kh * kw > 0) {
+            return Ok(Self {
+                core: Some(core),
+                ..self
+            });
+        }
+        Err(Error::ShapeMismatch {
+            layer: layer.into(),
+            tensor: "bm.weight".into(),
+            expected: format!("[{r}, {r}, kh, kw] beside a b2.weight of [{r}, inputs, 1, 1]"),
+            got: core.dims().to_vec(),
+        })
     }
 
     /// A factor as a matrix: its first axis by the rest.
@@ -118,7 +140,16 @@ impl Adapter for Glora {
 
     fn matrix_dims(&self) -> (usize, usize) {
         let [_, _, b1, b2] = &self.factors;
-        (b1.elem_count() / self.rank, b2.elem_count() / self.rank)
+        let taps = self.kernel().filter(|_| self.core.is_some());
+        let taps = taps.map_or(1, |(kh, kw)| kh * kw);
+        (
+            b1.elem_count() / self.rank,
+            b2.elem_count() / self.rank * taps,
+        )
+    }
+
+    fn kernel(&self) -> Option<(usize, usize)> {
+        kernel_of(self.core.as_ref().unwrap_or(&self.factors[3]))
     }
 
     fn check(&self, layer: &str, weight: &[usize]) -> crate::Result<()> {
@@ -130,12 +161,7 @@ impl Adapter for Glora {
         {
             return Ok(());
         }
-        Err(Error::ShapeMismatch {
-            layer: layer.into(),
-            tensor: "b1 b2".into(),
-            expected: format!("the size of the layer's weight {weight:?}"),
-            got: vec![o, i],
-        })
+        Err(misfit(layer, &self.factors(), weight, vec![o, i]))
     }
 
     fn delta(&self, base: &Tensor, multiplier: f64) -> Result<Tensor> {
@@ -156,32 +182,24 @@ impl Adapter for Glora {
             .transpose(1, 2)?
             .contiguous()?
             .reshape((o, i * taps))?;
-        let plain = self.matrix(2, dtype)?.matmul(&self.matrix(3, dtype)?)?;
-        let scale = self.alpha / self.rank as f64 * multiplier;
-        ((mixed + plain)? * scale)?
-            .reshape(base.shape())?
-            .to_dtype(base.dtype())
+        let right = match &self.core {
+            None => self.matrix(3, dtype)?,
+            Some(core) => core_times(&core.to_dtype(dtype)?, &self.matrix(3, dtype)?)?,
+        };
+        let plain = self.matrix(2, dtype)?.matmul(&right)?;
+        scaled_like(&(mixed + plain)?, base, self.scale() * multiplier)
     }
 
-    fn vars(&self) -> Vec<(&'static str, Var)> {
-        self.named()
-            .filter_map(|(name, t)| Some((name, var(t)?)))
-            .collect()
+    fn factors(&self) -> Vec<(&'static str, &Tensor)> {
+        let core = self.core.as_ref().map(|core| ("bm.weight", core));
+        NAMES.into_iter().zip(&self.factors).chain(core).collect()
     }
 
-    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
-        let alpha = Tensor::new(self.alpha as f32, &Device::Cpu)?;
-        Ok(self
-            .named()
-            .map(|(name, t)| (name, t.clone()))
-            .chain([("alpha", alpha)])
-            .collect())
-    }
-
-    fn trainable(&self) -> Result<Arc<dyn Adapter>> {
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Arc<dyn Adapter>> {
         let [a1, a2, b1, b2] = &self.factors;
         Ok(Arc::new(Self {
-            factors: [variable(a1)?, variable(a2)?, variable(b1)?, variable(b2)?],
+            factors: [f(a1)?, f(a2)?, f(b1)?, f(b2)?],
+            core: self.core.as_ref().map(f).transpose()?,
             ..*self
         }))
     }
@@ -193,9 +211,13 @@ impl Adapter for Glora {
 
 fn read(parts: &mut Parts<'_>) -> crate::Result<Arc<dyn Adapter>> {
     let [a1, a2, b1, b2] = NAMES;
-    let a = [parts.require(a1)?, parts.require(a2)?];
-    let b = [parts.require(b1)?, parts.require(b2)?];
+    let scalar = parts.take_scalar()?;
+    let a = [parts.require(a1)?, fold(parts.require(a2)?, scalar)?];
+    let b = [parts.require(b1)?, fold(parts.require(b2)?, scalar)?];
     let mut glora = Glora::new(parts.layer, a, b, 0.0)?;
+    if let Some(core) = parts.take("bm.weight") {
+        glora = glora.with_core(parts.layer, core)?;
+    }
     glora.alpha = parts.take_alpha(glora.rank)?;
     Ok(Arc::new(glora))
 }

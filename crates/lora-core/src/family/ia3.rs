@@ -7,12 +7,12 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor};
 use rand::RngCore;
 
-use super::{Entry, Fresh, Parts, precision, variable};
+use super::{Entry, Fresh, Parts, precision};
 use crate::Error;
-use crate::adapter::{Adapter, Family, Reading, var};
+use crate::adapter::{Adapter, Family, Reading, misfit};
 
 pub(super) const ENTRY: Entry = Entry {
     family: Family::Ia3,
@@ -67,14 +67,6 @@ impl Adapter for Ia3 {
         Family::Ia3
     }
 
-    fn rank(&self) -> Option<usize> {
-        None
-    }
-
-    fn alpha(&self) -> Option<f64> {
-        None
-    }
-
     fn matrix_dims(&self) -> (usize, usize) {
         // Only one of the two is known.
         match self.on_input {
@@ -85,15 +77,11 @@ impl Adapter for Ia3 {
 
     fn check(&self, layer: &str, weight: &[usize]) -> crate::Result<()> {
         let axis = usize::from(self.on_input);
-        if weight.len() >= 2 && weight.get(axis) == Some(&self.weight.elem_count()) {
+        let count = self.weight.elem_count();
+        if weight.len() >= 2 && weight.get(axis) == Some(&count) {
             return Ok(());
         }
-        Err(Error::ShapeMismatch {
-            layer: layer.into(),
-            tensor: "weight".into(),
-            expected: format!("one factor per entry of axis {axis} of {weight:?}"),
-            got: self.weight.dims().to_vec(),
-        })
+        Err(misfit(layer, &self.factors(), weight, vec![count]))
     }
 
     fn delta(&self, base: &Tensor, multiplier: f64) -> Result<Tensor> {
@@ -119,24 +107,18 @@ impl Adapter for Ia3 {
         }
     }
 
-    fn vars(&self) -> Vec<(&'static str, Var)> {
-        var(&self.weight)
-            .map(|v| ("weight", v))
-            .into_iter()
-            .collect()
+    fn factors(&self) -> Vec<(&'static str, &Tensor)> {
+        vec![("weight", &self.weight)]
     }
 
-    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
+    fn constants(&self) -> Result<Vec<(&'static str, Tensor)>> {
         let on_input = Tensor::new(i64::from(self.on_input), &Device::Cpu)?;
-        Ok(vec![
-            ("weight", self.weight.clone()),
-            ("on_input", on_input),
-        ])
+        Ok(vec![("on_input", on_input)])
     }
 
-    fn trainable(&self) -> Result<Arc<dyn Adapter>> {
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Arc<dyn Adapter>> {
         Ok(Arc::new(Self {
-            weight: variable(&self.weight)?,
+            weight: f(&self.weight)?,
             ..*self
         }))
     }
@@ -156,6 +138,7 @@ impl Adapter for Ia3 {
 fn read(parts: &mut Parts<'_>) -> crate::Result<Arc<dyn Adapter>> {
     let weight = parts.require("weight")?;
     let on_input = parts.take_number("on_input")?.unwrap_or(0.0) != 0.0;
+    parts.ignore("alpha", "(IA)^3 has no rank to scale by");
     Ok(Arc::new(Ia3::new(parts.layer, weight, on_input)?))
 }
 

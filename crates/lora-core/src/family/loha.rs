@@ -13,11 +13,12 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor};
 use rand::RngCore;
 
-use super::{Entry, Fresh, Parts, branch_with_row_dropout, variable};
-use crate::adapter::{Adapter, Family, var};
+use super::hadamard::{self, Side};
+use super::{Entry, Fresh, Parts, branch_with_row_dropout, fold, kernel_of, precision};
+use crate::adapter::{Adapter, Family};
 use crate::control::Pass;
 use crate::layer::BaseLayer;
 use crate::{Error, init};
@@ -34,54 +35,6 @@ const SIDES: [[&str; 3]; 2] = [
     ["hada_w1_a", "hada_w1_b", "hada_t1"],
     ["hada_w2_a", "hada_w2_b", "hada_t2"],
 ];
-
-/// One side of the elementwise product.
-#[derive(Debug, Clone)]
-struct Side {
-    a: Tensor,
-    b: Tensor,
-    core: Option<Tensor>,
-}
-
-impl Side {
-    /// `[o, i kh kw]`.
-    fn product(&self, dtype: DType) -> Result<Tensor> {
-        let (a, b) = (self.a.to_dtype(dtype)?, self.b.to_dtype(dtype)?);
-        match &self.core {
-            None => lora_kernels::linear(&a, &b.t()?.contiguous()?, None),
-            Some(core) => {
-                // core [p, q, k], a [p, o], b [q, i] -> [o, i k]
-                let (p, q, kh, kw) = core.dims4()?;
-                let (o, i, k) = (a.dim(1)?, b.dim(1)?, kh * kw);
-                let core = core.to_dtype(dtype)?.reshape((p, q, k))?;
-                let right = core
-                    .transpose(1, 2)?
-                    .contiguous()?
-                    .reshape((p * k, q))?
-                    .matmul(&b)?;
-                let right = right
-                    .reshape((p, k, i))?
-                    .transpose(1, 2)?
-                    .contiguous()?
-                    .reshape((p, i * k))?;
-                a.t()?.contiguous()?.matmul(&right)?.reshape((o, i * k))
-            }
-        }
-    }
-
-    fn rank(&self) -> usize {
-        self.b.dims().first().copied().unwrap_or(0)
-    }
-
-    /// Outputs, and inputs times kernel area.
-    fn dims(&self) -> (usize, usize) {
-        let (a, b) = (self.a.dims(), self.b.dims());
-        match &self.core {
-            None => (a[0], b[1]),
-            Some(core) => (a[1], b[1] * core.dims()[2] * core.dims()[3]),
-        }
-    }
-}
 
 /// Factors of one layer's LoHa.
 ///
@@ -128,7 +81,12 @@ impl Loha {
             }
             let axis = usize::from(side.core.is_none());
             if side.a.rank() != 2 || side.a.dims()[axis] != rank || side.a.elem_count() == 0 {
-                return mismatch(a, format!("a matrix with {rank} on axis {axis}"), &side.a);
+                let expected = if axis == 1 {
+                    format!("[outputs, {rank}]")
+                } else {
+                    format!("[{rank}, outputs]")
+                };
+                return mismatch(a, expected, &side.a);
             }
             if let Some(core) = &side.core
                 && !matches!(*core.dims(), [p, q, _, _] if p == rank && q == rank)
@@ -136,26 +94,18 @@ impl Loha {
                 return mismatch(t, format!("[{rank}, {rank}, kh, kw]"), core);
             }
         }
-        if sides[0].dims() != sides[1].dims() {
-            return mismatch(
-                SIDES[1][0],
-                format!("a product of size {:?}", sides[0].dims()),
-                &sides[1].a,
+        let ((o, i), (other_o, other_i)) = (sides[0].dims(), sides[1].dims());
+        if (o, i) != (other_o, other_i) {
+            let (name, got) = match o == other_o {
+                true => (SIDES[1][1], &sides[1].b),
+                false => (SIDES[1][0], &sides[1].a),
+            };
+            let expected = format!(
+                "factors of a product [{o}, {i}] as the first side's, not [{other_o}, {other_i}]"
             );
+            return mismatch(name, expected, got);
         }
         Ok(Self { sides, alpha })
-    }
-
-    fn factors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
-        self.sides.iter().zip(SIDES).flat_map(|(side, [a, b, t])| {
-            [(a, &side.a), (b, &side.b)]
-                .into_iter()
-                .chain(side.core.as_ref().map(|core| (t, core)))
-        })
-    }
-
-    fn scale(&self) -> f64 {
-        self.alpha / self.sides[0].rank() as f64
     }
 }
 
@@ -176,14 +126,12 @@ impl Adapter for Loha {
         self.sides[0].dims()
     }
 
+    fn kernel(&self) -> Option<(usize, usize)> {
+        self.sides[0].core.as_ref().and_then(kernel_of)
+    }
+
     fn delta(&self, base: &Tensor, multiplier: f64) -> Result<Tensor> {
-        let dtype = if base.dtype() == DType::F64 {
-            DType::F64
-        } else {
-            DType::F32
-        };
-        let product = (self.sides[0].product(dtype)? * self.sides[1].product(dtype)?)?;
-        (product * (self.scale() * multiplier))?
+        hadamard::product(&self.sides, precision(base), self.scale() * multiplier)?
             .reshape(base.shape())?
             .to_dtype(base.dtype())
     }
@@ -198,43 +146,29 @@ impl Adapter for Loha {
         branch_with_row_dropout(self, x, layer, multiplier, pass)
     }
 
-    fn vars(&self) -> Vec<(&'static str, Var)> {
-        self.factors()
-            .filter_map(|(name, t)| Some((name, var(t)?)))
-            .collect()
+    fn factors(&self) -> Vec<(&'static str, &Tensor)> {
+        let named = self.sides.iter().zip(SIDES).flat_map(|(side, [a, b, t])| {
+            let core = side.core.as_ref().map(|core| (t, core));
+            [(a, &side.a), (b, &side.b)].into_iter().chain(core)
+        });
+        named.collect()
     }
 
-    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
-        let alpha = Tensor::new(self.alpha as f32, &Device::Cpu)?;
-        Ok(self
-            .factors()
-            .map(|(name, t)| (name, t.clone()))
-            .chain([("alpha", alpha)])
-            .collect())
-    }
-
-    fn trainable(&self) -> Result<Arc<dyn Adapter>> {
-        let side = |s: &Side| -> Result<Side> {
-            Ok(Side {
-                a: variable(&s.a)?,
-                b: variable(&s.b)?,
-                core: s.core.as_ref().map(variable).transpose()?,
-            })
-        };
-        Ok(Arc::new(Self {
-            sides: [side(&self.sides[0])?, side(&self.sides[1])?],
-            alpha: self.alpha,
-        }))
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Arc<dyn Adapter>> {
+        let sides = [self.sides[0].map(f)?, self.sides[1].map(f)?];
+        Ok(Arc::new(Self { sides, ..*self }))
     }
 }
 
 fn read(parts: &mut Parts<'_>) -> crate::Result<Arc<dyn Adapter>> {
+    let scalar = parts.take_scalar()?;
     let mut side = |[a, b, t]: [&'static str; 3]| -> crate::Result<_> {
         Ok((parts.require(a)?, parts.require(b)?, parts.take(t)))
     };
-    let sides = [side(SIDES[0])?, side(SIDES[1])?];
-    let alpha = parts.take_alpha(sides[0].1.dims().first().copied().unwrap_or(0))?;
-    Ok(Arc::new(Loha::new(parts.layer, sides, alpha)?))
+    let (mut first, second) = (side(SIDES[0])?, side(SIDES[1])?);
+    first.0 = fold(first.0, scalar)?;
+    let alpha = parts.take_alpha(first.1.dims().first().copied().unwrap_or(0))?;
+    Ok(Arc::new(Loha::new(parts.layer, [first, second], alpha)?))
 }
 
 fn create(fresh: &Fresh<'_>, rng: &mut dyn RngCore) -> crate::Result<Arc<dyn Adapter>> {

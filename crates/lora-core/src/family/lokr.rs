@@ -11,13 +11,17 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor};
+use lora_kernels::Conv2dParams;
 use rand::RngCore;
 
-use super::{Entry, Fresh, Parts, branch_with_row_dropout, variable};
-use crate::adapter::{Adapter, Family, var};
+use super::{
+    Entry, Fresh, Parts, branch_with_row_dropout, core_times, drop_rows, fold, kernel_of,
+    precision, scaled_like,
+};
+use crate::adapter::{Adapter, Family};
 use crate::control::Pass;
-use crate::layer::BaseLayer;
+use crate::layer::{BaseLayer, LayerOp};
 use crate::{Error, init};
 
 pub(super) const ENTRY: Entry = Entry {
@@ -79,21 +83,17 @@ impl LokrFactor {
             Self::Full(w) => w.to_dtype(dtype)?.flatten_from(1),
             Self::LowRank { a, b } => a.to_dtype(dtype)?.matmul(&b.to_dtype(dtype)?),
             Self::Tucker { core, a, b } => {
-                let (p, q, kh, kw) = core.dims4()?;
-                let (n, k) = (b.dim(1)?, kh * kw);
-                let core = core
-                    .to_dtype(dtype)?
-                    .reshape((p, q, k))?
-                    .transpose(1, 2)?
-                    .contiguous()?;
-                let right = core.reshape((p * k, q))?.matmul(&b.to_dtype(dtype)?)?;
-                let right = right
-                    .reshape((p, k, n))?
-                    .transpose(1, 2)?
-                    .contiguous()?
-                    .reshape((p, n * k))?;
+                let right = core_times(&core.to_dtype(dtype)?, &b.to_dtype(dtype)?)?;
                 a.to_dtype(dtype)?.t()?.contiguous()?.matmul(&right)
             }
+        }
+    }
+
+    /// Kernel height and width, where the factor tells.
+    fn kernel(&self) -> Option<(usize, usize)> {
+        match self {
+            Self::Full(w) | Self::Tucker { core: w, .. } => kernel_of(w),
+            Self::LowRank { .. } => None,
         }
     }
 
@@ -107,7 +107,7 @@ impl LokrFactor {
         }
     }
 
-    fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
         Ok(match self {
             Self::Full(w) => Self::Full(f(w)?),
             Self::LowRank { a, b } => Self::LowRank { a: f(a)?, b: f(b)? },
@@ -179,12 +179,51 @@ impl Lokr {
         Ok(Self { w1, w2, alpha })
     }
 
-    fn factors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
-        self.w1.tensors(1).into_iter().chain(self.w2.tensors(2))
+    /// The change of a linear layer's output: `x` as rows of `c d`, the second factor on
+    /// the last axis, the first on the other. The delta is never built.
+    fn linear(&self, x: &Tensor, multiplier: f64) -> Result<Tensor> {
+        let ((a, c), (b, d)) = (self.w1.dims(), self.w2.dims());
+        let dtype = x.dtype();
+        let mut shape = x.dims().to_vec();
+        let rows = x.elem_count() / (c * d).max(1);
+        let w1 = (self.w1.matrix(dtype)? * (self.scale() * multiplier))?;
+        let z = lora_kernels::linear(
+            &x.contiguous()?.reshape((rows * c, d))?,
+            &self.w2.matrix(dtype)?,
+            None,
+        )?;
+        let z = z.reshape((rows, c, b))?.transpose(1, 2)?.contiguous()?;
+        let y = lora_kernels::linear(&z.reshape((rows * b, c))?, &w1, None)?;
+        let y = y.reshape((rows, b, a))?.transpose(1, 2)?.contiguous()?;
+        if let Some(last) = shape.last_mut() {
+            *last = a * b;
+        }
+        y.reshape(shape)
     }
 
-    fn scale(&self) -> f64 {
-        self.rank().map_or(1.0, |rank| self.alpha / rank as f64)
+    /// The same for a convolution: the second factor convolves every group of `d`
+    /// channels, the first mixes the groups.
+    fn conv(
+        &self,
+        x: &Tensor,
+        params: Conv2dParams,
+        kernel: (usize, usize),
+        multiplier: f64,
+    ) -> Result<Tensor> {
+        let (n, _, h, w) = x.dims4()?;
+        let ((a, c), (b, dk)) = (self.w1.dims(), self.w2.dims());
+        let (kh, kw) = kernel;
+        let d = dk / (kh * kw).max(1);
+        let dtype = x.dtype();
+        let w1 = (self.w1.matrix(dtype)? * (self.scale() * multiplier))?;
+        let w2 = self.w2.matrix(dtype)?.reshape((b, d, kh, kw))?;
+        let x = x.contiguous()?.reshape((n * c, d, h, w))?;
+        let z = lora_kernels::conv2d(&x, &w2, None, params)?;
+        let (_, _, h, w) = z.dims4()?;
+        let z = z.reshape((n, c, b * h, w))?;
+        let w1 = w1.reshape((a, c, 1, 1))?;
+        let y = lora_kernels::conv2d(&z, &w1, None, Conv2dParams::default())?;
+        y.reshape((n, a * b, h, w))
     }
 }
 
@@ -206,19 +245,17 @@ impl Adapter for Lokr {
         (a * b, c * dk)
     }
 
+    fn kernel(&self) -> Option<(usize, usize)> {
+        self.w2.kernel()
+    }
+
     fn delta(&self, base: &Tensor, multiplier: f64) -> Result<Tensor> {
-        let dtype = if base.dtype() == DType::F64 {
-            DType::F64
-        } else {
-            DType::F32
-        };
+        let dtype = precision(base);
         let ((a, c), (b, dk)) = (self.w1.dims(), self.w2.dims());
         // Scaled on the small side, before the product is spread out.
         let w1 = (self.w1.matrix(dtype)? * (self.scale() * multiplier))?.reshape((a, 1, c, 1))?;
         let w2 = self.w2.matrix(dtype)?.reshape((1, b, 1, dk))?;
-        w1.broadcast_mul(&w2)?
-            .reshape(base.shape())?
-            .to_dtype(base.dtype())
+        scaled_like(&w1.broadcast_mul(&w2)?, base, 1.0)
     }
 
     fn branch(
@@ -228,29 +265,28 @@ impl Adapter for Lokr {
         multiplier: f64,
         pass: Option<&Pass<'_>>,
     ) -> Result<Tensor> {
-        branch_with_row_dropout(self, x, layer, multiplier, pass)
+        match layer.op {
+            LayerOp::Linear => drop_rows(self.linear(x, multiplier)?, &layer.op, pass),
+            LayerOp::Conv2d(params) if params.groups == 1 => {
+                let (_, _, kh, kw) = layer.weight.dims4()?;
+                let y = self.conv(x, params, (kh, kw), multiplier)?;
+                drop_rows(y, &layer.op, pass)
+            }
+            _ => branch_with_row_dropout(self, x, layer, multiplier, pass),
+        }
     }
 
-    fn vars(&self) -> Vec<(&'static str, Var)> {
-        self.factors()
-            .filter_map(|(name, t)| Some((name, var(t)?)))
-            .collect()
+    fn factors(&self) -> Vec<(&'static str, &Tensor)> {
+        let mut factors = self.w1.tensors(1);
+        factors.extend(self.w2.tensors(2));
+        factors
     }
 
-    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
-        let alpha = Tensor::new(self.alpha as f32, &Device::Cpu)?;
-        Ok(self
-            .factors()
-            .map(|(name, t)| (name, t.clone()))
-            .chain([("alpha", alpha)])
-            .collect())
-    }
-
-    fn trainable(&self) -> Result<Arc<dyn Adapter>> {
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Arc<dyn Adapter>> {
         Ok(Arc::new(Self {
-            w1: self.w1.map(variable)?,
-            w2: self.w2.map(variable)?,
-            alpha: self.alpha,
+            w1: self.w1.map(f)?,
+            w2: self.w2.map(f)?,
+            ..*self
         }))
     }
 }
@@ -273,9 +309,27 @@ fn read(parts: &mut Parts<'_>) -> crate::Result<Arc<dyn Adapter>> {
         })
     };
     let (w1, w2) = (factor(1)?, factor(2)?);
-    let rank = w1.rank().or(w2.rank()).unwrap_or(1);
-    let alpha = parts.take_alpha(rank)?;
-    Ok(Arc::new(Lokr::new(parts.layer, w1, w2, alpha)?))
+    let mut lokr = Lokr::new(parts.layer, w1, w2, 1.0)?;
+    lokr.w1 = match lokr.w1 {
+        LokrFactor::Full(w) => LokrFactor::Full(fold(w, parts.take_scalar()?)?),
+        LokrFactor::LowRank { a, b } => LokrFactor::LowRank {
+            a: fold(a, parts.take_scalar()?)?,
+            b,
+        },
+        tucker => tucker,
+    };
+    match lokr.rank() {
+        Some(rank) => lokr.alpha = parts.take_alpha(rank)?,
+        None => {
+            // Two full matrices have no scale but one that is written out.
+            lokr.alpha = parts.take_number("alpha")?.unwrap_or(1.0);
+            let scale = parts.take_number("scale")?;
+            if let LokrFactor::Full(w) = lokr.w1 {
+                lokr.w1 = LokrFactor::Full(fold(w, scale)?);
+            }
+        }
+    }
+    Ok(Arc::new(lokr))
 }
 
 /// LyCORIS' split of a dimension in two, the smaller first: `factor` itself if it

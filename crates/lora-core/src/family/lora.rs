@@ -16,12 +16,12 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor};
 use lora_kernels::Conv2dParams;
 use rand::RngCore;
 
-use super::{Entry, Fresh, Parts, variable};
-use crate::adapter::{Adapter, Family, var};
+use super::{Entry, Fresh, Parts, core_times, fold, precision, scaled_like};
+use crate::adapter::{Adapter, Family, multiply};
 use crate::control::{DropoutKind, Pass};
 use crate::layer::{BaseLayer, LayerOp};
 use crate::{Error, init};
@@ -132,17 +132,57 @@ impl Lora {
         &self.up
     }
 
-    /// `alpha / rank`.
-    pub fn scale(&self) -> f64 {
-        self.alpha / self.rank as f64
+    /// The first `rank` ranks at the scale of the whole, `alpha / rank` unchanged: what the
+    /// web UI's `dyn=` makes of a file.
+    ///
+    /// # Errors
+    /// [`Error::BadValue`] when `rank` is 0 or above the adapter's, or there is a Tucker
+    /// core.
+    pub fn truncated(&self, rank: usize) -> crate::Result<Self> {
+        if rank == 0 || rank > self.rank || self.mid.is_some() {
+            return Err(Error::BadValue {
+                layer: "a cut of the ranks".into(),
+                name: "rank",
+                value: rank.to_string(),
+                expected: "expected 1 to the adapter's rank, without a Tucker core",
+            });
+        }
+        Ok(Self {
+            down: self.down.narrow(0, 0, rank)?,
+            mid: None,
+            up: self.up.narrow(1, 0, rank)?,
+            rank,
+            alpha: self.scale() * rank as f64,
+        })
     }
 
-    fn factors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
-        let mid = self.mid.as_ref().map(|mid| ("lora_mid.weight", mid));
-        [("lora_down.weight", &self.down)]
-            .into_iter()
-            .chain(mid)
-            .chain([("lora_up.weight", &self.up)])
+    /// One step of LyCORIS' DyLoRA on a LoRA whose ranks are nested blocks: the blocks up
+    /// to number `block` at the scale `alpha / (block + 1)`, `alpha` being the configured
+    /// one, the gradient going to the last of them alone. Here `alpha` is the file's.
+    ///
+    /// # Errors
+    /// [`Error::BadValue`] when the ranks are no such blocks.
+    pub fn nested(&self, block_size: usize, block: usize) -> crate::Result<Self> {
+        let (start, end) = (block_size * block, block_size * (block + 1));
+        let mut cut = self.truncated(end)?;
+        if block_size == 0 || !self.rank.is_multiple_of(block_size) {
+            return Err(Error::BadValue {
+                layer: "DyLoRA".into(),
+                name: "block_size",
+                value: block_size.to_string(),
+                expected: "expected a divisor of the rank",
+            });
+        }
+        if start > 0 {
+            let last = |t: &Tensor, axis: usize| {
+                let before = t.narrow(axis, 0, start)?.detach();
+                Tensor::cat(&[before, t.narrow(axis, start, block_size)?], axis)
+            };
+            cut.down = last(&cut.down, 0)?;
+            cut.up = last(&cut.up, 1)?;
+        }
+        cut.alpha = self.alpha / (block + 1) as f64 * end as f64;
+        Ok(cut)
     }
 
     /// `[o, r]`.
@@ -153,22 +193,10 @@ impl Lora {
     /// `[r, i * kh * kw]`, the Tucker core applied.
     fn down_matrix(&self, dtype: DType) -> Result<Tensor> {
         let down = self.down.reshape((self.rank, ()))?.to_dtype(dtype)?;
-        let Some(mid) = &self.mid else {
-            return Ok(down);
-        };
-        // mid [p, q, k] and down [q, i] -> [p, i, k]
-        let (p, q, kh, kw) = mid.dims4()?;
-        let mid = mid
-            .to_dtype(dtype)?
-            .reshape((p, q, kh * kw))?
-            .transpose(1, 2)?
-            .contiguous()?;
-        let product = mid.reshape((p * kh * kw, q))?.matmul(&down)?;
-        product
-            .reshape((p, kh * kw, ()))?
-            .transpose(1, 2)?
-            .contiguous()?
-            .reshape((p, ()))
+        match &self.mid {
+            None => Ok(down),
+            Some(mid) => core_times(&mid.to_dtype(dtype)?, &down),
+        }
     }
 
     /// The branch of a convolution up to the rank-sized middle.
@@ -219,67 +247,20 @@ impl Adapter for Lora {
         )
     }
 
-    fn check(&self, layer: &str, weight: &[usize]) -> crate::Result<()> {
-        let mismatch = |tensor: &str, expected: String, got: &Tensor| {
-            Err(Error::ShapeMismatch {
-                layer: layer.to_string(),
-                tensor: tensor.to_string(),
-                expected,
-                got: got.dims().to_vec(),
-            })
-        };
-        let (Some(&o), true) = (weight.first(), weight.len() == 2 || weight.len() == 4) else {
-            return mismatch(
-                "lora_up.weight",
-                format!("a layer weight that is a matrix, not {weight:?}"),
-                &self.up,
-            );
-        };
-        let inputs: usize = weight[1..].iter().product();
-        let kernel: usize = weight[2.min(weight.len())..].iter().product();
-        if self.up.elem_count() != o * self.rank {
-            return mismatch(
-                "lora_up.weight",
-                format!("{o} outputs for weight {weight:?}"),
-                &self.up,
-            );
+    fn kernel(&self) -> Option<(usize, usize)> {
+        match (&self.mid, self.down.dims()) {
+            (Some(mid), _) => mid.dims().get(2).copied().zip(mid.dims().get(3).copied()),
+            (None, [_, _, kh, kw]) => Some((*kh, *kw)),
+            // A matrix says nothing about the kernel: its columns are counted.
+            (None, _) => None,
         }
-        let core: usize = self
-            .mid
-            .as_ref()
-            .map_or(1, |m| m.dims()[2..].iter().product());
-        let wanted = if self.mid.is_some() {
-            inputs / kernel.max(1)
-        } else {
-            inputs
-        };
-        if self.down.elem_count() != wanted * self.rank || (self.mid.is_some() && core != kernel) {
-            return mismatch(
-                "lora_down.weight",
-                format!("{inputs} inputs for weight {weight:?}"),
-                &self.down,
-            );
-        }
-        if let (None, [_, _, kh, kw], [_, _, wh, ww]) = (&self.mid, self.down.dims(), weight)
-            && (kh, kw) != (wh, ww)
-            && !(*kh == 1 && *kw == 1 && kernel == 1)
-        {
-            return mismatch("lora_down.weight", format!("kernel {wh}x{ww}"), &self.down);
-        }
-        Ok(())
     }
 
     fn delta(&self, base: &Tensor, multiplier: f64) -> Result<Tensor> {
         // f32 or better: the product is rounded once, when it is added to the base.
-        let dtype = if base.dtype() == DType::F64 {
-            DType::F64
-        } else {
-            DType::F32
-        };
-        let delta = self.up_matrix(dtype)?.matmul(&self.down_matrix(dtype)?)?;
-        (delta * (self.scale() * multiplier))?
-            .reshape(base.shape())?
-            .to_dtype(base.dtype())
+        let dtype = precision(base);
+        let product = self.up_matrix(dtype)?.matmul(&self.down_matrix(dtype)?)?;
+        scaled_like(&product, base, self.scale() * multiplier)
     }
 
     fn branch(
@@ -322,26 +303,20 @@ impl Adapter for Lora {
         }
     }
 
-    fn vars(&self) -> Vec<(&'static str, Var)> {
-        self.factors()
-            .filter_map(|(name, t)| Some((name, var(t)?)))
+    fn factors(&self) -> Vec<(&'static str, &Tensor)> {
+        let mid = self.mid.as_ref().map(|mid| ("lora_mid.weight", mid));
+        [("lora_down.weight", &self.down)]
+            .into_iter()
+            .chain(mid)
+            .chain([("lora_up.weight", &self.up)])
             .collect()
     }
 
-    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
-        let alpha = Tensor::new(self.alpha as f32, &Device::Cpu)?;
-        Ok(self
-            .factors()
-            .map(|(name, t)| (name, t.clone()))
-            .chain([("alpha", alpha)])
-            .collect())
-    }
-
-    fn trainable(&self) -> Result<Arc<dyn Adapter>> {
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Arc<dyn Adapter>> {
         Ok(Arc::new(Self {
-            down: variable(&self.down)?,
-            mid: self.mid.as_ref().map(variable).transpose()?,
-            up: variable(&self.up)?,
+            down: f(&self.down)?,
+            mid: self.mid.as_ref().map(&mut *f).transpose()?,
+            up: f(&self.up)?,
             ..*self
         }))
     }
@@ -349,11 +324,9 @@ impl Adapter for Lora {
     fn rescale(&self, ratio: f64) -> Result<f64> {
         // sd-scripts splits the ratio over up and down; a Tucker core stays.
         let factor = ratio.sqrt();
-        for (name, var) in self.vars() {
-            if name != "lora_mid.weight" {
-                var.set(&(var.as_detached_tensor() * factor)?)?;
-            }
-        }
+        let mut vars = self.vars();
+        vars.retain(|(name, _)| *name != "lora_mid.weight");
+        multiply(vars, factor)?;
         Ok(factor)
     }
 }
@@ -390,11 +363,20 @@ fn drop_out(middle: Tensor, rank_axis: usize, pass: Option<&Pass<'_>>) -> Result
 
 fn read(parts: &mut Parts<'_>) -> crate::Result<Arc<dyn Adapter>> {
     let down = parts.require("lora_down.weight")?;
-    let up = parts.require("lora_up.weight")?;
+    let scalar = parts.take_scalar()?;
+    let up = fold(parts.require("lora_up.weight")?, scalar)?;
     let mid = parts.take("lora_mid.weight");
-    let rank = down.dims().first().copied().unwrap_or(0);
-    let alpha = parts.take_alpha(rank)?;
-    Ok(Arc::new(Lora::new(parts.layer, down, mid, up, alpha)?))
+    let mut lora = Lora::new(parts.layer, down, mid, up, 1.0)?;
+    lora.alpha = parts.take_alpha(lora.rank)?;
+    if let Some(block) = parts.dylora_block {
+        parts.note(
+            "alpha",
+            false,
+            format!("multiplied by DyLoRA's block size {block}, as all blocks were trained with"),
+        );
+        lora.alpha *= block as f64;
+    }
+    Ok(Arc::new(lora))
 }
 
 fn create(fresh: &Fresh<'_>, rng: &mut dyn RngCore) -> crate::Result<Arc<dyn Adapter>> {

@@ -1,28 +1,29 @@
 //! The families: one file each, and the table that makes them known.
 
-mod biased;
+mod beside;
 mod boft;
 mod cayley;
 mod dora;
 mod full;
 mod glora;
+mod hadamard;
 mod ia3;
 mod loha;
 mod lokr;
 mod lora;
 mod norm;
 mod oft;
+mod parts;
+mod tlora;
 
-use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Tensor};
 use rand::RngCore;
 
 use crate::adapter::Adapter;
 use crate::control::{DropoutKind, Pass};
-use crate::layer::BaseLayer;
+use crate::layer::{BaseLayer, LayerOp};
 use crate::{AdapterConfig, Error, Family, Result};
 
 pub use boft::Boft;
@@ -35,6 +36,8 @@ pub use lokr::{Lokr, LokrFactor, factorization};
 pub use lora::Lora;
 pub use norm::Norm;
 pub use oft::Oft;
+pub(crate) use parts::{Outcome, Parts};
+pub use tlora::Tlora;
 
 /// What the rest of the crate needs to know of a family.
 pub(crate) struct Entry {
@@ -57,9 +60,11 @@ pub(crate) const FAMILIES: &[Entry] = &[
     ia3::ENTRY,
     glora::ENTRY,
     oft::ENTRY,
+    oft::KOHYA,
     boft::ENTRY,
-    full::ENTRY,
+    tlora::ENTRY,
     norm::ENTRY,
+    full::ENTRY,
 ];
 
 /// The table's row of a family.
@@ -97,11 +102,6 @@ impl Fresh<'_> {
     }
 }
 
-/// A copy of a factor that records gradients, f32.
-pub(crate) fn variable(factor: &Tensor) -> candle_core::Result<Tensor> {
-    Ok(Var::from_tensor(&factor.detach().to_dtype(DType::F32)?)?.into_inner())
-}
-
 /// The dtype in which deltas for `base` are computed: f32 or better.
 pub(crate) fn precision(base: &Tensor) -> DType {
     match base.dtype() {
@@ -121,8 +121,36 @@ pub(crate) fn scaled_like(
         .to_dtype(base.dtype())
 }
 
-/// The branch of families that build their delta: LyCORIS drops whole output rows of
-/// it (rank dropout), without scaling the rest.
+/// Height and width of a factor that is a kernel.
+pub(crate) fn kernel_of(factor: &Tensor) -> Option<(usize, usize)> {
+    match factor.dims() {
+        [_, _, kh, kw] => Some((*kh, *kw)),
+        _ => None,
+    }
+}
+
+/// A factor times a number that a file keeps apart.
+pub(crate) fn fold(factor: Tensor, number: Option<f64>) -> candle_core::Result<Tensor> {
+    match number {
+        Some(number) => factor.affine(number, 0.0),
+        None => Ok(factor),
+    }
+}
+
+/// A Tucker core `[p, q, kh, kw]` applied to `b` `[q, i]`: `[p, i kh kw]`.
+pub(crate) fn core_times(core: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
+    let (p, q, kh, kw) = core.dims4()?;
+    let (i, k) = (b.dim(1)?, kh * kw);
+    let core = core.reshape((p, q, k))?.transpose(1, 2)?.contiguous()?;
+    core.reshape((p * k, q))?
+        .matmul(b)?
+        .reshape((p, k, i))?
+        .transpose(1, 2)?
+        .contiguous()?
+        .reshape((p, i * k))
+}
+
+/// The branch of families that build their delta, with [`drop_rows`].
 pub(crate) fn branch_with_row_dropout(
     adapter: &dyn Adapter,
     x: &Tensor,
@@ -130,127 +158,32 @@ pub(crate) fn branch_with_row_dropout(
     multiplier: f64,
     pass: Option<&Pass<'_>>,
 ) -> candle_core::Result<Tensor> {
-    let mut delta = adapter.delta(&layer.weight, multiplier)?;
-    if let Some(pass) = pass.filter(|p| p.dropout.rank > 0.0) {
-        let rows = delta.dim(0)?;
-        let draws = pass.draws.uniform(DropoutKind::Rank, rows);
-        let keep: Vec<f32> = draws
-            .into_iter()
-            .map(|u| f32::from(f64::from(u) > pass.dropout.rank))
-            .collect();
-        let mut dims = vec![1; delta.rank()];
-        dims[0] = rows;
-        delta = delta.broadcast_mul(
-            &Tensor::from_vec(keep, dims, delta.device())?.to_dtype(delta.dtype())?,
-        )?;
-    }
-    layer.op.apply(x, &delta, None)
+    let delta = adapter.delta(&layer.weight, multiplier)?;
+    drop_rows(layer.op.apply(x, &delta, None)?, &layer.op, pass)
 }
 
-/// The tensors of one layer in a file, by suffix. What a family takes is consumed;
-/// what is left over is reported.
-pub(crate) struct Parts<'a> {
-    pub(crate) path: &'a Path,
-    pub(crate) layer: &'a str,
-    pub(crate) tensors: BTreeMap<String, Tensor>,
-}
-
-impl Parts<'_> {
-    pub(crate) fn has(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
-    }
-
-    pub(crate) fn take(&mut self, name: &str) -> Option<Tensor> {
-        self.tensors.remove(name)
-    }
-
-    /// How many axes a tensor has.
-    pub(crate) fn axes(&self, name: &str) -> Option<usize> {
-        self.tensors.get(name).map(Tensor::rank)
-    }
-
-    pub(crate) fn require(&mut self, name: &'static str) -> Result<Tensor> {
-        self.take(name).ok_or_else(|| self.missing(name))
-    }
-
-    pub(crate) fn missing(&self, missing: &'static str) -> Error {
-        Error::MissingPart {
-            path: self.path.to_path_buf(),
-            layer: self.layer.to_string(),
-            missing,
-        }
-    }
-
-    /// `alpha`, a single number; absent means scale 1, that is `rank`.
-    pub(crate) fn take_alpha(&mut self, rank: usize) -> Result<f64> {
-        Ok(self.take_number("alpha")?.unwrap_or(rank as f64))
-    }
-
-    /// `alpha` where it is a constraint; absent or 0 means none.
-    pub(crate) fn take_constraint(&mut self) -> Result<f64> {
-        let constraint = self.take_number("alpha")?.unwrap_or(0.0);
-        if constraint < 0.0 {
-            return Err(self.bad_value("alpha", constraint, "expected a constraint of 0 or more"));
-        }
-        Ok(constraint)
-    }
-
-    /// A finite number stored as a tensor of one element.
-    pub(crate) fn take_number(&mut self, name: &'static str) -> Result<Option<f64>> {
-        let Some(tensor) = self.take(name) else {
-            return Ok(None);
-        };
-        if tensor.elem_count() != 1 {
-            return Err(Error::ShapeMismatch {
-                layer: self.layer.to_string(),
-                tensor: name.into(),
-                expected: "a single number".into(),
-                got: tensor.dims().to_vec(),
-            });
-        }
-        let number = tensor
-            .flatten_all()?
-            .to_dtype(DType::F64)?
-            .get(0)?
-            .to_scalar::<f64>()?;
-        if !number.is_finite() {
-            return Err(self.bad_value(name, number, "expected a finite number"));
-        }
-        Ok(Some(number))
-    }
-
-    pub(crate) fn bad_value(
-        &self,
-        name: &'static str,
-        value: f64,
-        expected: &'static str,
-    ) -> Error {
-        Error::BadValue {
-            layer: self.layer.to_string(),
-            name,
-            value: value.to_string(),
-            expected,
-        }
-    }
-
-    /// Builds the adapter and insists that every part was understood.
-    pub(crate) fn read(mut self) -> Result<Arc<dyn Adapter>> {
-        let Some(entry) = FAMILIES.iter().find(|e| (e.detect)(&self)) else {
-            return Err(self.unknown());
-        };
-        let adapter = biased::with_bias((entry.read)(&mut self)?, &mut self)?;
-        if self.tensors.is_empty() {
-            Ok(adapter)
-        } else {
-            Err(self.unknown())
-        }
-    }
-
-    fn unknown(self) -> Error {
-        Error::UnknownKeys {
-            path: self.path.to_path_buf(),
-            layer: self.layer.to_string(),
-            keys: self.tensors.into_keys().collect(),
-        }
-    }
+/// Rank dropout as LyCORIS applies it: whole rows of the delta, which are channels of the
+/// branch's output, are dropped without scaling the rest.
+pub(crate) fn drop_rows(
+    y: Tensor,
+    op: &LayerOp,
+    pass: Option<&Pass<'_>>,
+) -> candle_core::Result<Tensor> {
+    let Some(pass) = pass.filter(|p| p.dropout.rank > 0.0) else {
+        return Ok(y);
+    };
+    let axis = match op {
+        LayerOp::Conv2d(_) => 1,
+        _ => y.rank().saturating_sub(1),
+    };
+    let rows = y.dim(axis)?;
+    let draws = pass.draws.uniform(DropoutKind::Rank, rows);
+    let keep: Vec<f32> = draws
+        .into_iter()
+        .map(|u| f32::from(f64::from(u) > pass.dropout.rank))
+        .collect();
+    let dims: Vec<usize> = (0..y.rank())
+        .map(|a| if a == axis { rows } else { 1 })
+        .collect();
+    y.broadcast_mul(&Tensor::from_vec(keep, dims, y.device())?.to_dtype(y.dtype())?)
 }

@@ -6,12 +6,12 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor};
 use rand::RngCore;
 
-use super::{Entry, Fresh, Parts, scaled_like, variable};
+use super::{Entry, Fresh, Parts, scaled_like};
 use crate::Error;
-use crate::adapter::{Adapter, Family, var};
+use crate::adapter::{Adapter, Family, multiply};
 
 pub(super) const ENTRY: Entry = Entry {
     family: Family::Norm,
@@ -62,11 +62,6 @@ impl Norm {
             _ => Ok(Self { weight, bias }),
         }
     }
-
-    fn factors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
-        let bias = self.bias.as_ref().map(|bias| ("b_norm", bias));
-        [("w_norm", &self.weight)].into_iter().chain(bias)
-    }
 }
 
 impl Adapter for Norm {
@@ -74,28 +69,8 @@ impl Adapter for Norm {
         Family::Norm
     }
 
-    fn rank(&self) -> Option<usize> {
-        None
-    }
-
-    fn alpha(&self) -> Option<f64> {
-        None
-    }
-
     fn matrix_dims(&self) -> (usize, usize) {
         (self.weight.elem_count(), 1)
-    }
-
-    fn check(&self, layer: &str, weight: &[usize]) -> crate::Result<()> {
-        if weight == self.weight.dims() {
-            return Ok(());
-        }
-        Err(Error::ShapeMismatch {
-            layer: layer.into(),
-            tensor: "w_norm".into(),
-            expected: format!("the shape of the layer's weight {weight:?}"),
-            got: self.weight.dims().to_vec(),
-        })
     }
 
     fn delta(&self, base: &Tensor, multiplier: f64) -> Result<Tensor> {
@@ -109,27 +84,20 @@ impl Adapter for Norm {
             .transpose()
     }
 
-    fn vars(&self) -> Vec<(&'static str, Var)> {
-        self.factors()
-            .filter_map(|(name, t)| Some((name, var(t)?)))
-            .collect()
+    fn factors(&self) -> Vec<(&'static str, &Tensor)> {
+        let bias = self.bias.as_ref().map(|bias| ("b_norm", bias));
+        [("w_norm", &self.weight)].into_iter().chain(bias).collect()
     }
 
-    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
-        Ok(self.factors().map(|(name, t)| (name, t.clone())).collect())
-    }
-
-    fn trainable(&self) -> Result<Arc<dyn Adapter>> {
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Arc<dyn Adapter>> {
         Ok(Arc::new(Self {
-            weight: variable(&self.weight)?,
-            bias: self.bias.as_ref().map(variable).transpose()?,
+            weight: f(&self.weight)?,
+            bias: self.bias.as_ref().map(f).transpose()?,
         }))
     }
 
     fn rescale(&self, ratio: f64) -> Result<f64> {
-        for (_, var) in self.vars() {
-            var.set(&(var.as_detached_tensor() * ratio)?)?;
-        }
+        multiply(self.vars(), ratio)?;
         Ok(ratio)
     }
 }

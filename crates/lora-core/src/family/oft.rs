@@ -1,4 +1,4 @@
-//! Diag-OFT: blocks of output rows are rotated.
+//! Diag-OFT: blocks of output rows are rotated; and sd-scripts' own OFT, its near twin.
 //!
 //! `oft_blocks` `[num, n, n]` with `num n` outputs, zero at first; `R` of each block is the
 //! Cayley transform of `X - X^T`, and the rows of block k become `R_k^T` times themselves.
@@ -11,22 +11,48 @@
 //! LyCORIS. The layer's bias stays; LyCORIS' bypass form rotates it too, see
 //! [`Reading::through_bias`]. Paper: Qiu et al. 2023. Block sizes are
 //! [`factorization`](crate::factorization) of the outputs with the rank as bound.
+//!
+//! sd-scripts' `networks.oft` writes the same keys behind `oft_unet_` instead of
+//! `lora_unet_`. There the rank is the number of blocks, and the skew blocks are always
+//! multiplied by `(min(n, c) + 1e-8) / (n + 1e-8)`, `n` being their norm and `c = alpha *
+//! outputs`: an `alpha` of 0 holds them near zero instead of setting them free.
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor};
 use rand::RngCore;
 
-use super::{Entry, Fresh, Parts, cayley, factorization, precision, variable};
+use super::{Entry, Fresh, Parts, cayley, factorization, precision};
 use crate::Error;
-use crate::adapter::{Adapter, Family, Reading, var};
+use crate::adapter::{Adapter, Family, Reading, misfit};
 
 pub(super) const ENTRY: Entry = Entry {
     family: Family::Oft,
-    detect: |parts| parts.axes("oft_blocks") == Some(3) || parts.has("oft_diag"),
+    detect: |parts| {
+        !parts.kohya_oft && (parts.axes("oft_blocks") == Some(3) || parts.has("oft_diag"))
+    },
     read,
     create,
 };
+
+/// The table's row of sd-scripts' OFT.
+pub(super) const KOHYA: Entry = Entry {
+    family: Family::KohyaOft,
+    detect: |parts| parts.kohya_oft && parts.axes("oft_blocks") == Some(3),
+    read,
+    create,
+};
+
+/// What the blocks of a file are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Blocks {
+    /// Skew parts, as LyCORIS bounds them.
+    Skew,
+    /// Skew parts, as sd-scripts bounds them.
+    Kohya,
+    /// Rotations already (`oft_diag`).
+    Rotations,
+}
 
 /// Block rotations of one layer.
 ///
@@ -43,8 +69,7 @@ pub(super) const ENTRY: Entry = Entry {
 #[derive(Debug, Clone)]
 pub struct Oft {
     blocks: Tensor,
-    /// Whether `blocks` holds rotations already (`oft_diag`).
-    rotations: bool,
+    kind: Blocks,
     rescale: Option<Tensor>,
     constraint: f64,
     reading: Reading,
@@ -76,11 +101,19 @@ impl Oft {
         check_rescale(layer, rescale.as_ref(), outputs)?;
         Ok(Self {
             blocks,
-            rotations: false,
+            kind: Blocks::Skew,
             rescale,
             constraint,
             reading: Reading::default(),
         })
+    }
+
+    /// The same as sd-scripts' `networks.oft` means it.
+    pub fn kohya(self) -> Self {
+        Self {
+            kind: Blocks::Kohya,
+            ..self
+        }
     }
 
     fn outputs(&self) -> usize {
@@ -91,10 +124,11 @@ impl Oft {
     fn turn(&self, rows: &Tensor, multiplier: f64) -> Result<Tensor> {
         let (num, n, _) = self.blocks.dims3()?;
         let blocks = self.blocks.to_dtype(rows.dtype())?;
-        let rotation = if self.rotations {
-            blocks
-        } else {
-            cayley::rotations(&blocks, self.constraint * self.outputs() as f64)?
+        let limit = self.constraint * self.outputs() as f64;
+        let rotation = match self.kind {
+            Blocks::Rotations => blocks,
+            Blocks::Skew => cayley::rotations(&blocks, cayley::Bound::Positive(limit))?,
+            Blocks::Kohya => cayley::rotations(&blocks, cayley::Bound::Always(limit))?,
         };
         let rotation = cayley::interpolated(&rotation, multiplier)?
             .transpose(1, 2)?
@@ -147,15 +181,14 @@ pub(super) fn fresh_rescale(fresh: &Fresh<'_>, outputs: usize) -> Result<Option<
 
 impl Adapter for Oft {
     fn family(&self) -> Family {
-        Family::Oft
-    }
-
-    fn rank(&self) -> Option<usize> {
-        None
+        match self.kind {
+            Blocks::Kohya => Family::KohyaOft,
+            _ => Family::Oft,
+        }
     }
 
     fn alpha(&self) -> Option<f64> {
-        (!self.rotations).then_some(self.constraint)
+        (self.kind != Blocks::Rotations).then_some(self.constraint)
     }
 
     fn matrix_dims(&self) -> (usize, usize) {
@@ -164,7 +197,7 @@ impl Adapter for Oft {
     }
 
     fn check(&self, layer: &str, weight: &[usize]) -> crate::Result<()> {
-        check_outputs(layer, &self.blocks, self.outputs(), weight)
+        check_outputs(layer, &self.factors(), self.outputs(), weight)
     }
 
     fn delta(&self, base: &Tensor, multiplier: f64) -> Result<Tensor> {
@@ -179,33 +212,19 @@ impl Adapter for Oft {
         self.delta(bias, multiplier).map(Some)
     }
 
-    fn vars(&self) -> Vec<(&'static str, Var)> {
-        let tensors = self.tensors().unwrap_or_default();
-        tensors
-            .iter()
-            .filter_map(|(name, t)| Some((*name, var(t)?)))
-            .collect()
-    }
-
-    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
-        let name = if self.rotations {
-            "oft_diag"
-        } else {
-            "oft_blocks"
+    fn factors(&self) -> Vec<(&'static str, &Tensor)> {
+        let name = match self.kind {
+            Blocks::Rotations => "oft_diag",
+            _ => "oft_blocks",
         };
-        let mut tensors = vec![(name, self.blocks.clone())];
-        tensors.extend(self.rescale.clone().map(|t| ("rescale", t)));
-        if !self.rotations {
-            let alpha = Tensor::new(self.constraint as f32, &Device::Cpu)?;
-            tensors.push(("alpha", alpha));
-        }
-        Ok(tensors)
+        let rescale = self.rescale.as_ref().map(|t| ("rescale", t));
+        [(name, &self.blocks)].into_iter().chain(rescale).collect()
     }
 
-    fn trainable(&self) -> Result<Arc<dyn Adapter>> {
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Arc<dyn Adapter>> {
         Ok(Arc::new(Self {
-            blocks: variable(&self.blocks)?,
-            rescale: self.rescale.as_ref().map(variable).transpose()?,
+            blocks: f(&self.blocks)?,
+            rescale: self.rescale.as_ref().map(f).transpose()?,
             ..*self
         }))
     }
@@ -225,19 +244,14 @@ impl Adapter for Oft {
 /// The layer must have as many outputs as the blocks rotate.
 pub(super) fn check_outputs(
     layer: &str,
-    blocks: &Tensor,
+    factors: &[(&'static str, &Tensor)],
     outputs: usize,
     weight: &[usize],
 ) -> crate::Result<()> {
     if weight.first() == Some(&outputs) {
         return Ok(());
     }
-    Err(Error::ShapeMismatch {
-        layer: layer.into(),
-        tensor: "oft_blocks".into(),
-        expected: format!("blocks for the outputs of the layer's weight {weight:?}"),
-        got: blocks.dims().to_vec(),
-    })
+    Err(misfit(layer, factors, weight, vec![outputs]))
 }
 
 fn read(parts: &mut Parts<'_>) -> crate::Result<Arc<dyn Adapter>> {
@@ -246,20 +260,32 @@ fn read(parts: &mut Parts<'_>) -> crate::Result<Arc<dyn Adapter>> {
     if let Some(rotations) = parts.take("oft_diag") {
         let oft = Oft::new(parts.layer, rotations, rescale, 0.0)?;
         return Ok(Arc::new(Oft {
-            rotations: true,
+            kind: Blocks::Rotations,
             ..oft
         }));
     }
     let blocks = parts.require("oft_blocks")?;
     let oft = Oft::new(parts.layer, blocks, rescale, constraint)?;
-    Ok(Arc::new(oft))
+    Ok(Arc::new(if parts.kohya_oft { oft.kohya() } else { oft }))
 }
 
 fn create(fresh: &Fresh<'_>, _rng: &mut dyn RngCore) -> crate::Result<Arc<dyn Adapter>> {
     let (o, _, _) = fresh.matrix()?;
-    let bound = i64::try_from(fresh.rank).unwrap_or(i64::MAX);
-    let (n, num) = factorization(o, bound);
+    let kohya = fresh.config.family == Family::KohyaOft;
+    let (n, num) = if !kohya {
+        factorization(o, i64::try_from(fresh.rank).unwrap_or(i64::MAX))
+    } else if o.is_multiple_of(fresh.rank) {
+        (o / fresh.rank, fresh.rank)
+    } else {
+        return Err(Error::BadValue {
+            layer: fresh.layer.to_string(),
+            name: "rank",
+            value: fresh.rank.to_string(),
+            expected: "expected a number of blocks that divides the layer's outputs",
+        });
+    };
     let blocks = Tensor::zeros((num, n, n), DType::F32, fresh.device)?;
     let rescale = fresh_rescale(fresh, o)?;
-    Ok(Oft::new(fresh.layer, blocks, rescale, fresh.config.constraint)?.trainable()?)
+    let oft = Oft::new(fresh.layer, blocks, rescale, fresh.config.constraint)?;
+    Ok(if kohya { oft.kohya() } else { oft }.trainable()?)
 }

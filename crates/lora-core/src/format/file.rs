@@ -107,6 +107,27 @@ impl TensorFile {
         &self.map[self.data_start.min(self.map.len())..]
     }
 
+    /// The tensors that hold NaN or infinite values, and how many; in order of names.
+    /// Reads every value once, without copying.
+    pub fn not_finite(&self) -> Vec<(String, usize)> {
+        let count = |name: &String| {
+            let info = self.header.info(name)?;
+            let (start, end) = info.data_offsets;
+            let bytes = self.data().get(start..end)?;
+            let count = match info.dtype {
+                Dtype::F16 => odd_words::<2>(bytes, |w| u16::from_le_bytes(w) & 0x7c00 == 0x7c00),
+                Dtype::BF16 => odd_words::<2>(bytes, |w| u16::from_le_bytes(w) & 0x7f80 == 0x7f80),
+                Dtype::F32 => odd_words::<4>(bytes, |w| {
+                    u32::from_le_bytes(w) & 0x7f80_0000 == 0x7f80_0000
+                }),
+                Dtype::F64 => odd_words::<8>(bytes, |w| !f64::from_le_bytes(w).is_finite()),
+                _ => 0,
+            };
+            (count > 0).then(|| (name.clone(), count))
+        };
+        self.names().iter().filter_map(count).collect()
+    }
+
     /// Copies a tensor to `device`, in the dtype of the file.
     ///
     /// # Errors
@@ -130,6 +151,16 @@ impl TensorFile {
         view.load(device)
             .map_err(|e| malformed(format!("tensor {name} ({:?}): {e}", info.dtype)))
     }
+}
+
+/// How many words of `N` bytes pass a test.
+fn odd_words<const N: usize>(bytes: &[u8], odd: impl Fn([u8; N]) -> bool) -> usize {
+    bytes
+        .as_chunks::<N>()
+        .0
+        .iter()
+        .map(|word| usize::from(odd(*word)))
+        .sum()
 }
 
 /// Writes a file so that no other program ever sees half of it, and a crash leaves
@@ -237,6 +268,8 @@ fn safetensors_dtype(name: &str, tensor: &Tensor) -> Result<Dtype> {
         DType::F16 => Dtype::F16,
         DType::BF16 => Dtype::BF16,
         DType::I64 => Dtype::I64,
+        DType::I32 => Dtype::I32,
+        DType::I16 => Dtype::I16,
         DType::U32 => Dtype::U32,
         DType::U8 => Dtype::U8,
         other => {
@@ -265,6 +298,8 @@ pub(crate) fn bytes(tensor: &Tensor) -> candle_core::Result<Vec<u8>> {
         DType::F16 => le!(f16),
         DType::BF16 => le!(bf16),
         DType::I64 => le!(i64),
+        DType::I32 => le!(i32),
+        DType::I16 => le!(i16),
         DType::U32 => le!(u32),
         DType::U8 => le!(u8),
         other => candle_core::bail!("{other:?} cannot be written"),

@@ -6,14 +6,20 @@
 
 mod file;
 mod hash;
-mod kohya;
+mod modules;
 mod names;
 mod peft;
 mod read;
+mod report;
+mod save;
+mod write;
 
 pub use file::{TensorFile, write_atomically, write_tensors};
 pub use hash::{legacy_hash, model_hash, model_hash_of_file, sha256_of_file};
-pub use kohya::SaveOptions;
-pub(crate) use kohya::save;
-pub use names::layer_from_ldm;
-pub(crate) use read::{BUNDLE, load};
+pub use modules::{layer_from_ldm, layer_path, layer_to_ldm};
+pub(crate) use read::{BUNDLE, load, outline};
+pub use read::{LoadOptions, Strictness};
+pub use report::{BaseModel, FileReport, Finding, FindingKind, Format, LayerReport};
+pub use save::SaveOptions;
+pub(crate) use save::save;
+pub use write::SaveLayout;

@@ -1,6 +1,9 @@
 //! Keys of every known layout, translated to kohya's: component prefix and diffusers path
 //! with underscores, then the part's name.
 
+use super::modules::layer_from_ldm;
+use super::report::Format;
+
 /// A key as the crate knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Key {
@@ -12,6 +15,8 @@ pub(super) struct Key {
     pub(super) path: Option<String>,
     /// Whether this is PEFT's magnitude vector, whose shape tells no axis.
     pub(super) magnitude: bool,
+    /// The layout that the key is written in.
+    pub(super) format: Format,
 }
 
 /// Endings of keys whose layer is a dotted path, and the part they name. Longer ones
@@ -33,6 +38,8 @@ const ENDINGS: &[(&str, &str)] = &[
     (".lora_down.weight", "lora_down.weight"),
     (".lora_mid.weight", "lora_mid.weight"),
     (".lora_up.weight", "lora_up.weight"),
+    (".lora_A", "lora_down.weight"),
+    (".lora_B", "lora_up.weight"),
     (".hada_w1_a", "hada_w1_a"),
     (".hada_w1_b", "hada_w1_b"),
     (".hada_w2_a", "hada_w2_a"),
@@ -47,33 +54,52 @@ const ENDINGS: &[(&str, &str)] = &[
     (".lokr_w2_b", "lokr_w2_b"),
     (".lokr_t2", "lokr_t2"),
     (".oft_blocks", "oft_blocks"),
+    (".oft_diag", "oft_diag"),
     (".rescale", "rescale"),
+    (".a1.weight", "a1.weight"),
+    (".a2.weight", "a2.weight"),
+    (".b1.weight", "b1.weight"),
+    (".b2.weight", "b2.weight"),
+    (".bm.weight", "bm.weight"),
     (".diff", "diff"),
     (".diff_b", "diff_b"),
     (".w_norm", "w_norm"),
     (".b_norm", "b_norm"),
     (".dora_scale", "dora_scale"),
+    (".reshape_weight", "reshape_weight"),
+    (".bias_indices", "bias_indices"),
+    (".bias_values", "bias_values"),
+    (".bias_size", "bias_size"),
+    (".scalar", "scalar"),
+    (".scale", "scale"),
     (".alpha", "alpha"),
 ];
 
 /// Translates a key, if its layout is known.
 pub(super) fn translate(key: &str) -> Option<Key> {
-    let kohya = |layer: String, part: &str| Key {
+    let (layer, part) = key.split_once('.')?;
+    let (layer, format) = if layer.starts_with("lora_") {
+        let plain = kohya_layer(layer);
+        let ldm = layer.starts_with("lora_unet_") && plain != layer;
+        (plain, if ldm { Format::KohyaLdm } else { Format::Kohya })
+    } else if let Some(rest) = layer.strip_prefix("lycoris_") {
+        // LyCORIS' wrapper of any model, which in practice is the UNet alone.
+        (format!("lora_unet_{rest}"), Format::LycorisWrapper)
+    } else if let Some(rest) = layer.strip_prefix("oft_") {
+        if !rest.starts_with("unet_") && !rest.starts_with("te_") {
+            return None;
+        }
+        (kohya_layer(&format!("lora_{rest}")), Format::KohyaOft)
+    } else {
+        return dotted(key);
+    };
+    Some(Key {
         layer,
         part: part.to_string(),
         path: None,
         magnitude: false,
-    };
-    if key.starts_with("lora_") {
-        let (layer, part) = key.split_once('.')?;
-        return Some(kohya(kohya_layer(layer), part));
-    }
-    if let Some(rest) = key.strip_prefix("lycoris_") {
-        // LyCORIS' wrapper of any model, which in practice is the UNet alone.
-        let (layer, part) = rest.split_once('.')?;
-        return Some(kohya(format!("lora_unet_{layer}"), part));
-    }
-    dotted(key)
+        format,
+    })
 }
 
 /// A kohya layer name with its variants removed: `lora_te1_`, which some trainers write
@@ -107,14 +133,26 @@ fn dotted(key: &str) -> Option<Key> {
     let full = key.strip_suffix(ending)?;
     let path = full.strip_prefix("base_model.model.").unwrap_or(full);
     let processor = ending.starts_with('_');
+    let format = if path != full {
+        Format::Peft
+    } else if path.starts_with("diffusion_model.") || path.starts_with("text_encoders.") {
+        Format::Comfy
+    } else if processor || ending.contains(".lora.") || ending.contains("linear_layer") {
+        Format::DiffusersOld
+    } else {
+        Format::Diffusers
+    };
+    // ComfyUI spells the way to the text encoder out.
     let text =
-        path.strip_prefix("text_encoder.")
+        path.strip_prefix("text_encoders.clip_l.transformer.")
+            .or(path.strip_prefix("text_encoder."))
             .or(Some(path)
                 .filter(|p| p.starts_with("text_model.") || p.starts_with("encoder.layers.")));
     let layer = if let Some(path) = text {
         text_layer(&plain_path(path, processor, true)?.replace('.', "_"))
     } else if let Some(path) = path.strip_prefix("diffusion_model.") {
-        format!("lora_unet_{}", layer_from_ldm(&path.replace('.', "_"))?)
+        let path = path.replace('.', "_");
+        format!("lora_unet_{}", layer_from_ldm(&path).unwrap_or(path))
     } else {
         let path = path.strip_prefix("unet.").unwrap_or(path);
         let path = plain_path(path, processor, false)?.replace('.', "_");
@@ -125,6 +163,7 @@ fn dotted(key: &str) -> Option<Key> {
         part: (*part).to_string(),
         path: Some(path.to_string()),
         magnitude: ending.contains("magnitude"),
+        format,
     })
 }
 
@@ -144,132 +183,6 @@ fn plain_path(path: &str, processor: bool, text: bool) -> Option<String> {
         _ => return None,
     };
     Some(format!("{parent}.{last}"))
-}
-
-/// What LDM's and diffusers' names of one place share.
-enum Place {
-    /// The layer itself.
-    Layer,
-    /// A residual block, whose layers have other names.
-    Resnet,
-    /// A transformer, whose layers have the same names.
-    Transformer,
-}
-
-/// LDM's and diffusers' names of a residual block's layers.
-const RESNET: [(&str, &str); 6] = [
-    ("in_layers_0", "norm1"),
-    ("in_layers_2", "conv1"),
-    ("out_layers_0", "norm2"),
-    ("out_layers_3", "conv2"),
-    ("emb_layers_1", "time_emb_proj"),
-    ("skip_connection", "conv_shortcut"),
-];
-
-/// All places of the Stable Diffusion 1.x UNet: LDM's name, diffusers' name.
-fn places() -> Vec<(String, String, Place)> {
-    let mut all: Vec<(String, String, Place)> = [
-        ("input_blocks_0_0", "conv_in"),
-        ("time_embed_0", "time_embedding_linear_1"),
-        ("time_embed_2", "time_embedding_linear_2"),
-        ("out_0", "conv_norm_out"),
-        ("out_2", "conv_out"),
-        // Some converters number the first upsampler as if attention came before it.
-        ("output_blocks_2_2_conv", "up_blocks_0_upsamplers_0_conv"),
-    ]
-    .into_iter()
-    .map(|(ldm, name)| (ldm.to_string(), name.to_string(), Place::Layer))
-    .collect();
-    let mut add = |ldm: String, name: String, place| all.push((ldm, name, place));
-    for i in 0..4 {
-        for j in 0..2 {
-            let ldm = format!("input_blocks_{}", 3 * i + j + 1);
-            add(
-                format!("{ldm}_0"),
-                format!("down_blocks_{i}_resnets_{j}"),
-                Place::Resnet,
-            );
-            add(
-                format!("{ldm}_1"),
-                format!("down_blocks_{i}_attentions_{j}"),
-                Place::Transformer,
-            );
-        }
-        for j in 0..3 {
-            let ldm = format!("output_blocks_{}", 3 * i + j);
-            add(
-                format!("{ldm}_0"),
-                format!("up_blocks_{i}_resnets_{j}"),
-                Place::Resnet,
-            );
-            if i > 0 {
-                add(
-                    format!("{ldm}_1"),
-                    format!("up_blocks_{i}_attentions_{j}"),
-                    Place::Transformer,
-                );
-            }
-        }
-        add(
-            format!("input_blocks_{}_0_op", 3 * i + 3),
-            format!("down_blocks_{i}_downsamplers_0_conv"),
-            Place::Layer,
-        );
-        add(
-            format!(
-                "output_blocks_{}_{}_conv",
-                3 * i + 2,
-                if i == 0 { 1 } else { 2 }
-            ),
-            format!("up_blocks_{i}_upsamplers_0_conv"),
-            Place::Layer,
-        );
-    }
-    for (n, name) in ["resnets_0", "attentions_0", "resnets_1"]
-        .into_iter()
-        .enumerate()
-    {
-        let place = if n == 1 {
-            Place::Transformer
-        } else {
-            Place::Resnet
-        };
-        add(
-            format!("middle_block_{n}"),
-            format!("mid_block_{name}"),
-            place,
-        );
-    }
-    all
-}
-
-/// The diffusers path of a UNet layer known by LDM's path, both with underscores; `None`
-/// for other names.
-///
-/// ```
-/// use lora_core::format::layer_from_ldm;
-/// assert_eq!(
-///     layer_from_ldm("input_blocks_1_1_transformer_blocks_0_attn1_to_q").as_deref(),
-///     Some("down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"),
-/// );
-/// assert_eq!(layer_from_ldm("middle_block_2_in_layers_2").as_deref(), Some("mid_block_resnets_1_conv1"));
-/// assert_eq!(layer_from_ldm("conv_in"), None);
-/// ```
-pub fn layer_from_ldm(path: &str) -> Option<String> {
-    static PLACES: std::sync::LazyLock<Vec<(String, String, Place)>> =
-        std::sync::LazyLock::new(places);
-    PLACES.iter().find_map(|(ldm, name, place)| {
-        let rest = path.strip_prefix(ldm.as_str())?;
-        match (place, rest.strip_prefix('_')) {
-            (Place::Layer, None) if rest.is_empty() => Some(name.clone()),
-            (Place::Transformer, Some(layer)) => Some(format!("{name}_{layer}")),
-            (Place::Resnet, Some(layer)) => {
-                let (_, layer) = RESNET.iter().find(|(ldm, _)| *ldm == layer)?;
-                Some(format!("{name}_{layer}"))
-            }
-            _ => None,
-        }
-    })
 }
 
 #[cfg(test)]
@@ -341,6 +254,18 @@ mod tests {
             &format!("{path}.q_proj.lora_linear_layer.down.weight"),
             q,
             "lora_down.weight",
+        );
+    }
+
+    #[test]
+    fn comfyui_and_sd_scripts_oft_keys() {
+        let q = "lora_te_text_model_encoder_layers_0_self_attn_q_proj";
+        let path = "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj";
+        check(&format!("{path}.lora_up.weight"), q, "lora_up.weight");
+        check(
+            "oft_unet_mid_block_attentions_0_proj_in.oft_blocks",
+            "lora_unet_mid_block_attentions_0_proj_in",
+            "oft_blocks",
         );
     }
 

@@ -2,7 +2,7 @@
 //! `adapter_config.json` beside the file or in diffusers' header metadata.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use serde_json::{Map, Value};
@@ -116,13 +116,18 @@ fn pattern<'a>(config: &'a Map<String, Value>, name: &str, path: &str) -> Option
     })
 }
 
-/// `adapter_config.json` of an `adapter_model.safetensors`.
-fn read_config(path: &Path, key: &str) -> Result<Map<String, Value>> {
+/// Where the configuration of a file stands.
+pub(super) fn config_path(path: &Path) -> PathBuf {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-    let beside = match stem.strip_suffix("adapter_model") {
+    match stem.strip_suffix("adapter_model") {
         Some(start) => path.with_file_name(format!("{start}adapter_config.json")),
         None => path.with_file_name("adapter_config.json"),
-    };
+    }
+}
+
+/// `adapter_config.json` of an `adapter_model.safetensors`.
+fn read_config(path: &Path, key: &str) -> Result<Map<String, Value>> {
+    let beside = config_path(path);
     if !beside.is_file() {
         return Err(Error::Unsupported {
             path: path.to_path_buf(),
