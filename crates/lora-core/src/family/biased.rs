@@ -114,6 +114,10 @@ impl Adapter for Biased {
         }))
     }
 
+    fn product(&self) -> Result<Option<(Tensor, Tensor)>> {
+        self.inner.product()
+    }
+
     fn norm(&self) -> Result<Option<f64>> {
         self.inner.norm()
     }

@@ -11,6 +11,7 @@ mod names;
 mod peft;
 mod read;
 
+pub(crate) use file::replace_file;
 pub use file::{TensorFile, write_atomically, write_tensors};
 pub use hash::{legacy_hash, model_hash, model_hash_of_file, sha256_of_file};
 pub use kohya::SaveOptions;
