@@ -341,17 +341,3 @@ pub fn compose_as_sd_scripts(adapters: &[(&AdapterSet, f64)], concat: bool) -> R
     described(&mut result, "merged as sd-scripts does");
     Ok(result)
 }
-
-/// A LoRA as it is, with ranks filled up to `least` by zeros; `alpha` grows along, so
-/// that it means the same.
-pub(crate) fn padded(layer: &str, adapter: &dyn Adapter, least: usize) -> Result<Arc<dyn Adapter>> {
-    let delta = LayerDelta::sum(layer, &[(adapter, 1.0)], None)?;
-    let Change::Product(up, down) = &delta.change else {
-        return delta.exact().map(|(adapter, _)| adapter);
-    };
-    let missing = least.saturating_sub(up.dim(1)?);
-    let up = up.pad_with_zeros(1, 0, missing)?;
-    let down = down.pad_with_zeros(0, 0, missing)?;
-    let rank = up.dim(1)? as f64;
-    delta.lora(&up, &down, rank)
-}

