@@ -495,7 +495,7 @@ fn summarise(changes: &[ClientChange], verbose: bool) {
 
 fn inspect(path: &Path, clients: bool, layers: bool) -> Outcome<()> {
     let file = TensorFile::open(path)?;
-    let set = load(path)?;
+    let set = AdapterSet::outline(path)?;
     let mut families: BTreeMap<&str, usize> = BTreeMap::new();
     let (mut ranks, mut alphas) = (BTreeSet::new(), BTreeSet::new());
     for (layer, adapter) in set.iter() {

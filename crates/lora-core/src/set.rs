@@ -176,6 +176,16 @@ impl AdapterSet {
         format::load(path.as_ref(), device)
     }
 
+    /// Reads what a file consists of, not its numbers: families, ranks, alphas, shapes and
+    /// metadata are right, the factors are zeros that take no memory. For listings; takes
+    /// milliseconds whatever the file's size.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn outline(path: impl AsRef<Path>) -> Result<Self> {
+        format::outline(path.as_ref())
+    }
+
     /// Writes the adapter as a kohya-format safetensors file: temporary file, sync,
     /// rename. Returns the hash of the tensor data (`sshs_model_hash`).
     ///

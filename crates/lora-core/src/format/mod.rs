@@ -17,4 +17,4 @@ pub use hash::{legacy_hash, model_hash, model_hash_of_file, sha256_of_file};
 pub use kohya::SaveOptions;
 pub(crate) use kohya::save;
 pub use names::layer_from_ldm;
-pub(crate) use read::{BUNDLE, load};
+pub(crate) use read::{BUNDLE, load, outline};

@@ -23,6 +23,24 @@ struct FileLayer {
 
 /// Reads a file in any supported format.
 pub(crate) fn load(path: &Path, device: &Device) -> Result<AdapterSet> {
+    load_by(path, &|file, name| file.tensor(name, device))
+}
+
+/// Reads a file's layers without the values of their factors: tensors of the same shapes
+/// that take no memory. Single numbers (`alpha`) are read.
+pub(crate) fn outline(path: &Path) -> Result<AdapterSet> {
+    load_by(
+        path,
+        &|file, name| match (file.shape(name), file.dtype(name)) {
+            (Some(shape), Some(dtype)) if shape.iter().product::<usize>() > 1 => {
+                Ok(Tensor::zeros((), dtype, &Device::Cpu)?.broadcast_as(shape)?)
+            }
+            _ => file.tensor(name, &Device::Cpu),
+        },
+    )
+}
+
+fn load_by(path: &Path, read: &dyn Fn(&TensorFile, &str) -> Result<Tensor>) -> Result<AdapterSet> {
     let file = TensorFile::open(path)?;
     let names = file.names();
     recognise(path, &names)?;
@@ -31,7 +49,7 @@ pub(crate) fn load(path: &Path, device: &Device) -> Result<AdapterSet> {
     let mut set = AdapterSet::default();
     let mut layers: BTreeMap<String, FileLayer> = BTreeMap::new();
     for name in names {
-        let tensor = file.tensor(&name, device)?;
+        let tensor = read(&file, &name)?;
         if name.starts_with(BUNDLE) {
             set.insert_bundled(name, tensor);
             continue;
