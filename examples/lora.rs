@@ -265,6 +265,7 @@ fn main() {
 }
 
 fn run(command: Command) -> Outcome<()> {
+    lora_kernels::keep_freed_memory();
     match command {
         Command::Inspect {
             file,

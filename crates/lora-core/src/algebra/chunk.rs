@@ -1,5 +1,6 @@
 //! A run of a tensor's rows: read, widened, changed, narrowed.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
@@ -59,30 +60,67 @@ pub(crate) struct Chunk {
     pub(crate) products: Vec<Arc<Product>>,
 }
 
+/// What is written to the file.
+pub(crate) enum Bytes {
+    Plain(Vec<u8>),
+    /// 16-bit numbers in the file's byte order.
+    Halves(Vec<u16>),
+}
+
+impl Bytes {
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Plain(bytes) => bytes,
+            Self::Halves(halves) => bytemuck::cast_slice(halves),
+        }
+    }
+}
+
+thread_local! {
+    /// Large allocations are given back to the system and cleared anew each time: one
+    /// buffer per thread for the f32 values.
+    static VALUES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 impl Chunk {
     /// The bytes to write.
-    pub(crate) fn run(&self, source: &File) -> Result<Vec<u8>> {
+    pub(crate) fn run(&self, source: &File) -> Result<Bytes> {
         let row = self.columns * self.from.bitsize() / 8;
         let start = self.start + (self.rows.start * row) as u64;
-        let bytes = read_at(source, start, self.rows.len() * row)?;
-        let mut values = self.decode(bytes);
-        for product in &self.products {
-            product.add(&mut values, &self.rows, self.columns);
-        }
-        Ok(self.encode(&values))
+        let count = self.rows.len() * self.columns;
+        VALUES.with_borrow_mut(|values| {
+            values.resize(count, 0.0);
+            let same_size = self.from.bitsize() == 16 && self.to.bitsize() == 16;
+            if !same_size {
+                self.decode(&read_at(source, start, self.rows.len() * row)?, values);
+                self.add(values);
+                return Ok(self.encode(values));
+            }
+            let mut halves = vec![0u16; count];
+            read_exact_at(source, bytemuck::cast_slice_mut(&mut halves), start)
+                .map_err(Error::io("checkpoint"))?;
+            swap(&mut halves);
+            widen(self.from, &halves, values);
+            self.add(values);
+            narrow(self.to, values, &mut halves);
+            Ok(Bytes::Halves(halves))
+        })
     }
 
-    /// Values of `from` bytes as f32.
-    pub(crate) fn decode(&self, bytes: Vec<u8>) -> Vec<f32> {
-        let size = (self.from.bitsize() / 8).max(1);
-        let mut values = vec![0f32; bytes.len() / size];
+    fn add(&self, values: &mut [f32]) {
+        for product in &self.products {
+            product.add(values, &self.rows, self.columns);
+        }
+    }
+
+    /// Values of `from` bytes as f32, as many as fit.
+    pub(crate) fn decode(&self, bytes: &[u8], values: &mut [f32]) {
         match self.from {
-            Dtype::F16 => halves(&bytes)
-                .reinterpret_cast::<f16>()
-                .convert_to_f32_slice(&mut values),
-            Dtype::BF16 => halves(&bytes)
-                .reinterpret_cast::<bf16>()
-                .convert_to_f32_slice(&mut values),
+            Dtype::F16 | Dtype::BF16 => {
+                let pairs = bytes.as_chunks::<2>().0;
+                let halves: Vec<u16> = pairs.iter().map(|p| u16::from_le_bytes(*p)).collect();
+                widen(self.from, &halves, values);
+            }
             Dtype::F64 => {
                 for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<8>().0) {
                     *value = f64::from_le_bytes(*bytes) as f32;
@@ -94,46 +132,57 @@ impl Chunk {
                 }
             }
         }
-        values
     }
 
     /// Values as `to` bytes, rounded to nearest.
-    pub(crate) fn encode(&self, values: &[f32]) -> Vec<u8> {
+    pub(crate) fn encode(&self, values: &[f32]) -> Bytes {
         match self.to {
-            Dtype::F16 => {
-                let mut bytes = vec![0u16; values.len()];
-                bytes
-                    .reinterpret_cast_mut::<f16>()
-                    .convert_from_f32_slice(values);
-                little(&bytes)
+            Dtype::F16 | Dtype::BF16 => {
+                let mut halves = vec![0u16; values.len()];
+                narrow(self.to, values, &mut halves);
+                Bytes::Halves(halves)
             }
-            Dtype::BF16 => {
-                let mut bytes = vec![0u16; values.len()];
-                bytes
-                    .reinterpret_cast_mut::<bf16>()
-                    .convert_from_f32_slice(values);
-                little(&bytes)
+            Dtype::F64 => {
+                let bytes = values.iter().flat_map(|v| f64::from(*v).to_le_bytes());
+                Bytes::Plain(bytes.collect())
             }
-            Dtype::F64 => values
-                .iter()
-                .flat_map(|v| f64::from(*v).to_le_bytes())
-                .collect(),
-            _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            _ => Bytes::Plain(values.iter().flat_map(|v| v.to_le_bytes()).collect()),
         }
     }
 }
 
-/// 16-bit numbers from little-endian bytes.
-fn halves(bytes: &[u8]) -> Vec<u16> {
-    let pairs = bytes.as_chunks::<2>().0;
-    pairs.iter().map(|pair| u16::from_le_bytes(*pair)).collect()
+/// f16 or bf16 numbers in this machine's byte order as f32; both of one length.
+fn widen(from: Dtype, halves: &[u16], values: &mut [f32]) {
+    let count = halves.len().min(values.len());
+    let (halves, values) = (&halves[..count], &mut values[..count]);
+    match from {
+        Dtype::BF16 => halves
+            .reinterpret_cast::<bf16>()
+            .convert_to_f32_slice(values),
+        _ => halves
+            .reinterpret_cast::<f16>()
+            .convert_to_f32_slice(values),
+    }
 }
 
-fn little(halves: &[u16]) -> Vec<u8> {
-    if cfg!(target_endian = "little") {
-        return bytemuck::cast_slice(halves).to_vec();
+/// f32 as f16 or bf16 numbers in the file's byte order; both of one length.
+fn narrow(to: Dtype, values: &[f32], halves: &mut [u16]) {
+    match to {
+        Dtype::BF16 => halves
+            .reinterpret_cast_mut::<bf16>()
+            .convert_from_f32_slice(values),
+        _ => halves
+            .reinterpret_cast_mut::<f16>()
+            .convert_from_f32_slice(values),
     }
-    halves.iter().flat_map(|v| v.to_le_bytes()).collect()
+    swap(halves);
+}
+
+/// Between the file's byte order and this machine's.
+fn swap(halves: &mut [u16]) {
+    if cfg!(target_endian = "big") {
+        halves.iter_mut().for_each(|h| *h = h.swap_bytes());
+    }
 }
 
 /// Reads a part of a file without moving its position.

@@ -12,16 +12,18 @@ use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
 use super::Strength;
-use super::chunk::{Chunk, Product, read_at};
+use super::chunk::{Bytes, Chunk, Product, read_at};
 use super::weights::{Naming, folder_files, place};
 use crate::adapter::Adapter;
 use crate::format::{TensorFile, replace_file};
 use crate::{AdapterSet, Error, Result};
 
 /// Bytes of one piece of work, as f32.
-const PIECE: usize = 4 << 20;
+const PIECE: usize = 1 << 20;
 /// Pieces computed between two hand-overs to the writer.
-const BATCH: usize = 16;
+const BATCH: usize = 48;
+/// Bytes after which the writer has the system start on the disk.
+const SYNC: usize = 192 << 20;
 
 /// How [`merge_into_file`] writes.
 #[derive(Debug, Clone, Default)]
@@ -302,7 +304,7 @@ fn has_bias(parts: &[(Arc<dyn Adapter>, f64)]) -> Result<bool> {
 
 /// What the writer gets, in file order.
 enum Piece {
-    Bytes(Vec<u8>),
+    Bytes(Bytes),
     /// So many bytes of the source from here, unchanged.
     Copy(u64, u64),
 }
@@ -388,26 +390,43 @@ impl FilePlan {
     }
 }
 
+/// Writes in order. A second handle has the data brought to the disk meanwhile, so that
+/// little is left to wait for at the end.
 fn write_pieces(
     pieces: &Receiver<Vec<Piece>>,
     source: &mut File,
     file: &mut File,
 ) -> std::io::Result<()> {
-    for batch in pieces {
-        for piece in batch {
+    let early = file.try_clone()?;
+    std::thread::scope(|scope| {
+        let (due, wanted) = sync_channel::<()>(1);
+        // The system tells an error once per open file: it must not get lost here.
+        let syncing = scope.spawn(move || wanted.iter().try_for_each(|()| early.sync_data()));
+        let mut written = 0;
+        for piece in pieces.iter().flatten() {
             match piece {
-                Piece::Bytes(bytes) => file.write_all(&bytes)?,
+                Piece::Bytes(bytes) => {
+                    file.write_all(bytes.as_slice())?;
+                    written += bytes.as_slice().len();
+                }
                 Piece::Copy(start, length) => {
                     source.seek(SeekFrom::Start(start))?;
                     let copied = std::io::copy(&mut Read::by_ref(source).take(length), file)?;
                     if copied != length {
                         return Err(std::io::ErrorKind::UnexpectedEof.into());
                     }
+                    written += length as usize;
                 }
             }
+            // Full: it is busy with what came before.
+            if written >= SYNC && due.try_send(()).is_ok() {
+                written = 0;
+            }
         }
-    }
-    Ok(())
+        drop(due);
+        let stopped = |_| Err(std::io::Error::other("the sync thread stopped"));
+        syncing.join().unwrap_or_else(stopped)
+    })
 }
 
 /// One piece of a tensor, to be computed.
@@ -479,7 +498,7 @@ impl Entry {
             .collect())
     }
 
-    fn whole(&self, source: &File) -> Result<Vec<u8>> {
+    fn whole(&self, source: &File) -> Result<Bytes> {
         let chunk = |from, to| Chunk {
             start: self.start,
             from,
@@ -488,8 +507,9 @@ impl Entry {
             columns: 1,
             products: Vec::new(),
         };
-        let values = read_at(source, self.start, self.length)?;
-        let values = chunk(self.from, Dtype::F32).decode(values);
+        let bytes = read_at(source, self.start, self.length)?;
+        let mut values = vec![0f32; self.shape.iter().product()];
+        chunk(self.from, Dtype::F32).decode(&bytes, &mut values);
         let base = Tensor::from_vec(values, self.shape.as_slice(), &candle_core::Device::Cpu)?;
         let merged = match &self.change {
             None => base,
