@@ -7,8 +7,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_core::Tensor;
-
 use crate::adapter::{Adapter, Family};
 use crate::format::{TensorFile, layer_from_ldm};
 use crate::{AdapterSet, Error, Result};
@@ -485,19 +483,4 @@ fn by_layer(names: &[String]) -> BTreeMap<String, FileLayer> {
         entry.alpha |= part == ".alpha";
     }
     layers
-}
-
-/// A part of a layer with zeros added to its rank axes.
-pub(super) fn padded(name: &str, tensor: &Tensor, missing: usize) -> Result<Tensor> {
-    let axes: &[usize] = match name {
-        "lora_down.weight" | "hada_w1_b" | "hada_w2_b" | "lokr_w1_b" | "lokr_w2_b" => &[0],
-        "lora_up.weight" | "lokr_w1_a" => &[1],
-        "lora_mid.weight" | "hada_t1" | "hada_t2" | "lokr_t2" => &[0, 1],
-        _ => &[],
-    };
-    let mut tensor = tensor.clone();
-    for axis in axes {
-        tensor = tensor.pad_with_zeros(*axis, 0, missing)?;
-    }
-    Ok(tensor)
 }

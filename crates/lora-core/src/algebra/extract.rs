@@ -12,6 +12,9 @@ use super::{RankRule, Svd, Weights};
 use crate::adapter::Adapter;
 use crate::{AdapterSet, Component, Error, Result};
 
+/// LoHa's fit costs memory by the square of the rank.
+const MAX_LOHA_RANK: usize = 32;
+
 /// The family that differences become.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ExtractFamily {
@@ -191,6 +194,16 @@ pub fn extract(
     options.rule.validate()?;
     if let Some(rule) = options.conv_rule {
         rule.validate()?;
+    }
+    if let ExtractFamily::Loha { rank } = options.family
+        && !(1..=MAX_LOHA_RANK).contains(&rank)
+    {
+        return Err(Error::BadValue {
+            layer: "extraction".into(),
+            name: "LoHa rank",
+            value: rank.to_string(),
+            expected: "expected 1 to 32: the fit solves systems of rank^2 numbers per row",
+        });
     }
     let layers: Vec<&str> = base.layers().collect();
     let results: Result<Vec<Option<Extracted>>> = layers

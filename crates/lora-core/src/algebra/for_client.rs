@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::clients::{Client, Outcome, Traits, padded};
+use super::clients::{Client, Outcome, Traits};
 use super::delta::{Change, LayerDelta, adapter_from};
 use super::{RankRule, Weights};
 use crate::adapter::{Adapter, Family};
@@ -84,7 +84,8 @@ fn repaired(
     let has = |name: &str| tensors.contains_key(name);
     let bad = verdicts.iter().any(|(o, _)| *o > Outcome::Conditional);
     // A condition on the multiplier is nobody's fault; one on the program's mode is.
-    if !bad && !(client == Client::StableDiffusionCpp && has("lora_mid.weight")) {
+    let cored = client == Client::StableDiffusionCpp && has("lora_mid.weight");
+    if !(bad || cored) {
         return Ok(None);
     }
     let rebuilt = |change: &dyn Fn(&mut BTreeMap<String, Tensor>) -> Result<()>| {
@@ -143,6 +144,21 @@ fn repaired(
     }
     let (lora, report) = delta.reduced(rule, None)?;
     Ok(Some((Some(lora), "nearest LoRA", report.error)))
+}
+
+/// A part of a layer with zeros added to its rank axes.
+fn padded(name: &str, tensor: &Tensor, missing: usize) -> Result<Tensor> {
+    let axes: &[usize] = match name {
+        "lora_down.weight" | "hada_w1_b" | "hada_w2_b" | "lokr_w1_b" | "lokr_w2_b" => &[0],
+        "lora_up.weight" | "lokr_w1_a" => &[1],
+        "lora_mid.weight" | "hada_t1" | "hada_t2" | "lokr_t2" => &[0, 1],
+        _ => &[],
+    };
+    let mut tensor = tensor.clone();
+    for axis in axes {
+        tensor = tensor.pad_with_zeros(*axis, 0, missing)?;
+    }
+    Ok(tensor)
 }
 
 #[cfg(test)]

@@ -13,7 +13,8 @@ use safetensors::tensor::Dtype;
 
 use super::Strength;
 use super::chunk::{Bytes, Chunk, Product, read_at};
-use super::weights::{Naming, folder_files, place};
+use super::merge_folder::merge_folder;
+use super::weights::{Naming, place};
 use crate::adapter::Adapter;
 use crate::format::{TensorFile, replace_file};
 use crate::{AdapterSet, Error, Result};
@@ -90,73 +91,6 @@ pub fn merge_into_file(
     Ok(plan.report)
 }
 
-fn merge_folder(
-    base: &Path,
-    adapters: &[(&AdapterSet, Strength)],
-    output: &Path,
-    options: &MergeOptions,
-) -> Result<MergeReport> {
-    let exists = std::io::Error::new(
-        std::io::ErrorKind::AlreadyExists,
-        "a folder is only written to a new place",
-    );
-    if output.exists() {
-        return Err(Error::io(output)(exists));
-    }
-    let list = folder_files(base)?;
-    let plan = Plan::new(&list, adapters, options)?;
-    let parent = match output.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let folder = tempfile::Builder::new()
-        .prefix(".writing-")
-        .tempdir_in(parent)
-        .map_err(Error::io(output))?;
-    copy_others(
-        base,
-        folder.path(),
-        &list.iter().map(|(p, _)| p.as_path()).collect(),
-    )?;
-    for (file, (path, _)) in plan.files.iter().zip(&list) {
-        let inside = path.strip_prefix(base).unwrap_or(path);
-        file.write(&folder.path().join(inside), options)?;
-    }
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        let mode = std::fs::Permissions::from_mode(0o755);
-        std::fs::set_permissions(folder.path(), mode).map_err(Error::io(output))?;
-    }
-    // Kept only now: an error before removes the temporary folder.
-    std::fs::rename(folder.keep(), output).map_err(Error::io(output))?;
-    Ok(plan.report)
-}
-
-/// Copies a folder without the files that are merged and their variants.
-fn copy_others(from: &Path, to: &Path, merged: &BTreeSet<&Path>) -> Result<()> {
-    std::fs::create_dir_all(to).map_err(Error::io(to))?;
-    for entry in std::fs::read_dir(from).map_err(Error::io(from))? {
-        let entry = entry.map_err(Error::io(from))?;
-        let (path, copy) = (entry.path(), to.join(entry.file_name()));
-        if path.is_dir() {
-            copy_others(&path, &copy, merged)?;
-        } else if !merged.contains(path.as_path()) && !replaced(&path, merged) {
-            std::fs::copy(&path, &copy).map_err(Error::io(&path))?;
-        }
-    }
-    Ok(())
-}
-
-/// Whether a file is another form of merged weights, which would be stale.
-fn replaced(path: &Path, merged: &BTreeSet<&Path>) -> bool {
-    let weights = ["safetensors", "bin", "ckpt", "msgpack"];
-    let weights = path
-        .extension()
-        .is_some_and(|e| weights.iter().any(|w| e == *w));
-    weights && merged.iter().any(|m| m.parent() == path.parent())
-}
-
 fn writable(dtype: DType) -> Option<Dtype> {
     match dtype {
         DType::F16 => Some(Dtype::F16),
@@ -166,10 +100,13 @@ fn writable(dtype: DType) -> Option<Dtype> {
     }
 }
 
+/// One layer's adapters with their multipliers.
+type Parts = Vec<(Arc<dyn Adapter>, f64)>;
+
 /// What is done to one tensor.
 enum Change {
-    Weight(Vec<(Arc<dyn Adapter>, f64)>),
-    Bias(Vec<(Arc<dyn Adapter>, f64)>),
+    Weight(Parts),
+    Bias(Parts),
 }
 
 struct Entry {
@@ -183,23 +120,23 @@ struct Entry {
     change: Option<Change>,
 }
 
-struct FilePlan {
+pub(crate) struct FilePlan {
     source: TensorFile,
     entries: Vec<Entry>,
 }
 
-struct Plan {
-    files: Vec<FilePlan>,
-    report: MergeReport,
+pub(crate) struct Plan {
+    pub(crate) files: Vec<FilePlan>,
+    pub(crate) report: MergeReport,
 }
 
 impl Plan {
-    fn new(
+    pub(crate) fn new(
         list: &[(std::path::PathBuf, Naming)],
         adapters: &[(&AdapterSet, Strength)],
         options: &MergeOptions,
     ) -> Result<Self> {
-        let mut wanted: BTreeMap<&str, Vec<(Arc<dyn Adapter>, f64)>> = BTreeMap::new();
+        let mut wanted: BTreeMap<&str, Parts> = BTreeMap::new();
         for (set, strength) in adapters {
             for (layer, adapter) in set.iter() {
                 let parts = wanted.entry(layer).or_default();
@@ -341,7 +278,7 @@ impl FilePlan {
         header
     }
 
-    fn write(&self, output: &Path, options: &MergeOptions) -> Result<()> {
+    pub(crate) fn write(&self, output: &Path, options: &MergeOptions) -> Result<()> {
         let path = self.source.path();
         // The tensors are read from the file, not through the map: pages of a map count
         // as this process' memory.

@@ -14,6 +14,7 @@ mod fit;
 mod for_client;
 mod live;
 mod merge_file;
+mod merge_folder;
 mod rank;
 mod strength;
 mod svd;
