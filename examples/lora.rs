@@ -21,9 +21,9 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use clap::Parser;
 use lora_core::algebra::{
-    ClientChange, ExtractOptions, LayerReport, MergeOptions, ResizeOptions, Strength, Weights,
-    compose, compose_as_sd_scripts, convert, convert_for, difference, extract, merge_into_file,
-    resize, review_clients,
+    Clamp, ClientChange, ExtractOptions, LayerReport, MergeOptions, ResizeOptions, Strength,
+    Weights, compose, compose_as_sd_scripts, convert, convert_for, difference, extract,
+    merge_into_file, resize, review_clients,
 };
 use lora_core::format::TensorFile;
 use lora_core::{AdapterSet, SaveOptions};
@@ -93,6 +93,7 @@ fn run(command: Command) -> Outcome<()> {
             full,
             norms,
             biases,
+            clamp_quantile,
             min_diff,
             write,
         } => {
@@ -106,6 +107,7 @@ fn run(command: Command) -> Outcome<()> {
                 norms,
                 biases,
                 min_diff,
+                clamp: clamp_quantile.map_or(Clamp::Off, Clamp::Symmetric),
                 ..ExtractOptions::new(rank)
             };
             let (set, reports) = extract(&Weights::open(base)?, &Weights::open(tuned)?, &options)?;

@@ -76,6 +76,9 @@ pub(crate) enum Command {
         /// Differences of biases too.
         #[arg(long)]
         biases: bool,
+        /// Bound the factors' entries by this quantile of their absolute values.
+        #[arg(long)]
+        clamp_quantile: Option<f64>,
         /// Leave a component out when nothing in it differs by more.
         #[arg(long, default_value_t = 0.0)]
         min_diff: f64,

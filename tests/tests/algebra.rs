@@ -373,3 +373,37 @@ fn a_file_that_is_no_checkpoint_is_named() {
     assert!(matches!(error, Error::NothingMatched { .. }), "{error}");
     assert!(!output.exists());
 }
+
+#[test]
+fn an_outline_tells_what_the_file_does() {
+    let index = lora_tests::golden_json("adapters", "index.json");
+    for entry in index["whole_files"]["files"].as_array().unwrap() {
+        let path = golden_path("adapters", entry["file"].as_str().unwrap());
+        let set = AdapterSet::load(&path, &Device::Cpu).unwrap();
+        let outline = AdapterSet::outline(&path).unwrap();
+        assert_eq!(outline.metadata(), set.metadata());
+        assert_eq!(outline.parameter_count(), set.parameter_count());
+        let shown = |set: &AdapterSet| -> Vec<_> {
+            (set.iter())
+                .map(|(n, a)| {
+                    (
+                        n.to_string(),
+                        a.family(),
+                        a.rank(),
+                        a.alpha(),
+                        a.matrix_dims(),
+                    )
+                })
+                .collect()
+        };
+        assert_eq!(shown(&outline), shown(&set), "{}", path.display());
+    }
+}
+
+#[test]
+fn what_needs_the_base_says_so() {
+    let set = random(&of_family(Family::Ia3), &["attentions"], 3);
+    let error = convert(&set, RankRule::Fixed(4), None, None).unwrap_err();
+    assert!(matches!(error, Error::NotPossible { .. }), "{error}");
+    assert!(error.to_string().contains("ia3"), "{error}");
+}

@@ -122,6 +122,16 @@ pub enum Error {
         /// Their names.
         layers: Vec<String>,
     },
+    /// Something that cannot be done with this layer's adapter.
+    #[error("{layer}: {what} is not possible; {advice}")]
+    NotPossible {
+        /// The layer's name.
+        layer: String,
+        /// What was wanted.
+        what: String,
+        /// What to do instead.
+        advice: &'static str,
+    },
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -69,7 +69,7 @@ fn described(set: &mut AdapterSet, comment: &str) {
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`] when the adapters disagree about a layer,
-/// [`Error::Unsupported`] when a base is needed.
+/// [`Error::NotPossible`] when a base is needed.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -178,7 +178,7 @@ impl ResizeOptions {
 /// and rules see the singular values of `up down` without it, as in sd-scripts.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for layers that are not LoRA ([`convert`] them),
+/// [`Error::NotPossible`] for layers that are not LoRA ([`convert`] them),
 /// [`Error::BadValue`] for a rule that sd-scripts does not have in its mode.
 pub fn resize(
     adapter: &AdapterSet,
@@ -216,10 +216,9 @@ fn resize_layer(
         if matches!(delta.change, Change::Norm(_)) {
             return delta.exact();
         }
-        return Err(Error::Unsupported {
-            path: layer.into(),
+        return Err(Error::NotPossible {
+            layer: layer.into(),
             what: format!("resizing {}", adapter.family()),
-            key: layer.into(),
             advice: "convert it to LoRA first",
         });
     };
@@ -278,7 +277,7 @@ fn resize_layer(
 /// `concat` put side by side while `alpha` stays, which divides by the new rank.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for families other than LoRA without core,
+/// [`Error::NotPossible`] for families other than LoRA without core,
 /// [`Error::ShapeMismatch`] when ranks differ and `concat` is off.
 pub fn compose_as_sd_scripts(adapters: &[(&AdapterSet, f64)], concat: bool) -> Result<AdapterSet> {
     let mut sums: BTreeMap<String, (Tensor, Tensor, f64)> = BTreeMap::new();
@@ -291,10 +290,9 @@ pub fn compose_as_sd_scripts(adapters: &[(&AdapterSet, f64)], concat: bool) -> R
                 adapter.alpha(),
                 tensors.len(),
             ) else {
-                return Err(Error::Unsupported {
-                    path: layer.into(),
+                return Err(Error::NotPossible {
+                    layer: layer.into(),
                     what: format!("{} in sd-scripts' merge", adapter.family()),
-                    key: layer.into(),
                     advice: "use compose without the compatibility mode",
                 });
             };

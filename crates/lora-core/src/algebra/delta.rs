@@ -101,7 +101,7 @@ impl LayerDelta {
     /// The sum of adapters on one layer.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for families that need the base weight when there is none.
+    /// [`Error::NotPossible`] for families that need the base weight when there is none.
     pub(crate) fn sum(
         layer: &str,
         parts: &[(&dyn Adapter, f64)],
@@ -160,10 +160,9 @@ impl LayerDelta {
             Some(base) => base.require(layer)?.to_dtype(DType::F32)?,
             None => {
                 if let Some((adapter, _)) = parts.iter().find(|(a, _)| !stands_alone(a.family())) {
-                    return Err(Error::Unsupported {
-                        path: layer.into(),
+                    return Err(Error::NotPossible {
+                        layer: layer.into(),
                         what: format!("{} without the base model", adapter.family()),
-                        key: layer.into(),
                         advice: "its change depends on the weight: name the checkpoint it was trained on",
                     });
                 }

@@ -29,7 +29,7 @@ pub struct ClientChange {
 /// Saving the result writes kohya's names and every `alpha`, which all programs read.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) when a family needs the base weight
+/// [`Error::NotPossible`](crate::Error::NotPossible) when a family needs the base weight
 /// to be rewritten and there is none.
 pub fn convert_for(
     client: Client,
