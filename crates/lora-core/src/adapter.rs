@@ -256,6 +256,16 @@ pub trait Adapter: Debug + Send + Sync {
         Ok(Some(delta.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt()))
     }
 
+    /// The delta at multiplier 1 as a product `up` `[o, r]` times `down`
+    /// `[r, i kh kw]`, f32, scale included in `up`; `None` where it is not one of a rank
+    /// that the factors show.
+    ///
+    /// # Errors
+    /// When the factors cannot be read.
+    fn product(&self) -> Result<Option<(Tensor, Tensor)>> {
+        Ok(None)
+    }
+
     /// The same factors under another reading; `None` for families that all programs
     /// read alike.
     fn read_as(&self, _reading: &Reading) -> Option<Arc<dyn Adapter>> {

@@ -152,6 +152,16 @@ pub enum Error {
         /// What is wrong with it.
         source: Box<Error>,
     },
+    /// Something that cannot be done with this layer's adapter.
+    #[error("{layer}: {what} is not possible; {advice}")]
+    NotPossible {
+        /// The layer's name.
+        layer: String,
+        /// What was wanted.
+        what: String,
+        /// What to do instead.
+        advice: &'static str,
+    },
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -30,6 +30,7 @@
 //! base weight is never written to except by [`AdapterSet::merge`].
 
 mod adapter;
+pub mod algebra;
 mod blocks;
 mod component;
 mod config;

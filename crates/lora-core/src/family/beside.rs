@@ -285,6 +285,13 @@ impl Adapter for Beside {
         Ok(all)
     }
 
+    fn product(&self) -> Result<Option<(Tensor, Tensor)>> {
+        match self.residual {
+            None => self.inner.product(),
+            Some(_) => Ok(None),
+        }
+    }
+
     fn norm(&self) -> Result<Option<f64>> {
         self.inner.norm()
     }

@@ -312,6 +312,11 @@ impl Adapter for Lora {
             .collect()
     }
 
+    fn product(&self) -> Result<Option<(Tensor, Tensor)>> {
+        let up = (self.up_matrix(DType::F32)? * self.scale())?;
+        Ok(Some((up.detach(), self.down_matrix(DType::F32)?.detach())))
+    }
+
     fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Arc<dyn Adapter>> {
         Ok(Arc::new(Self {
             down: f(&self.down)?,

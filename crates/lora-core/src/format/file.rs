@@ -128,6 +128,16 @@ impl TensorFile {
         self.names().iter().filter_map(count).collect()
     }
 
+    /// The checked header.
+    pub(crate) fn header(&self) -> &Metadata {
+        &self.header
+    }
+
+    /// Where in the file the tensors' bytes begin.
+    pub(crate) fn data_start(&self) -> u64 {
+        self.data_start as u64
+    }
+
     /// Copies a tensor to `device`, in the dtype of the file.
     ///
     /// # Errors
@@ -172,6 +182,18 @@ pub fn write_atomically(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<()> {
+    replace_file(path, |file| {
+        let mut buffer = std::io::BufWriter::with_capacity(1 << 20, file);
+        write(&mut buffer)?;
+        buffer.flush()
+    })
+}
+
+/// The same for writers that need the file itself.
+pub(crate) fn replace_file(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> std::io::Result<()>,
+) -> Result<()> {
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -181,10 +203,7 @@ pub fn write_atomically(
         .suffix(".tmp")
         .tempfile_in(folder)
         .map_err(Error::io(path))?;
-    let mut buffer = std::io::BufWriter::with_capacity(1 << 20, file.as_file_mut());
-    write(&mut buffer).map_err(Error::io(path))?;
-    buffer.flush().map_err(Error::io(path))?;
-    drop(buffer);
+    write(file.as_file_mut()).map_err(Error::io(path))?;
     file.as_file().sync_all().map_err(Error::io(path))?;
     set_default_permissions(file.as_file(), path)?;
     file.persist(path).map_err(|e| Error::Io {
