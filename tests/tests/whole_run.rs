@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use lora_core::format::TensorFile;
 use lora_core::{AdapterSet, Component};
 use lora_sd15::{StableDiffusion, Txt2Img};
@@ -317,6 +317,8 @@ fn every_family_trains_and_its_file_loads_and_draws() {
         &["algo=diag-oft", "constraint=0.01", "rescaled=True"],
         &["algo=boft"],
         &["algo=full", "train_norm=True"],
+        &["algo=locon", "use_scalar=True"],
+        &["algo=loha", "rank_dropout=0.2", "rank_dropout_scale=True"],
         // sd-scripts' own.
         &["enable_all_linear=True"],
     ] {
@@ -514,4 +516,42 @@ fn files_of_a_run_are_judged_by_loss_drift_and_variety() {
             .to_string()
             .contains("no file of this run")
     );
+}
+
+#[test]
+fn a_trained_scalar_is_folded_into_the_file() {
+    for algo in ["locon", "loha", "lokr"] {
+        let folder = tempfile::tempdir().unwrap();
+        let config = TrainConfig {
+            network_module: Some("lycoris.kohya".into()),
+            network_args: vec![
+                format!("algo={algo}"),
+                "preset=attn-mlp".into(),
+                "use_scalar=True".into(),
+            ],
+            max_train_steps: 3,
+            ..config(folder.path())
+        };
+        let mut ignore = |_: &Event<'_>| {};
+        let mut trainer = Trainer::new(config, &Device::Cpu, &mut ignore).unwrap();
+        trainer.run(&mut ignore, &AtomicBool::new(false)).unwrap();
+        let file = AdapterSet::load(folder.path().join("zoe.safetensors"), &Device::Cpu).unwrap();
+        let mut largest = 0f32;
+        for (name, live) in trainer.adapters().iter() {
+            let base = Tensor::zeros(live.matrix_dims(), DType::F32, &Device::Cpu).unwrap();
+            let delta = |adapter: &dyn lora_core::Adapter| {
+                let delta = adapter.delta(&base, 1.0).unwrap();
+                delta.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            let saved = delta(file.get(name).unwrap().as_ref());
+            for (a, b) in delta(live.as_ref()).iter().zip(&saved) {
+                assert!(
+                    (a - b).abs() <= 1e-6 * (1.0 + a.abs()),
+                    "{algo} {name}: {a} {b}"
+                );
+                largest = largest.max(a.abs());
+            }
+        }
+        assert!(largest > 0.0, "{algo}: nothing was learned");
+    }
 }

@@ -77,6 +77,8 @@ pub struct AdapterConfig {
     pub full_matrix: bool,
     /// LoKr: give the first factor the larger part of the outputs.
     pub unbalanced_factorization: bool,
+    /// LoRA, LoHa, LoKr: a trained number multiplies the whole change, as in LyCORIS.
+    pub use_scalar: bool,
     /// DoRA: learned magnitudes on top of LoRA, LoHa or LoKr.
     pub weight_decompose: bool,
     /// DoRA: one magnitude per output; false: per input.
@@ -111,6 +113,7 @@ impl Default for AdapterConfig {
             decompose_both: false,
             full_matrix: false,
             unbalanced_factorization: false,
+            use_scalar: false,
             weight_decompose: false,
             wd_on_output: true,
             train_norm: false,
@@ -174,10 +177,18 @@ impl AdapterConfig {
                 "T-LoRA files are read, not trained; expected another family",
             );
         }
+        if self.use_scalar && self.weight_decompose {
+            return bad(
+                "use_scalar",
+                "true".into(),
+                "DoRA has trained magnitudes already; leave use_scalar or dora_wd out",
+            );
+        }
         let Dropout {
             neuron,
             rank,
             module,
+            ..
         } = self.dropout;
         for (name, p) in [
             ("dropout", neuron),

@@ -17,6 +17,9 @@ pub struct Dropout {
     pub neuron: f64,
     /// `rank_dropout`: zeroes whole ranks per sample, scaling the rest by `1 / (1 - p)`.
     pub rank: f64,
+    /// `rank_dropout_scale` of LyCORIS: where `rank` drops rows of the delta, the rest is
+    /// scaled by the share that was kept.
+    pub rank_scale: bool,
     /// `module_dropout`: skips the layer's adapter for the step.
     pub module: f64,
 }

@@ -78,7 +78,10 @@ impl AdapterSet {
             config,
             device: weight.device(),
         };
-        let adapter = (family::entry(family).create)(&fresh, rng)?;
+        let mut adapter = (family::entry(family).create)(&fresh, rng)?;
+        if config.use_scalar {
+            adapter = family::with_scalar(adapter, &fresh, rng)?;
+        }
         self.insert(name, adapter);
         Ok(())
     }

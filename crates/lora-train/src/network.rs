@@ -177,18 +177,18 @@ impl Reader {
             "bypass_mode" => {
                 switch(key, value)?;
             }
-            "rank_dropout_scale" | "use_scalar" | "block_size"
-                if matches!(value.to_lowercase().as_str(), "false" | "0" | "") => {}
-            "rank_dropout_scale" | "use_scalar" | "block_size" => {
-                return bad(format!(
-                    "network_args: {key}={value} is not supported; leave it out"
-                ));
+            "use_scalar" => adapter.use_scalar = switch(key, value)?,
+            "rank_dropout_scale" => adapter.dropout.rank_scale = switch(key, value)?,
+            // Of algo=dylora, which is refused; other networks' configs carry it too.
+            "block_size" => {
+                size(key, value)?;
             }
             _ => {
                 return bad(format!(
                     "network_args: {key:?} is not known; known are algo, preset, conv_dim, conv_alpha, dropout, \
                      rank_dropout, module_dropout, use_tucker, rs_lora, factor, decompose_both, full_matrix, \
-                     unbalanced_factorization, dora_wd, wd_on_output, train_norm, train_on_input, constraint, rescaled"
+                     unbalanced_factorization, dora_wd, wd_on_output, \
+                     train_norm, train_on_input, constraint, rescaled, use_scalar, rank_dropout_scale"
                 ));
             }
         }

@@ -195,6 +195,11 @@ impl Trainer {
     pub fn show(&mut self, file: &Path) -> Result<()> {
         let tensors = TensorFile::open(file)?;
         for (name, var) in self.adapters.params() {
+            if name.ends_with(".scalar") && tensors.shape(&name).is_none() {
+                // It is multiplied into a factor in files.
+                var.set(&var.ones_like()?)?;
+                continue;
+            }
             let shape = tensors.shape(&name).map(<[usize]>::to_vec);
             if shape.as_deref() != Some(var.dims()) {
                 return Err(Error::Config {

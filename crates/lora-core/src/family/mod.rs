@@ -14,6 +14,7 @@ mod lora;
 mod norm;
 mod oft;
 mod parts;
+mod scalar;
 mod tlora;
 
 use std::sync::Arc;
@@ -37,6 +38,7 @@ pub use lora::Lora;
 pub use norm::Norm;
 pub use oft::Oft;
 pub(crate) use parts::{Outcome, Parts};
+pub(crate) use scalar::with_scalar;
 pub use tlora::Tlora;
 
 /// What the rest of the crate needs to know of a family.
@@ -163,7 +165,7 @@ pub(crate) fn branch_with_row_dropout(
 }
 
 /// Rank dropout as LyCORIS applies it: whole rows of the delta, which are channels of the
-/// branch's output, are dropped without scaling the rest.
+/// branch's output, are dropped. The rest is scaled only with `rank_scale`.
 pub(crate) fn drop_rows(
     y: Tensor,
     op: &LayerOp,
@@ -178,10 +180,15 @@ pub(crate) fn drop_rows(
     };
     let rows = y.dim(axis)?;
     let draws = pass.draws.uniform(DropoutKind::Rank, rows);
-    let keep: Vec<f32> = draws
+    let mut keep: Vec<f32> = draws
         .into_iter()
         .map(|u| f32::from(f64::from(u) > pass.dropout.rank))
         .collect();
+    let kept: f32 = keep.iter().sum();
+    if pass.dropout.rank_scale && kept > 0.0 {
+        let factor = rows as f32 / kept;
+        keep.iter_mut().for_each(|k| *k *= factor);
+    }
     let dims: Vec<usize> = (0..y.rank())
         .map(|a| if a == axis { rows } else { 1 })
         .collect();
