@@ -151,7 +151,7 @@ impl Layout {
             } else {
                 Self::Kohya
             }
-        } else if key.starts_with("lora_") {
+        } else if key.starts_with("lora_") || key.starts_with("oft_unet_") {
             Self::Kohya
         } else if key.starts_with("lycoris_") {
             Self::Wrapper
@@ -264,6 +264,17 @@ impl Traits {
         let beside = self.has("diff_b") && self.family != Family::Full;
         let tucker_lokr = self.has("lokr_t2");
         use Outcome::{Conditional, Fails, Ignored, Wrong};
+        match (self.family, client) {
+            (Family::Tlora, Client::Lycoris) => add(
+                Conditional,
+                "T-LoRA: right on the very checkpoint it was trained on",
+            ),
+            (Family::Tlora, Client::Diffusers) | (Family::KohyaOft, Client::A1111) => {}
+            (Family::Tlora, _) => add(Ignored, "T-LoRA is read by LyCORIS only"),
+            (Family::KohyaOft, Client::Diffusers) => {}
+            (Family::KohyaOft, _) => add(Ignored, "OFT of sd-scripts (oft_unet_ names)"),
+            _ => {}
+        }
         match client {
             Client::A1111 => {
                 match self.family {
