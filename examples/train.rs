@@ -134,6 +134,7 @@ impl Observer for Display {
     fn event(&mut self, event: &Event<'_>) {
         match event {
             Event::Warning(text) => self.line(&format!("warning: {text}")),
+            Event::Dataset(report) => self.line(&report.to_string()),
             Event::Planned(plan) => self.line(&plan.to_string()),
             Event::Encoding { done, total } => {
                 self.bar(*total, "encoding").set_position(*done as u64)

@@ -56,12 +56,38 @@ pub use norm::{group_norm, layer_norm};
 pub use pointwise::{geglu, silu};
 pub use upsample::upsample_nearest2x;
 
+fn plain_forced() -> bool {
+    static PLAIN: OnceLock<bool> = OnceLock::new();
+    *PLAIN.get_or_init(|| std::env::var("LORA_KERNELS").is_ok_and(|v| v == "plain"))
+}
+
+/// The processor's level that the operations here make use of, in words.
+///
+/// ```
+/// println!("running on {}", lora_kernels::level());
+/// ```
+pub fn level() -> &'static str {
+    if plain_forced() {
+        return "plain operations (LORA_KERNELS=plain)";
+    }
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            "AVX-512"
+        } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            "AVX2"
+        } else {
+            "SSE2"
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    std::env::consts::ARCH
+}
+
 /// Whether the fast path applies to these operands: all f32, on a CPU, and not
 /// switched off by `LORA_KERNELS=plain`.
 fn fast(tensors: &[&Tensor]) -> bool {
-    static PLAIN: OnceLock<bool> = OnceLock::new();
-    let plain = *PLAIN.get_or_init(|| std::env::var("LORA_KERNELS").is_ok_and(|v| v == "plain"));
-    !plain
+    !plain_forced()
         && tensors
             .iter()
             .all(|t| t.device().is_cpu() && t.dtype() == DType::F32)

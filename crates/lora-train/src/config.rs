@@ -735,6 +735,11 @@ impl TrainConfig {
         if draws && self.sample_prompts.is_none() && self.inline.samples.is_none() {
             return bad("sample pictures need sample_prompts, a file of prompts");
         }
+        if self.conditioning_data_dir.is_some() && !self.masked_loss {
+            return bad(
+                "conditioning_data_dir holds masks, but masked_loss is off: switch it on, or leave the folder out",
+            );
+        }
         if self.extend_run && self.resume.is_none() {
             return bad("extend_run needs resume, the state folder to go on from");
         }

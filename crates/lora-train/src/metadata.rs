@@ -2,6 +2,7 @@
 //! values are Python's `str()` of the setting.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lora_core::format::{model_hash_of_file, sha256_of_file};
@@ -29,6 +30,7 @@ pub fn training_metadata(
     noise_and_loss(&mut m, config);
     model_files(&mut m, config)?;
     data(&mut m, config, dataset)?;
+    m.text("training_config", settings_without_paths(config)?);
     let mut metadata = m.0;
     if config.no_metadata {
         let kept = [
@@ -42,6 +44,43 @@ pub fn training_metadata(
         metadata.retain(|key, _| kept.contains(&key.as_str()));
     }
     Ok(metadata)
+}
+
+/// Every setting as JSON, so that a file says how it was made; of paths the last part, as
+/// people do not want to publish their folders.
+fn settings_without_paths(config: &TrainConfig) -> Result<String> {
+    let mut value = config.to_value()?;
+    if let Some(map) = value.as_object_mut() {
+        let is_path = |key: &str| {
+            key.ends_with("_dir")
+                || [
+                    "pretrained_model_name_or_path",
+                    "vae",
+                    "dataset_config",
+                    "in_json",
+                    "network_weights",
+                    "base_weights",
+                    "resume",
+                    "sample_prompts",
+                ]
+                .contains(&key)
+        };
+        map.retain(|key, _| key != "output_dir" && key != "logging_dir");
+        for (_, value) in map.iter_mut().filter(|(key, _)| is_path(key)) {
+            let names: Vec<&mut Value> = match value {
+                Value::Array(items) => items.iter_mut().collect(),
+                other => vec![other],
+            };
+            for name in names {
+                let last = name
+                    .as_str()
+                    .and_then(|path| Path::new(path).file_name()?.to_str())
+                    .map(str::to_string);
+                *name = last.map_or(Value::Null, Into::into);
+            }
+        }
+    }
+    Ok(value.to_string())
 }
 
 fn run(m: &mut Writer, config: &TrainConfig, plan: &Plan, started_at: f64) -> Result<()> {

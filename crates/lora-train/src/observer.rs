@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use lora_data::DatasetReport;
 use lora_sd15::Image;
 
 use crate::{Plan, ValidationReport};
@@ -13,6 +14,8 @@ use crate::{Plan, ValidationReport};
 pub enum Event<'a> {
     /// Something to know that stops nothing.
     Warning(&'a str),
+    /// The pictures and captions, before the model is loaded.
+    Dataset(&'a DatasetReport),
     /// The run as it will be, before the first long work.
     Planned(&'a Plan),
     /// Pictures encoded so far, and in all.

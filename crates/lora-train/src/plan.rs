@@ -36,6 +36,10 @@ pub struct Plan {
     pub seed: u64,
     /// What is trained, by kind of layer.
     pub trained: Vec<TrainedKind>,
+    /// Factor of the loss of regularization pictures.
+    pub prior_loss_weight: f64,
+    /// Bytes per value of the files.
+    pub value_size: usize,
     /// Files that will be written, in order; a long list is cut in the middle.
     pub files: Vec<String>,
     /// Intermediate files by epoch: one every so many epochs.
@@ -66,6 +70,8 @@ impl Plan {
             total_steps,
             seed,
             trained: Vec::new(),
+            prior_loss_weight: config.prior_loss_weight,
+            value_size: config.save_dtype().map_or(4, |dtype| dtype.size_in_bytes()),
             files: Vec::new(),
             save_every_n_epochs: by_ratio.or(config.save_every_n_epochs),
         }
@@ -160,11 +166,19 @@ impl std::fmt::Display for Plan {
                 grouped(kind.parameters)
             )?;
         }
+        if self.reg_images > 0 {
+            writeln!(
+                f,
+                "regularization pictures are training pictures whose loss counts {} times",
+                self.prior_loss_weight
+            )?;
+        }
         let text = self.trained.iter().any(|kind| kind.kind == "text encoder");
         writeln!(
             f,
-            "{} parameters{}; seed {}",
+            "{} parameters, files of about {:.1} MB{}; seed {}",
             grouped(self.parameters()),
+            (self.parameters() * self.value_size) as f64 / 1e6,
             if text {
                 ""
             } else {

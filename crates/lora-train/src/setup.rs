@@ -195,6 +195,22 @@ pub(crate) fn adapters(
     Ok(set)
 }
 
+/// LoKr whose second factor is not decomposed ignores alpha; people then wonder why nothing
+/// changes.
+pub(crate) fn alpha_without_effect(adapters: &AdapterSet) -> Option<String> {
+    let full = |adapter: &dyn lora_core::Adapter| {
+        let names: Vec<&str> = adapter.factors().iter().map(|(name, _)| *name).collect();
+        names.contains(&"lokr_w1") && names.contains(&"lokr_w2")
+    };
+    let count = adapters.iter().filter(|(_, a)| full(a.as_ref())).count();
+    (count > 0).then(|| {
+        format!(
+            "LoKr: alpha has no effect on {count} of {} layers, whose factors are both full at this dim",
+            adapters.len()
+        )
+    })
+}
+
 /// Puts a file's adapters in place of the fresh ones.
 fn load_weights(
     set: &mut AdapterSet,

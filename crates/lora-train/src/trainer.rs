@@ -8,7 +8,7 @@ use std::time::Instant;
 use candle_core::Device;
 use candle_core::backprop::GradStore;
 use lora_core::AdapterSet;
-use lora_data::{BatchPlan, Dataset, Pixels, Streams};
+use lora_data::{BatchPlan, Dataset, DatasetReport, Pixels, ReportConfig, RunLength, Streams};
 use lora_optim::{Ema, EmaConfig, LrSchedule, Optimizer, StepOptions, Watch, WeightChange};
 use lora_sd15::NoiseSchedule;
 use rand::Rng;
@@ -144,6 +144,13 @@ impl Trainer {
             observer.event(&Event::Warning(&finding.to_string()));
         }
         let mut plan = Plan::new(&config, &dataset, seed);
+        let report = ReportConfig {
+            gradient_accumulation_steps: config.gradient_accumulation_steps,
+            length: RunLength::Steps(plan.total_steps),
+            seed,
+            ..ReportConfig::default()
+        };
+        observer.event(&Event::Dataset(&DatasetReport::new(&dataset, &report)));
         let lr_schedule = setup::lr_schedule(&config, &plan)?;
 
         let mut model = match model {
@@ -160,6 +167,9 @@ impl Trainer {
         let mut warn = |text: &str| observer.event(&Event::Warning(text));
         let adapters = setup::adapters(&config, unet, text_encoder, streams, &mut warn)?;
         plan.set_adapters(&adapters);
+        if let Some(warning) = setup::alpha_without_effect(&adapters) {
+            observer.event(&Event::Warning(&warning));
+        }
         let groups = setup::param_groups(&config, &adapters)?;
         let text_encoder_until = groups
             .iter()
