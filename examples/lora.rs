@@ -7,6 +7,7 @@
 //! lora resize style.safetensors --rank sv_fro:0.95 --max 32 -o small.safetensors
 //! lora convert lokr.safetensors --rank energy:0.99 -o lora.safetensors
 //! lora convert style.safetensors --for sd.cpp -o style-cpp.safetensors
+//! lora convert style.safetensors --layout diffusers -o style-diffusers.safetensors
 //! lora compose a.safetensors:0.7 b.safetensors:0.3 --rank 32 -o both.safetensors
 //! lora diff a.safetensors b.safetensors
 //! ```
@@ -21,11 +22,11 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use clap::Parser;
 use lora_core::algebra::{
-    Clamp, ClientChange, ExtractOptions, LayerReport, MergeOptions, ResizeOptions, Strength,
-    Weights, compose, compose_as_sd_scripts, convert, convert_for, difference, extract,
+    Clamp, ClientChange, ExtractOptions, LayerReport, MergeOptions, RankRule, ResizeOptions,
+    Strength, Weights, compose, compose_as_sd_scripts, convert, convert_for, difference, extract,
     merge_into_file, resize, review_clients,
 };
-use lora_core::format::TensorFile;
+use lora_core::format::{FileReport, TensorFile};
 use lora_core::{AdapterSet, SaveOptions};
 
 #[path = "lora/arguments.rs"]
@@ -141,6 +142,10 @@ fn run(command: Command) -> Outcome<()> {
             write,
         } => {
             let (set, base) = (load(&file)?, open(base)?);
+            if rank.is_none() && client.is_none() && write.layout.is_some() {
+                return save(&set, &[], &write);
+            }
+            let rank = rank.unwrap_or(RankRule::Energy(0.99));
             let Some(client) = client else {
                 let (set, reports) = convert(&set, rank, max, base.as_ref())?;
                 return save(&set, &reports, &write);
@@ -227,6 +232,7 @@ fn save(set: &AdapterSet, reports: &[LayerReport], write: &Write) -> Outcome<()>
     }
     let options = SaveOptions {
         dtype: Some(write.dtype.into()),
+        layout: write.layout.map(Into::into).unwrap_or_default(),
         ..SaveOptions::default()
     };
     set.save(&write.output, &options)?;
@@ -275,47 +281,22 @@ fn summarise(changes: &[ClientChange], verbose: bool) {
 }
 
 fn inspect(path: &Path, clients: bool, layers: bool) -> Outcome<()> {
-    let file = TensorFile::open(path)?;
-    let set = AdapterSet::outline(path)?;
-    let mut families: BTreeMap<&str, usize> = BTreeMap::new();
-    let (mut ranks, mut alphas) = (BTreeSet::new(), BTreeSet::new());
-    for (layer, adapter) in set.iter() {
-        *families.entry(adapter.family().name()).or_default() += 1;
-        ranks.extend(adapter.rank());
-        alphas.extend(adapter.alpha().map(|a| a.to_string()));
-        if layers {
-            let rank = adapter.rank().map_or("-".into(), |r| r.to_string());
-            let alpha = adapter.alpha().map_or("-".into(), |a| a.to_string());
-            println!("{:>8} {rank:>5} {alpha:>8}  {layer}", adapter.family());
+    let report = FileReport::open_checking_values(path)?;
+    if layers {
+        for (layer, part) in &report.layers {
+            let rank = part.rank.map_or("-".into(), |r| r.to_string());
+            let alpha = part.alpha.map_or("-".into(), |a| a.to_string());
+            println!("{:>8} {rank:>5} {alpha:>8}  {layer}", part.family);
         }
     }
-    println!(
-        "{}: {} tensors, {} layers, {} parameters",
-        path.display(),
-        file.names().len(),
-        set.len(),
-        set.parameter_count()
-    );
-    let families: Vec<String> = families.iter().map(|(f, n)| format!("{f} ({n})")).collect();
-    println!("families: {}", families.join(", "));
-    println!(
-        "ranks: {}",
-        ranks
-            .iter()
-            .map(ToString::to_string)
-            .collect::<Vec<_>>()
-            .join(", ")
-    );
-    println!(
-        "alphas: {}",
-        alphas.into_iter().collect::<Vec<_>>().join(", ")
-    );
-    for (key, value) in set.metadata() {
+    println!("{report}");
+    for (key, value) in &report.metadata {
         let short: String = value.chars().take(120).collect();
         println!("  {key}: {short}");
     }
     if clients {
-        for report in review_clients(&file, &set)? {
+        let file = TensorFile::open(path)?;
+        for report in review_clients(&file, &AdapterSet::outline(path)?)? {
             println!("{}: {} layers read right", report.client, report.right);
             for f in &report.findings {
                 println!(

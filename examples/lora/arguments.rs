@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use candle_core::DType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lora_core::algebra::{Client, ExtractFamily, RankRule};
+use lora_core::format::SaveLayout;
 
 /// Inspects, merges, extracts, resizes, converts, adds and compares LoRA files.
 #[derive(Parser)]
@@ -108,8 +109,10 @@ pub(crate) enum Command {
     /// Turns any adapter into plain LoRA, or into what one program reads right.
     Convert {
         file: PathBuf,
-        #[arg(long, value_parser = RankRule::parse, default_value = "energy:0.99")]
-        rank: RankRule,
+        /// Rank of the LoRA that the file becomes; energy:0.99 unless only the layout is
+        /// to change.
+        #[arg(long, value_parser = RankRule::parse)]
+        rank: Option<RankRule>,
         /// No rank above this.
         #[arg(long, conflicts_with = "client")]
         max: Option<usize>,
@@ -165,9 +168,38 @@ pub(crate) struct Write {
     /// Dtype of the result.
     #[arg(long, value_enum, default_value = "f16")]
     pub(crate) dtype: Float,
+    /// Names and parts as this program writes them; kohya unless given.
+    #[arg(long, value_enum)]
+    pub(crate) layout: Option<Layout>,
     /// Prints every layer.
     #[arg(long)]
     pub(crate) verbose: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Layout {
+    /// sd-scripts and LyCORIS.
+    Kohya,
+    /// The same with the UNet's names in checkpoints.
+    KohyaLdm,
+    /// diffusers since PEFT.
+    Diffusers,
+    /// diffusers' attention processors.
+    DiffusersOld,
+    /// PEFT, with adapter_config.json beside the file.
+    Peft,
+}
+
+impl From<Layout> for SaveLayout {
+    fn from(layout: Layout) -> Self {
+        match layout {
+            Layout::Kohya => SaveLayout::Kohya,
+            Layout::KohyaLdm => SaveLayout::KohyaLdm,
+            Layout::Diffusers => SaveLayout::Diffusers,
+            Layout::DiffusersOld => SaveLayout::DiffusersOld,
+            Layout::Peft => SaveLayout::Peft,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
