@@ -43,6 +43,18 @@ pub fn golden_json(topic: &str, file: &str) -> Value {
     read_json(&golden_path(topic, file))
 }
 
+/// A golden JSON file, from this package where the golden folder lacks it.
+///
+/// # Panics
+/// As [`golden_json`].
+pub fn golden_or_bundled_json(topic: &str, file: &str) -> Value {
+    if golden_path(topic, file).exists() {
+        golden_json(topic, file)
+    } else {
+        bundled_json(topic, file)
+    }
+}
+
 fn read_json(path: &std::path::Path) -> Value {
     let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use lora_sd15::Image;
-use lora_tests::{Report, bundled_json};
+use lora_tests::{Report, bundled_json, golden_or_bundled_json};
 use lora_train::gui::{Form, read_config, to_kohya_json};
 use lora_train::options::{Settings, Status, all_options};
 use lora_train::{TrainConfig, line_options};
@@ -103,7 +103,7 @@ fn compare(report: &mut Report, name: &str, got: &Settings, want: &Settings, ski
 
 #[test]
 fn golden_kohya_gui_kohya_ss() {
-    let golden = bundled_json("kohya", "gui_kohya_ss.json");
+    let golden = golden_or_bundled_json("kohya", "gui_kohya_ss.json");
     let folder = tempfile::tempdir().unwrap();
     pictures(folder.path());
     let dir = folder.path().to_str().unwrap();
@@ -171,7 +171,7 @@ fn every_field_of_kohya_ss_is_known() {
 
 #[test]
 fn golden_kohya_gui_lora_easy() {
-    let golden = bundled_json("kohya", "gui_lora_easy.json");
+    let golden = golden_or_bundled_json("kohya", "gui_lora_easy.json");
     let folder = tempfile::tempdir().unwrap();
     pictures(folder.path());
     let dir = folder.path().to_str().unwrap();
@@ -206,7 +206,7 @@ fn golden_kohya_gui_lora_easy() {
 
 #[test]
 fn golden_kohya_trainer_options() {
-    let golden = bundled_json("kohya", "trainer_options.json");
+    let golden = golden_or_bundled_json("kohya", "trainer_options.json");
     let mut report = Report::default();
     let options = golden["options"].as_array().unwrap();
     for option in options {
@@ -231,7 +231,7 @@ fn golden_kohya_trainer_options() {
 
 #[test]
 fn golden_kohya_sample_prompt_lines() {
-    let golden = bundled_json("kohya", "captions.json");
+    let golden = golden_or_bundled_json("kohya", "captions.json");
     let mut report = Report::default();
     for row in golden["sample_prompt_lines"].as_array().unwrap() {
         let line = row["line"].as_str().unwrap();
