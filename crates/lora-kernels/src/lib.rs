@@ -12,6 +12,7 @@
 //! * [`attention`]: scaled dot-product attention that never holds all scores
 //! * [`layer_norm`], [`group_norm`] (SiLU behind it if wanted), [`silu`], [`geglu`]
 //! * [`upsample_nearest2x`]: nearest-neighbour doubling
+//! * [`checkpoint`]: gradient checkpointing around any function, on any device
 //!
 //! Each takes and returns ordinary candle tensors. On a CPU with f32 tensors the
 //! fast path runs; for every other device or dtype the same function is composed
@@ -34,6 +35,7 @@
 #![allow(unsafe_code)]
 
 mod attention;
+mod checkpoint;
 mod conv2d;
 mod linear;
 mod math;
@@ -49,6 +51,7 @@ use std::sync::OnceLock;
 use candle_core::{DType, Tensor};
 
 pub use attention::attention;
+pub use checkpoint::checkpoint;
 pub use conv2d::{Conv2dParams, conv2d};
 pub use linear::linear;
 pub use memory::keep_freed_memory;

@@ -141,6 +141,11 @@ impl Model for Sd15 {
         Ok(self.sd.unet.forward(noisy, timesteps, context)?)
     }
 
+    fn set_gradient_checkpointing(&mut self, on: bool) -> Result<()> {
+        self.sd.unet.set_gradient_checkpointing(on);
+        Ok(())
+    }
+
     fn draw(&mut self, prompt: &SamplePrompt) -> Result<Image> {
         if self.v_prediction {
             return Err(Error::Config {
