@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use lora_core::{AdapterConfig, AdapterSet, SaveOptions, Targets};
 use lora_data::{CaptionTime, Dataset, DatasetConfig, Place, Purpose, Size, Streams};
 use lora_optim::{Optimizer, ParamGroup, Prodigy, ProdigyConfig};
-use lora_sd15::{Checkpoint, NoiseSchedule};
+use lora_sd15::{Checkpoint, NoiseSchedule, WeightStorage};
 use lora_train::{
     LatentSource, LossConfig, Model, NoiseConfig, SampleWeights, Sd15, StepDraws, TextConfig,
     diffusion_loss, make_noise,
@@ -16,7 +16,13 @@ use lora_train::{
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (device, streams, epochs) = (Device::Cpu, Streams::new(42), 5);
     let checkpoint = Checkpoint::open(lora_examples::demo_model())?;
-    let mut model = Sd15::load(&checkpoint, TextConfig::default(), false, &device)?;
+    let mut model = Sd15::load(
+        &checkpoint,
+        TextConfig::default(),
+        false,
+        WeightStorage::AsStored,
+        &device,
+    )?;
 
     // What is trained.
     let config = AdapterConfig {

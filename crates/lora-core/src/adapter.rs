@@ -190,6 +190,23 @@ pub trait Adapter: Debug + Send + Sync {
         layer.op.apply(x, &delta, bias.as_ref())
     }
 
+    /// The branch as a product that the layer adds to its own in one pass: `middle`
+    /// (`[.., r]`, of a convolution `[n, r, h', w']`) and `up` `[o, r]`. `None`, the default,
+    /// where [`branch`](Adapter::branch) is not of that form. Must not read the values of
+    /// the base weight.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn low_rank(
+        &self,
+        _x: &Tensor,
+        _layer: &BaseLayer,
+        _multiplier: f64,
+        _pass: Option<&Pass<'_>>,
+    ) -> Result<Option<(Tensor, Tensor)>> {
+        Ok(None)
+    }
+
     /// The factors in a fixed order, named by file suffix (`lora_down.weight`, ...): what
     /// is trained and saved.
     fn factors(&self) -> Vec<(&'static str, &Tensor)>;

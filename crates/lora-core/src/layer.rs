@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
-use lora_kernels::Conv2dParams;
+use lora_kernels::{Added, Conv2dParams};
 
 use crate::adapter::Adapter;
 use crate::control::Control;
@@ -70,6 +70,23 @@ pub struct BaseLayer {
     pub bias: Option<Tensor>,
     /// What the layer does with them.
     pub op: LayerOp,
+}
+
+impl BaseLayer {
+    /// This layer with its weight in `dtype`, for adapters that compute with the weight;
+    /// `wide` keeps the copy where one is needed.
+    fn widened<'a>(&'a self, dtype: DType, wide: &'a mut Option<Self>) -> Result<&'a Self> {
+        if self.weight.dtype() == dtype || self.op.is_norm() {
+            return Ok(self);
+        }
+        if wide.is_none() {
+            *wide = Some(Self {
+                weight: self.weight.to_dtype(dtype)?,
+                ..self.clone()
+            });
+        }
+        Ok(wide.as_ref().unwrap_or(self))
+    }
 }
 
 /// A linear, convolution or normalization layer that adapters can be attached to.
@@ -248,6 +265,71 @@ impl Layer {
         }
     }
 
+    /// [`forward`](Module::forward) with more added in the same pass: `shift` `[n, o]`, the
+    /// same for all pixels (convolutions only), and `residual` in the shape of the output.
+    /// Where the base weight is stored in 16 bits it is widened for the call.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn forward_added(
+        &self,
+        x: &Tensor,
+        shift: Option<&Tensor>,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        // Low-rank branches are added to the base product; others follow.
+        let (mut low_rank, mut branches) = (Vec::new(), Vec::new());
+        let mut wide = None;
+        for attachment in &self.attached {
+            let multiplier = attachment.control.multiplier();
+            if multiplier == 0.0 {
+                continue;
+            }
+            let adapter = attachment.adapter.as_ref();
+            attachment.control.with_pass(&attachment.name, |pass| {
+                if let Some(pair) = adapter.low_rank(x, &self.base, multiplier, pass)? {
+                    low_rank.push(pair);
+                    return Ok(());
+                }
+                let base = self.base.widened(x.dtype(), &mut wide)?;
+                branches.push(adapter.branch(x, base, multiplier, pass)?);
+                Ok::<(), candle_core::Error>(())
+            })?;
+        }
+        let added = Added {
+            low_rank: &low_rank,
+            residual: residual.filter(|_| branches.is_empty()),
+            shift,
+        };
+        let BaseLayer { weight, bias, op } = &self.base;
+        let mut y = match *op {
+            LayerOp::Linear => lora_kernels::linear_added(x, weight, bias.as_ref(), &added)?,
+            LayerOp::Conv2d(params) => {
+                lora_kernels::conv2d_added(x, weight, bias.as_ref(), params, &added)?
+            }
+            _ if shift.is_some() || !low_rank.is_empty() => {
+                candle_core::bail!("{}: norms take neither shift nor low rank", self.path)
+            }
+            _ => {
+                let y = op.apply(x, weight, bias.as_ref())?;
+                match added.residual {
+                    Some(residual) => (y + residual)?,
+                    None => y,
+                }
+            }
+        };
+        if branches.is_empty() {
+            return Ok(y);
+        }
+        for branch in branches {
+            y = (y + branch)?;
+        }
+        match residual {
+            Some(residual) => y + residual,
+            None => Ok(y),
+        }
+    }
+
     /// How many adapters are attached.
     pub fn attached(&self) -> usize {
         self.attached.len()
@@ -257,23 +339,7 @@ impl Layer {
 impl Module for Layer {
     /// The base layer's output plus the branch of every attached adapter.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut y = self
-            .base
-            .op
-            .apply(x, &self.base.weight, self.base.bias.as_ref())?;
-        for attachment in &self.attached {
-            let multiplier = attachment.control.multiplier();
-            if multiplier == 0.0 {
-                continue;
-            }
-            let branch = attachment.control.with_pass(&attachment.name, |pass| {
-                attachment.adapter.branch(x, &self.base, multiplier, pass)
-            })?;
-            if let Some(branch) = branch {
-                y = (y + branch)?;
-            }
-        }
-        Ok(y)
+        self.forward_added(x, None, None)
     }
 }
 

@@ -9,6 +9,7 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use crate::added::{Added, conv2d_added, frozen};
 use crate::matrix::{View, multiply};
 use crate::{fast, plain, values};
 
@@ -47,6 +48,9 @@ pub fn conv2d(
     bias: Option<&Tensor>,
     params: Conv2dParams,
 ) -> Result<Tensor> {
+    if frozen(weight, bias) || weight.dtype() != x.dtype() {
+        return conv2d_added(x, weight, bias, params, &Added::default());
+    }
     let y = if fast(&[x, weight]) {
         x.contiguous()?
             .apply_op2(&weight.contiguous()?, Conv2d(params))?
@@ -64,21 +68,21 @@ const STRIP_VALUES: usize = 2 << 20;
 
 /// Sizes of one convolution.
 #[derive(Clone, Copy)]
-struct Geometry {
-    n: usize,
+pub(crate) struct Geometry {
+    pub(crate) n: usize,
     c: usize,
     h: usize,
     w: usize,
-    o: usize,
+    pub(crate) o: usize,
     kh: usize,
     kw: usize,
-    oh: usize,
-    ow: usize,
+    pub(crate) oh: usize,
+    pub(crate) ow: usize,
     p: Conv2dParams,
 }
 
 impl Geometry {
-    fn new(x: &Shape, weight: &Shape, p: Conv2dParams) -> Result<Self> {
+    pub(crate) fn new(x: &Shape, weight: &Shape, p: Conv2dParams) -> Result<Self> {
         let (n, c, h, w) = x.dims4()?;
         let (o, ci, kh, kw) = weight.dims4()?;
         let size = |len: usize, k: usize| {
@@ -235,9 +239,9 @@ impl Geometry {
         )
     }
 
-    fn forward(&self, x: &[f32], w: &[f32]) -> Vec<f32> {
+    /// Writes the convolution to `y`, or adds it with `accumulate`.
+    pub(crate) fn forward(&self, y: &mut [f32], accumulate: bool, x: &[f32], w: &[f32]) {
         let plane = self.oh * self.ow;
-        let mut y = vec![0f32; self.n * self.o * plane];
         let mut col = Vec::new();
         self.each_strip(|image, group, rows| {
             let pixels = rows.len() * self.ow;
@@ -245,18 +249,17 @@ impl Geometry {
             let out = &mut y[self.output(image, group, rows.start)..];
             if self.pointwise() {
                 let patches = View::rows(&input[rows.start * self.ow..], self.cg(), pixels, plane);
-                multiply(out, plane, false, self.weight(w, group), patches);
+                multiply(out, plane, accumulate, self.weight(w, group), patches);
             } else {
                 col.resize(self.patch() * pixels, 0.0);
                 self.unfold(input, rows, &mut col);
                 let patches = View::rows(&col, self.patch(), pixels, pixels);
-                multiply(out, plane, false, self.weight(w, group), patches);
+                multiply(out, plane, accumulate, self.weight(w, group), patches);
             }
         });
-        y
     }
 
-    fn input_gradient(&self, w: &[f32], dy: &[f32]) -> Vec<f32> {
+    pub(crate) fn input_gradient(&self, w: &[f32], dy: &[f32]) -> Vec<f32> {
         let plane = self.oh * self.ow;
         let mut dx = vec![0f32; self.n * self.c * self.h * self.w];
         let mut col = Vec::new();
@@ -351,7 +354,8 @@ impl CustomOp2 for Conv2d {
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let g = Geometry::new(l1.shape(), l2.shape(), self.0)?;
-        let y = g.forward(values(s1, l1)?, values(s2, l2)?);
+        let mut y = vec![0f32; g.n * g.o * g.oh * g.ow];
+        g.forward(&mut y, false, values(s1, l1)?, values(s2, l2)?);
         Ok((CpuStorage::F32(y), (g.n, g.o, g.oh, g.ow).into()))
     }
 

@@ -9,9 +9,12 @@
 //!
 //! * [`linear`]: `x W^T + b`
 //! * [`conv2d`]: convolution with stride, padding, dilation and groups
+//! * [`linear_added`], [`conv2d_added`]: the same with a frozen weight, which may be stored
+//!   in 16 bits, and with low-rank branches, residual and shift added in place
 //! * [`attention`]: scaled dot-product attention that never holds all scores
 //! * [`layer_norm`], [`group_norm`] (SiLU behind it if wanted), [`silu`], [`geglu`]
 //! * [`upsample_nearest2x`]: nearest-neighbour doubling
+//! * [`checkpoint`]: gradient checkpointing around any function, on any device
 //!
 //! Each takes and returns ordinary candle tensors. On a CPU with f32 tensors the
 //! fast path runs; for every other device or dtype the same function is composed
@@ -33,12 +36,15 @@
 // C allocator.
 #![allow(unsafe_code)]
 
+mod added;
 mod attention;
+mod checkpoint;
 mod conv2d;
 mod linear;
 mod math;
 mod matrix;
 mod memory;
+mod node;
 mod norm;
 pub mod plain;
 mod pointwise;
@@ -48,7 +54,9 @@ use std::sync::OnceLock;
 
 use candle_core::{DType, Tensor};
 
+pub use added::{Added, conv2d_added, linear_added};
 pub use attention::attention;
+pub use checkpoint::checkpoint;
 pub use conv2d::{Conv2dParams, conv2d};
 pub use linear::linear;
 pub use memory::keep_freed_memory;

@@ -2,6 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 
+use crate::added::{Added, frozen, linear_added};
 use crate::matrix::{View, fill_rows, multiply};
 use crate::{fast, plain, values};
 
@@ -10,6 +11,9 @@ use crate::{fast, plain, values};
 /// # Errors
 /// When the shapes do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    if frozen(weight, bias) || weight.dtype() != x.dtype() {
+        return linear_added(x, weight, bias, &Added::default());
+    }
     let mut operands = vec![x, weight];
     operands.extend(bias);
     if !fast(&operands) {

@@ -33,7 +33,7 @@ pub mod tokenizer;
 mod unet;
 mod vae;
 
-pub use checkpoint::{Checkpoint, Part, ldm_to_diffusers};
+pub use checkpoint::{Checkpoint, Part, WeightStorage, ldm_to_diffusers};
 pub use config::{ModelConfig, TextConfig, UnetConfig, VaeConfig};
 pub use error::{Error, Result};
 pub use grid::Grid;

@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use lora_core::AdapterSet;
 
+use crate::checkpoint::WeightStorage;
 use crate::prompt::{AdapterTag, check_supported, chunk_prompt, extract_tags};
 use crate::rng::{NoiseGenerator, NoiseSource};
 use crate::sampler::{
@@ -242,11 +244,37 @@ impl StableDiffusion {
     /// # Errors
     /// As [`Checkpoint::verify`].
     pub fn from_checkpoint(checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
-        let config = checkpoint.config();
-        // All parts are checked before the first weight is read.
         let text = checkpoint.var_builder(Part::TextEncoder, DType::F32, device)?;
         let vae = checkpoint.var_builder(Part::Vae, DType::F32, device)?;
         let unet = checkpoint.var_builder(Part::Unet, dtype, device)?;
+        Self::build(checkpoint, [text, vae, unet], dtype, device)
+    }
+
+    /// The same for computing in f32, with the UNet's frozen weights kept as `unet` says
+    /// and those of text encoder and VAE as `others`.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::verify`].
+    pub fn from_checkpoint_stored(
+        checkpoint: &Checkpoint,
+        unet: WeightStorage,
+        others: WeightStorage,
+        device: &Device,
+    ) -> Result<Self> {
+        let text = checkpoint.stored_var_builder(Part::TextEncoder, others, device)?;
+        let vae = checkpoint.stored_var_builder(Part::Vae, others, device)?;
+        let unet = checkpoint.stored_var_builder(Part::Unet, unet, device)?;
+        Self::build(checkpoint, [text, vae, unet], DType::F32, device)
+    }
+
+    /// All parts were checked before the first weight is read.
+    fn build(
+        checkpoint: &Checkpoint,
+        [text, vae, unet]: [VarBuilder<'_>; 3],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let config = checkpoint.config();
         Ok(Self {
             unet: UNet::new(&config.unet, unet)?,
             text_encoder: TextEncoder::new(&config.text, text)?,

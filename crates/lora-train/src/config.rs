@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::DType;
 use lora_core::{AdapterConfig, Dropout, Family, Targets};
 use lora_data::{CaptionConfig, DatasetConfig, Interpolation, Size, SubsetConfig};
-use lora_sd15::{NoiseSchedule, TIMESTEPS};
+use lora_sd15::{NoiseSchedule, TIMESTEPS, WeightStorage};
 use serde::{Deserialize, Serialize};
 
 use crate::loss::{HuberSchedule, LossConfig, LossType};
@@ -264,7 +264,8 @@ pub struct TrainConfig {
     /// Largest norm of a layer's delta.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_weight_norms: Option<f64>,
-    /// `no`, `fp16`, `bf16`: accepted; training computes in f32.
+    /// How the UNet's frozen weights are kept in memory: `no` (as in the file), `fp16`,
+    /// `bf16` (rounded). Training computes in f32.
     pub mixed_precision: String,
     /// Compute activations again in the backward pass, to save memory.
     pub gradient_checkpointing: bool,
@@ -851,11 +852,23 @@ impl TrainConfig {
         }
         if self.mixed_precision != "no" {
             list.push(format!(
-                "mixed_precision {}: training computes in f32, which is at least as precise",
+                "mixed_precision {}: the UNet's frozen weights are kept so; everything is computed \
+                 in f32",
                 self.mixed_precision
             ));
         }
         list
+    }
+
+    /// How the UNet's frozen weights are kept, by `mixed_precision`; as in the file for
+    /// `no`, but in f32 where `base_weights` are merged into them.
+    pub fn weight_storage(&self) -> WeightStorage {
+        match self.mixed_precision.as_str() {
+            "bf16" => WeightStorage::Bf16,
+            "fp16" => WeightStorage::F16,
+            _ if self.base_weights.is_empty() => WeightStorage::AsStored,
+            _ => WeightStorage::F32,
+        }
     }
 
     /// Whether the optimizer finds its own learning rate.

@@ -101,7 +101,7 @@ fn run(m: &mut Writer, config: &TrainConfig, plan: &Plan, started_at: f64) -> Re
     m.text("ss_num_reg_images", plan.reg_images);
     m.text("ss_num_batches_per_epoch", plan.batches_per_epoch);
     m.text("ss_num_epochs", plan.epochs);
-    m.text("ss_gradient_checkpointing", "False");
+    m.flag("ss_gradient_checkpointing", config.gradient_checkpointing);
     m.text(
         "ss_gradient_accumulation_steps",
         config.gradient_accumulation_steps,

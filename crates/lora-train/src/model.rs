@@ -1,8 +1,8 @@
 //! The model behind the trainer.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use lora_core::Adaptable;
-use lora_sd15::{Checkpoint, Image, Posterior, StableDiffusion};
+use lora_sd15::{Checkpoint, Image, Posterior, StableDiffusion, WeightStorage};
 
 use crate::samples::SamplePrompt;
 use crate::text::{Captions, TextConfig};
@@ -96,7 +96,9 @@ pub struct Sd15 {
 }
 
 impl Sd15 {
-    /// Loads all three networks in f32. `v_prediction` says how sample pictures are drawn.
+    /// Loads all three networks, the UNet's frozen weights kept as `storage` says, those of
+    /// the others in f32 or as the file has them; everything is computed in f32.
+    /// `v_prediction` says how sample pictures are drawn.
     ///
     /// # Errors
     /// As [`Checkpoint::verify`].
@@ -104,10 +106,15 @@ impl Sd15 {
         checkpoint: &Checkpoint,
         text: TextConfig,
         v_prediction: bool,
+        storage: WeightStorage,
         device: &Device,
     ) -> Result<Self> {
+        let others = match storage {
+            WeightStorage::F32 => WeightStorage::F32,
+            _ => WeightStorage::AsStored,
+        };
         Ok(Self {
-            sd: StableDiffusion::from_checkpoint(checkpoint, DType::F32, device)?,
+            sd: StableDiffusion::from_checkpoint_stored(checkpoint, storage, others, device)?,
             captions: Captions::new(text),
             clip_skip: text.clip_skip,
             v_prediction,
@@ -139,6 +146,11 @@ impl Model for Sd15 {
 
     fn predict(&self, noisy: &Tensor, timesteps: &Tensor, context: &Tensor) -> Result<Tensor> {
         Ok(self.sd.unet.forward(noisy, timesteps, context)?)
+    }
+
+    fn set_gradient_checkpointing(&mut self, on: bool) -> Result<()> {
+        self.sd.unet.set_gradient_checkpointing(on);
+        Ok(())
     }
 
     fn draw(&mut self, prompt: &SamplePrompt) -> Result<Image> {

@@ -158,7 +158,8 @@ impl Trainer {
             None => {
                 let checkpoint = setup::checkpoint(&config)?;
                 let (text, v) = (config.text(), config.v_parameterization);
-                Box::new(Sd15::load(&checkpoint, text, v, device)?)
+                let storage = config.weight_storage();
+                Box::new(Sd15::load(&checkpoint, text, v, storage, device)?)
             }
         };
         model.set_gradient_checkpointing(config.gradient_checkpointing)?;

@@ -270,28 +270,11 @@ impl Adapter for Lora {
         multiplier: f64,
         pass: Option<&Pass<'_>>,
     ) -> Result<Tensor> {
-        let dtype = x.dtype();
-        let middle = match layer.op {
-            LayerOp::Linear => lora_kernels::linear(x, &self.down_matrix(dtype)?, None)?,
-            LayerOp::Conv2d(params) if params.groups == 1 => {
-                let (_, _, kh, kw) = layer.weight.dims4()?;
-                self.conv_middle(x, params, (kh, kw))?
-            }
-            // Grouped convolutions and norms have no low-rank shortcut.
-            _ => {
-                return layer
-                    .op
-                    .apply(x, &self.delta(&layer.weight, multiplier)?, None);
-            }
+        let Some((middle, up)) = self.low_rank(x, layer, multiplier, pass)? else {
+            return layer
+                .op
+                .apply(x, &self.delta(&layer.weight, multiplier)?, None);
         };
-        let rank_axis = if layer.op == LayerOp::Linear {
-            middle.rank() - 1
-        } else {
-            1
-        };
-        let middle = drop_out(middle, rank_axis, pass)?;
-        let middle = (middle * (self.scale() * multiplier))?;
-        let up = self.up_matrix(dtype)?;
         match layer.op {
             LayerOp::Linear => lora_kernels::linear(&middle, &up, None),
             _ => lora_kernels::conv2d(
@@ -301,6 +284,33 @@ impl Adapter for Lora {
                 Conv2dParams::default(),
             ),
         }
+    }
+
+    fn low_rank(
+        &self,
+        x: &Tensor,
+        layer: &BaseLayer,
+        multiplier: f64,
+        pass: Option<&Pass<'_>>,
+    ) -> Result<Option<(Tensor, Tensor)>> {
+        let dtype = x.dtype();
+        let middle = match layer.op {
+            LayerOp::Linear => lora_kernels::linear(x, &self.down_matrix(dtype)?, None)?,
+            LayerOp::Conv2d(params) if params.groups == 1 => {
+                let (_, _, kh, kw) = layer.weight.dims4()?;
+                self.conv_middle(x, params, (kh, kw))?
+            }
+            // Grouped convolutions and norms have no low-rank shortcut.
+            _ => return Ok(None),
+        };
+        let rank_axis = if layer.op == LayerOp::Linear {
+            middle.rank() - 1
+        } else {
+            1
+        };
+        let middle = drop_out(middle, rank_axis, pass)?;
+        let middle = (middle * (self.scale() * multiplier))?;
+        Ok(Some((middle, self.up_matrix(dtype)?)))
     }
 
     fn factors(&self) -> Vec<(&'static str, &Tensor)> {

@@ -163,6 +163,37 @@ impl TensorFile {
     }
 }
 
+impl TensorFile {
+    /// Tells the system that a tensor's bytes are not needed again soon, so that they do
+    /// not count as memory of this process; reading them again stays possible. Does
+    /// nothing where the system does not offer that.
+    pub fn release(&self, name: &str) {
+        let Some(info) = self.header.info(name) else {
+            return;
+        };
+        let (start, end) = info.data_offsets;
+        if start < end && self.data_start + end <= self.map.len() {
+            self.discard(self.data_start + start, end - start);
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[allow(unsafe_code)]
+    fn discard(&self, offset: usize, len: usize) {
+        // SAFETY: the map is a shared, read-only map of a file: pages that are dropped
+        // are read from the file again, with the same bytes, when they are touched.
+        let advice = unsafe {
+            let drop = memmap2::UncheckedAdvice::DontNeed;
+            self.map.unchecked_advise_range(drop, offset, len)
+        };
+        // It is advice: without it there is only less free memory.
+        advice.unwrap_or_default();
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn discard(&self, _: usize, _: usize) {}
+}
+
 /// How many words of `N` bytes pass a test.
 fn odd_words<const N: usize>(bytes: &[u8], odd: impl Fn([u8; N]) -> bool) -> usize {
     bytes

@@ -7,6 +7,7 @@
 
 mod keys;
 mod recognise;
+mod storage;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -21,6 +22,7 @@ use crate::config::read_json;
 use crate::{Error, ModelConfig, Result, TextEncoder, UNet, Vae};
 
 pub use keys::ldm_to_diffusers;
+pub use storage::WeightStorage;
 
 /// One of the three networks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -343,10 +345,35 @@ impl Checkpoint {
         dtype: DType,
         device: &Device,
     ) -> Result<VarBuilder<'static>> {
+        self.builder(part, None, dtype, device)
+    }
+
+    /// The same for computing in f32, with the weights of linear layers and convolutions
+    /// kept as `storage` says.
+    ///
+    /// # Errors
+    /// As [`verify`](Self::verify).
+    pub fn stored_var_builder(
+        &self,
+        part: Part,
+        storage: WeightStorage,
+        device: &Device,
+    ) -> Result<VarBuilder<'static>> {
+        self.builder(part, Some(storage), DType::F32, device)
+    }
+
+    fn builder(
+        &self,
+        part: Part,
+        storage: Option<WeightStorage>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<VarBuilder<'static>> {
         self.verify(part)?;
         let backend = PartBackend {
             inner: self.inner.clone(),
             part,
+            storage,
         };
         Ok(VarBuilder::from_backend(
             Box::new(backend),
@@ -437,6 +464,8 @@ impl SimpleBackend for Recorder {
 struct PartBackend {
     inner: Arc<Inner>,
     part: Part,
+    /// Overrides the dtype that is asked for.
+    storage: Option<WeightStorage>,
 }
 
 impl PartBackend {
@@ -448,9 +477,20 @@ impl PartBackend {
             .ok_or_else(|| candle_core::Error::CannotFindTensor {
                 path: name.to_string(),
             })?;
-        self.inner.files[place.file]
+        let file = &self.inner.files[place.file];
+        let tensor = file
             .tensor(&place.key, device)
-            .map_err(candle_core::Error::wrap)
+            .map_err(candle_core::Error::wrap)?;
+        // The copy is all that is needed: the mapped pages would double its memory.
+        file.release(&place.key);
+        Ok(tensor)
+    }
+
+    fn dtype(&self, name: &str, tensor: &Tensor, asked: DType) -> DType {
+        match self.storage {
+            Some(storage) => storage.dtype(name, tensor.rank(), tensor.dtype()),
+            None => asked,
+        }
     }
 }
 
@@ -471,6 +511,7 @@ impl SimpleBackend for PartBackend {
                 got: tensor.shape().clone(),
             });
         }
+        let dtype = self.dtype(name, &tensor, dtype);
         tensor.reshape(shape)?.to_dtype(dtype)
     }
 
@@ -480,7 +521,9 @@ impl SimpleBackend for PartBackend {
         dtype: DType,
         device: &Device,
     ) -> candle_core::Result<Tensor> {
-        self.load(name, device)?.to_dtype(dtype)
+        let tensor = self.load(name, device)?;
+        let dtype = self.dtype(name, &tensor, dtype);
+        tensor.to_dtype(dtype)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {

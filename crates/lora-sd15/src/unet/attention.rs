@@ -80,7 +80,7 @@ impl Transformer {
             .transpose(1, 2)?
             .contiguous()?
             .reshape((n, c, h, w))?;
-        self.proj_out.forward(&y)? + x
+        self.proj_out.forward_added(&y, None, Some(x))
     }
 
     pub(super) fn visit(&mut self, visit: Visit<'_>) -> lora_core::Result<()> {
@@ -101,9 +101,9 @@ impl Transformer {
 impl Block {
     fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
         let normal = self.norm1.forward(x)?;
-        let x = (self.attn1.forward(&normal, &normal)? + x)?;
-        let x = (self.attn2.forward(&self.norm2.forward(&x)?, context)? + x)?;
-        self.ff.forward(&self.norm3.forward(&x)?)? + x
+        let x = self.attn1.forward(&normal, &normal, x)?;
+        let x = self.attn2.forward(&self.norm2.forward(&x)?, context, &x)?;
+        self.ff.forward(&self.norm3.forward(&x)?, &x)
     }
 }
 
@@ -118,14 +118,14 @@ impl Attention {
         })
     }
 
-    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, context: &Tensor, residual: &Tensor) -> Result<Tensor> {
         let (q, k, v) = (
             self.to_q.forward(x)?,
             self.to_k.forward(context)?,
             self.to_v.forward(context)?,
         );
-        self.to_out
-            .forward(&attention(&q, &k, &v, self.heads, false)?)
+        let y = attention(&q, &k, &v, self.heads, false)?;
+        self.to_out.forward_added(&y, None, Some(residual))
     }
 
     fn visit(&mut self, visit: Visit<'_>) -> lora_core::Result<()> {
@@ -138,8 +138,8 @@ impl Attention {
 
 impl FeedForward {
     /// GEGLU: the first half of the projection times gelu (exact form) of the second.
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.out
-            .forward(&lora_kernels::geglu(&self.proj.forward(x)?)?)
+    fn forward(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let gated = lora_kernels::geglu(&self.proj.forward(x)?)?;
+        self.out.forward_added(&gated, None, Some(residual))
     }
 }

@@ -78,6 +78,7 @@ pub struct UNet {
     conv_norm_out: Layer,
     conv_out: Layer,
     uneven: UnevenSize,
+    checkpointing: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -198,12 +199,20 @@ impl UNet {
             )?,
             conv_out: Layer::conv2d(first, config.out_channels, 3, SAME, vb.pp("conv_out"))?,
             uneven: UnevenSize::default(),
+            checkpointing: false,
         })
     }
 
     /// Chooses the rule for latent sizes that are not a multiple of 8.
     pub fn set_uneven_size(&mut self, rule: UnevenSize) {
         self.uneven = rule;
+    }
+
+    /// Trades time for memory when gradients are recorded: of each ResNet block and the
+    /// transformer behind it only the inputs are kept, and the backward pass computes the
+    /// rest again. Gradients stay the same to the bit.
+    pub fn set_gradient_checkpointing(&mut self, on: bool) {
+        self.checkpointing = on;
     }
 
     /// Predicts noise (or v) for `latents` `[n, c, h, w]` at `timesteps` `[n]` under
@@ -226,10 +235,7 @@ impl UNet {
         let mut skips = vec![x.clone()];
         for block in &self.down {
             for (j, resnet) in block.resnets.iter().enumerate() {
-                x = resnet.forward(&x, Some(&temb))?;
-                if let Some(attention) = block.attentions.get(j) {
-                    x = attention.forward(&x, context)?;
-                }
+                x = self.stage(resnet, block.attentions.get(j), &x, &temb, context)?;
                 skips.push(x.clone());
             }
             if let Some(downsampler) = &block.downsampler {
@@ -238,25 +244,45 @@ impl UNet {
             }
         }
 
-        x = self.mid.resnets[0].forward(&x, Some(&temb))?;
-        x = self.mid.attention.forward(&x, context)?;
-        x = self.mid.resnets[1].forward(&x, Some(&temb))?;
+        let [first, second] = &self.mid.resnets;
+        x = self.stage(first, Some(&self.mid.attention), &x, &temb, context)?;
+        x = self.stage(second, None, &x, &temb, context)?;
 
         for block in &self.up {
             for (j, resnet) in block.resnets.iter().enumerate() {
                 let Some(skip) = skips.pop() else {
                     candle_core::bail!("skip connections do not match")
                 };
-                x = resnet.forward(&Tensor::cat(&[&x, &skip], 1)?, Some(&temb))?;
-                if let Some(attention) = block.attentions.get(j) {
-                    x = attention.forward(&x, context)?;
-                }
+                let both = Tensor::cat(&[&x, &skip], 1)?;
+                x = self.stage(resnet, block.attentions.get(j), &both, &temb, context)?;
             }
             if let (Some(upsampler), Some(skip)) = (&block.upsampler, skips.last()) {
                 x = self.upsample(&x, upsampler, skip)?;
             }
         }
         self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)
+    }
+
+    /// A ResNet block and the transformer behind it, if there is one.
+    fn stage(
+        &self,
+        resnet: &Resnet,
+        attention: Option<&Transformer>,
+        x: &Tensor,
+        temb: &Tensor,
+        context: &Tensor,
+    ) -> Result<Tensor> {
+        if self.checkpointing {
+            let (resnet, attention) = (resnet.clone(), attention.cloned());
+            return lora_kernels::checkpoint(&[x, temb, context], move |t| match t {
+                [x, temb, context] => stage(&resnet, attention.as_ref(), x, temb, context),
+                _ => candle_core::bail!("a stage has three inputs"),
+            });
+        }
+        // Under a new name each, so that gradients are summed over the stage before they
+        // join those of other stages: in the order that checkpointing sums them.
+        let (x, temb, context) = (rename(x)?, rename(temb)?, rename(context)?);
+        stage(resnet, attention, &x, &temb, &context)
     }
 
     fn upsample(&self, x: &Tensor, conv: &Layer, skip: &Tensor) -> Result<Tensor> {
@@ -273,6 +299,25 @@ impl UNet {
             UnevenSize::Diffusers => conv.forward(&resize_nearest(x, h, w)?),
         }
     }
+}
+
+fn stage(
+    resnet: &Resnet,
+    attention: Option<&Transformer>,
+    x: &Tensor,
+    temb: &Tensor,
+    context: &Tensor,
+) -> Result<Tensor> {
+    let y = resnet.forward(x, Some(temb))?;
+    match attention {
+        Some(attention) => attention.forward(&y, context),
+        None => Ok(y),
+    }
+}
+
+/// The same values as another node of the graph.
+fn rename(x: &Tensor) -> Result<Tensor> {
+    x.reshape(x.shape())
 }
 
 /// Nearest-neighbour resize of `[n, c, h, w]`: source index `floor(i * from / to)`.

@@ -43,16 +43,19 @@ impl Resnet {
 
     /// `temb` `[n, width]` has silu applied already.
     pub(crate) fn forward(&self, x: &Tensor, temb: Option<&Tensor>) -> Result<Tensor> {
-        let mut h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        if let (Some(proj), Some(temb)) = (&self.time_emb_proj, temb) {
-            let shift = proj.forward(temb)?;
-            let (n, c) = shift.dims2()?;
-            h = h.broadcast_add(&shift.reshape((n, c, 1, 1))?)?;
-        }
-        let h = self.conv2.forward(&self.norm2.forward_silu(&h)?)?;
+        let shift = match (&self.time_emb_proj, temb) {
+            (Some(proj), Some(temb)) => Some(proj.forward(temb)?),
+            _ => None,
+        };
+        let normal = self.norm1.forward_silu(x)?;
+        let h = self.conv1.forward_added(&normal, shift.as_ref(), None)?;
+        let normal = self.norm2.forward_silu(&h)?;
         match &self.conv_shortcut {
-            Some(shortcut) => shortcut.forward(x)? + h,
-            None => x + h,
+            Some(shortcut) => {
+                let x = shortcut.forward(x)?;
+                self.conv2.forward_added(&normal, None, Some(&x))
+            }
+            None => self.conv2.forward_added(&normal, None, Some(x)),
         }
     }
 

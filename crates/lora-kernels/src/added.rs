@@ -1,0 +1,399 @@
+//! Linear layers and convolutions with frozen weights that add to their output what comes
+//! next: low-rank branches, a residual, a shift per sample. One result instead of a chain of
+//! sums, of which candle's graph would keep every step.
+
+use candle_core::{DType, Device, Result, Shape, Storage, Tensor};
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+
+use crate::conv2d::Geometry;
+use crate::matrix::{View, fill_rows, multiply};
+use crate::node::{Value, node};
+use crate::{Conv2dParams, fast, plain, values};
+
+/// What [`linear_added`] and [`conv2d_added`] add to the layer's own output.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Added<'a> {
+    /// Products `up middle`: for a linear layer `middle` `[.., r]`, for a convolution
+    /// `[n, r, h', w']`; `up` `[o, r]`.
+    pub low_rank: &'a [(Tensor, Tensor)],
+    /// In the shape of the output.
+    pub residual: Option<&'a Tensor>,
+    /// `[n, o]`, the same for all pixels of a sample; for convolutions only.
+    pub shift: Option<&'a Tensor>,
+}
+
+impl Added<'_> {
+    /// All tensors, in the order that gradients are returned in behind that of x.
+    fn tensors(&self) -> Vec<&Tensor> {
+        let pairs = self.low_rank.iter().flat_map(|(middle, up)| [middle, up]);
+        pairs.chain(self.residual).chain(self.shift).collect()
+    }
+
+    /// Whether a layer with these operands takes the fast path.
+    fn fast(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> bool {
+        let mut operands = vec![x];
+        operands.extend(bias);
+        operands.extend(self.tensors());
+        let known = matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16);
+        fast(&operands) && known && frozen(weight, bias) && weight.device().is_cpu()
+    }
+
+    /// The sum by candle's operations; `product` multiplies a pair.
+    fn plain(
+        &self,
+        mut y: Tensor,
+        product: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        if let Some(shift) = self.shift {
+            let (n, o) = shift.dims2()?;
+            y = y.broadcast_add(&shift.reshape((n, o, 1, 1))?)?;
+        }
+        for (middle, up) in self.low_rank {
+            y = (y + product(middle, up)?)?;
+        }
+        match self.residual {
+            Some(residual) => y + residual,
+            None => Ok(y),
+        }
+    }
+}
+
+/// `x W^T + b` and what is [`Added`]: `x` `[.., i]`, `weight` `[o, i]`, `bias` `[o]`.
+///
+/// A weight of f16 or bf16 is widened for the call: f32 inputs, sums and results. Gradients
+/// go to `x` and to what is added; a weight or bias that is tracked gets one, too, by the
+/// way of [`linear`](crate::linear).
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn linear_added(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    added: &Added<'_>,
+) -> Result<Tensor> {
+    let (o, i) = weight.dims2()?;
+    if added.shift.is_some() {
+        candle_core::bail!("linear: a shift per sample is for convolutions");
+    }
+    if !added.fast(x, weight, bias) {
+        let y = match weight.dtype() == x.dtype() && !frozen(weight, bias) {
+            true => crate::linear(x, weight, bias)?,
+            false => plain::linear(x, &weight.to_dtype(x.dtype())?, bias)?,
+        };
+        return added.plain(y, |middle, up| crate::linear(middle, up, None));
+    }
+    let dims = x.dims();
+    let mut out = dims.to_vec();
+    match out.last_mut() {
+        Some(last) if *last == i => *last = o,
+        _ => candle_core::bail!("linear: input {dims:?} does not fit weight [{o}, {i}]"),
+    }
+    let rows = x.elem_count() / i.max(1);
+    check_pairs(added, &out, o, |middle, r| {
+        middle.elem_count() == rows * r && middle.dims().last() == Some(&r)
+    })?;
+    if bias.is_some_and(|b| b.dims() != [o]) {
+        candle_core::bail!("linear: the bias does not fit weight [{o}, {i}]");
+    }
+    let mut y = vec![0f32; rows * o];
+    let mut begun = false;
+    if let Some(residual) = added.residual {
+        with(residual, |r| y.copy_from_slice(r))?;
+        begun = true;
+    }
+    if let Some(bias) = bias {
+        with(bias, |b| match begun {
+            true => add_rows(&mut y, b),
+            false => fill_rows(&mut y, b),
+        })?;
+        begun = true;
+    }
+    with(x, |x| {
+        widened(weight, |w| {
+            let (x, w) = (View::rows(x, rows, i, i), View::rows(w, o, i, i));
+            multiply(&mut y, o, begun, x, w.t());
+        })
+    })??;
+    for (middle, up) in added.low_rank {
+        let r = up.dim(1)?;
+        with(middle, |middle| {
+            with(up, |up| {
+                let (m, u) = (View::rows(middle, rows, r, r), View::rows(up, o, r, r));
+                multiply(&mut y, o, true, m, u.t());
+            })
+        })??;
+    }
+    let (weight, wanted) = (weight.detach(), wanted(x, added));
+    let pairs = detached(added);
+    let (x_shape, residual) = (x.shape().clone(), added.residual.is_some());
+    let gradients = move |dy: &Tensor| {
+        let dy = dy.contiguous()?;
+        let mut all = Vec::with_capacity(wanted.len());
+        with(&dy, |dy| {
+            let dyv = View::rows(dy, rows, o, o);
+            all.push(match wanted[0] {
+                true => Some(product(&x_shape, |dx| {
+                    widened(&weight, |w| {
+                        multiply(dx, i, false, dyv, View::rows(w, o, i, i))
+                    })
+                })?),
+                false => None,
+            });
+            for ((middle, up), wanted) in pairs.iter().zip(wanted[1..].chunks(2)) {
+                let r = up.dim(1)?;
+                all.push(match wanted[0] {
+                    true => Some(product(middle.shape(), |dm| {
+                        with(up, |up| {
+                            multiply(dm, r, false, dyv, View::rows(up, o, r, r))
+                        })
+                    })?),
+                    false => None,
+                });
+                all.push(match wanted[1] {
+                    true => Some(product(up.shape(), |du| {
+                        with(middle, |middle| {
+                            let middle = View::rows(middle, rows, r, r);
+                            multiply(du, r, false, dyv.t(), middle);
+                        })
+                    })?),
+                    false => None,
+                });
+            }
+            Ok::<(), candle_core::Error>(())
+        })??;
+        if residual {
+            all.push(Some(dy));
+        }
+        Ok(all)
+    };
+    let args: Vec<&Tensor> = std::iter::once(x).chain(added.tensors()).collect();
+    node(
+        "linear",
+        &args,
+        Value::Cpu(y, out.into()),
+        Box::new(gradients),
+    )
+}
+
+/// A convolution of `x` `[n, i, h, w]` with `weight` `[o, i / groups, kh, kw]` and `bias`
+/// `[o]`, and what is [`Added`]; dtypes and gradients as in [`linear_added`].
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn conv2d_added(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    params: Conv2dParams,
+    added: &Added<'_>,
+) -> Result<Tensor> {
+    if !added.fast(x, weight, bias) {
+        let y = match weight.dtype() == x.dtype() && !frozen(weight, bias) {
+            true => crate::conv2d(x, weight, bias, params)?,
+            false => plain::conv2d(x, &weight.to_dtype(x.dtype())?, bias, params)?,
+        };
+        return added.plain(y, |middle, up| {
+            let (o, r) = up.dims2()?;
+            let up = up.reshape((o, r, 1, 1))?;
+            crate::conv2d(middle, &up, None, Conv2dParams::default())
+        });
+    }
+    let g = Geometry::new(x.shape(), weight.shape(), params)?;
+    let (n, o, plane) = (g.n, g.o, g.oh * g.ow);
+    let out = [n, o, g.oh, g.ow];
+    check_pairs(added, &out, o, |middle, r| {
+        middle.dims() == [n, r, g.oh, g.ow]
+    })?;
+    if bias.is_some_and(|b| b.dims() != [o]) || added.shift.is_some_and(|s| s.dims() != [n, o]) {
+        candle_core::bail!("conv2d: bias or shift do not fit an output of {out:?}");
+    }
+    let mut y = match added.residual {
+        Some(residual) => with(residual, <[f32]>::to_vec)?,
+        None => vec![0f32; n * o * plane],
+    };
+    for constant in bias.into_iter().chain(added.shift) {
+        // A bias repeats for every sample.
+        with(constant, |c| {
+            let planes = y.par_chunks_mut(plane.max(1)).enumerate();
+            planes.for_each(|(at, y)| {
+                let c = c[at % c.len()];
+                y.iter_mut().for_each(|y| *y += c);
+            });
+        })?;
+    }
+    let begun = added.residual.is_some() || bias.is_some() || added.shift.is_some();
+    with(x, |x| widened(weight, |w| g.forward(&mut y, begun, x, w)))??;
+    for (middle, up) in added.low_rank {
+        let r = up.dim(1)?;
+        with(middle, |middle| {
+            with(up, |up| {
+                for image in 0..n {
+                    let m = View::rows(&middle[image * r * plane..], r, plane, plane);
+                    let y = &mut y[image * o * plane..];
+                    multiply(y, plane, true, View::rows(up, o, r, r), m);
+                }
+            })
+        })??;
+    }
+    let (weight, wanted) = (weight.detach(), wanted(x, added));
+    let pairs = detached(added);
+    let (x_shape, has) = (
+        x.shape().clone(),
+        (added.residual.is_some(), added.shift.is_some()),
+    );
+    let gradients = move |dy: &Tensor| {
+        let dy = dy.contiguous()?;
+        let mut all = Vec::with_capacity(wanted.len());
+        with(&dy, |d| {
+            all.push(match wanted[0] {
+                true => {
+                    let dx = widened(&weight, |w| g.input_gradient(w, d))?;
+                    Some(Tensor::from_vec(dx, &x_shape, &Device::Cpu)?)
+                }
+                false => None,
+            });
+            let image_dy = |image: usize| View::rows(&d[image * o * plane..], o, plane, plane);
+            for ((middle, up), wanted) in pairs.iter().zip(wanted[1..].chunks(2)) {
+                let r = up.dim(1)?;
+                all.push(match wanted[0] {
+                    true => Some(product(middle.shape(), |dm| {
+                        with(up, |up| {
+                            for image in 0..n {
+                                let dm = &mut dm[image * r * plane..];
+                                let up = View::rows(up, o, r, r).t();
+                                multiply(dm, plane, false, up, image_dy(image));
+                            }
+                        })
+                    })?),
+                    false => None,
+                });
+                all.push(match wanted[1] {
+                    true => Some(product(up.shape(), |du| {
+                        with(middle, |middle| {
+                            for image in 0..n {
+                                let m = View::rows(&middle[image * r * plane..], r, plane, plane);
+                                multiply(du, r, image > 0, image_dy(image), m.t());
+                            }
+                        })
+                    })?),
+                    false => None,
+                });
+            }
+            Ok::<(), candle_core::Error>(())
+        })??;
+        if has.0 {
+            all.push(Some(dy.clone()));
+        }
+        if has.1 {
+            all.push(Some(dy.sum((2, 3))?));
+        }
+        Ok(all)
+    };
+    let args: Vec<&Tensor> = std::iter::once(x).chain(added.tensors()).collect();
+    let shape: Shape = (n, o, g.oh, g.ow).into();
+    node("conv2d", &args, Value::Cpu(y, shape), Box::new(gradients))
+}
+
+/// Whether neither weight nor bias is tracked.
+pub(crate) fn frozen(weight: &Tensor, bias: Option<&Tensor>) -> bool {
+    !weight.track_op() && !bias.is_some_and(Tensor::track_op)
+}
+
+/// Whether the gradient of each argument is asked for: x, then pair by pair.
+fn wanted(x: &Tensor, added: &Added<'_>) -> Vec<bool> {
+    let pairs = added.low_rank.iter().flat_map(|(middle, up)| [middle, up]);
+    std::iter::once(x)
+        .chain(pairs)
+        .map(|t| t.track_op())
+        .collect()
+}
+
+/// The low-rank pairs without their place in the graph.
+fn detached(added: &Added<'_>) -> Vec<(Tensor, Tensor)> {
+    let pairs = added.low_rank.iter();
+    pairs
+        .map(|(middle, up)| (middle.detach(), up.detach()))
+        .collect()
+}
+
+fn check_pairs(
+    added: &Added<'_>,
+    out: &[usize],
+    o: usize,
+    fits: impl Fn(&Tensor, usize) -> bool,
+) -> Result<()> {
+    for (middle, up) in added.low_rank {
+        match up.dims() {
+            [rows, r] if *rows == o && fits(middle, *r) => {}
+            up => candle_core::bail!(
+                "low-rank branch {:?}, {up:?} does not fit an output of {out:?}",
+                middle.dims()
+            ),
+        }
+    }
+    match added.residual {
+        Some(residual) if residual.dims() != out => candle_core::bail!(
+            "residual {:?} does not fit an output of {out:?}",
+            residual.dims()
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// A new tensor whose values `fill` writes.
+fn product(shape: &Shape, fill: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<Tensor> {
+    let mut values = vec![0f32; shape.elem_count()];
+    fill(&mut values)?;
+    Tensor::from_vec(values, shape, &Device::Cpu)
+}
+
+fn add_rows(y: &mut [f32], row: &[f32]) {
+    for y in y.chunks_exact_mut(row.len().max(1)) {
+        y.iter_mut().zip(row).for_each(|(y, v)| *y += v);
+    }
+}
+
+/// Runs `body` on the values of an f32 tensor on the CPU.
+fn with<R>(t: &Tensor, body: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    let t = t.contiguous()?;
+    let (storage, layout) = t.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok(body(values(storage, layout)?)),
+        _ => candle_core::bail!("expected a tensor on the CPU"),
+    }
+}
+
+/// Values widened per task.
+const WIDEN: usize = 1 << 16;
+
+/// Runs `body` on the values of a weight, widened to f32 in memory that lives for the call.
+fn widened<R>(weight: &Tensor, body: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    if weight.dtype() == DType::F32 {
+        return with(weight, body);
+    }
+    let weight = weight.contiguous()?;
+    let mut wide = vec![0f32; weight.elem_count()];
+    {
+        let (storage, layout) = weight.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!("expected a contiguous weight");
+        };
+        let blocks = wide.par_chunks_mut(WIDEN);
+        match &*storage {
+            Storage::Cpu(candle_core::CpuStorage::F16(v)) => blocks
+                .zip(v[start..end].par_chunks(WIDEN))
+                .for_each(|(out, v)| v.convert_to_f32_slice(out)),
+            Storage::Cpu(candle_core::CpuStorage::BF16(v)) => blocks
+                .zip(v[start..end].par_chunks(WIDEN))
+                .for_each(|(out, v)| {
+                    for (out, v) in out.iter_mut().zip(v) {
+                        *out = f32::from_bits(u32::from(v.to_bits()) << 16);
+                    }
+                }),
+            _ => candle_core::bail!("expected a weight of f32, f16 or bf16 on the CPU"),
+        }
+    }
+    Ok(body(&wide))
+}

@@ -1,0 +1,277 @@
+//! Fused sums, 16-bit weights and checkpointing against plain candle.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use lora_kernels::{Added, Conv2dParams, conv2d_added, linear_added, plain};
+
+fn noise(dims: &[usize], seed: u32) -> Tensor {
+    let mut state = seed.wrapping_mul(2_654_435_761) | 1;
+    let values: Vec<f32> = (0..dims.iter().product())
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 17;
+            state ^= state << 5;
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect();
+    Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
+}
+
+fn var(dims: &[usize], seed: u32) -> Var {
+    Var::from_tensor(&noise(dims, seed)).unwrap()
+}
+
+fn flat(t: &Tensor) -> Vec<f32> {
+    t.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn close(what: &str, a: &Tensor, b: &Tensor) {
+    assert_eq!(a.dims(), b.dims(), "{what}");
+    let (a, b) = (flat(a), flat(b));
+    let scale = b.iter().fold(1e-3f32, |m, v| m.max(v.abs()));
+    for (a, b) in a.iter().zip(&b) {
+        assert!((a - b).abs() <= 2e-5 * scale, "{what}: {a} {b}");
+    }
+}
+
+/// Compares values and gradients of two functions of the same variables.
+fn compare(
+    what: &str,
+    vars: &[Var],
+    fast: &dyn Fn() -> Result<Tensor>,
+    slow: &dyn Fn() -> Result<Tensor>,
+) {
+    let (a, b) = (fast().unwrap(), slow().unwrap());
+    close(what, &a, &b);
+    let weight = noise(a.dims(), 99);
+    let grads = |y: Tensor| {
+        (y * &weight)
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .backward()
+            .unwrap()
+    };
+    let (ga, gb) = (grads(a), grads(b));
+    for (i, v) in vars.iter().enumerate() {
+        let name = format!("{what}, gradient {i}");
+        match (ga.get(v), gb.get(v)) {
+            (Some(a), Some(b)) => close(&name, a, b),
+            (a, b) => panic!("{name}: {} {}", a.is_some(), b.is_some()),
+        }
+    }
+}
+
+fn halves(weight: &Tensor) -> Vec<(DType, Tensor)> {
+    [DType::F32, DType::F16, DType::BF16]
+        .into_iter()
+        .map(|d| (d, weight.to_dtype(d).unwrap()))
+        .collect()
+}
+
+#[test]
+fn linear_sums() {
+    for (rows, i, o, r) in [(7, 5, 9, 2), (33, 40, 48, 3), (154, 65, 31, 8)] {
+        let (x, m) = (var(&[2, rows, i], 1), var(&[2, rows, r], 2));
+        let (up, res) = (var(&[o, r], 3), var(&[2, rows, o], 4));
+        let (m2, up2) = (var(&[2, rows, 1], 5), var(&[o, 1], 6));
+        let bias = noise(&[o], 7);
+        for (dtype, weight) in halves(&noise(&[o, i], 8)) {
+            let wide = weight.to_dtype(DType::F32).unwrap();
+            let low_rank = [
+                (m.as_tensor().clone(), up.as_tensor().clone()),
+                (m2.as_tensor().clone(), up2.as_tensor().clone()),
+            ];
+            let added = Added {
+                low_rank: &low_rank,
+                residual: Some(&res),
+                shift: None,
+            };
+            let vars = [
+                x.clone(),
+                m.clone(),
+                up.clone(),
+                m2.clone(),
+                up2.clone(),
+                res.clone(),
+            ];
+            compare(
+                &format!("linear {dtype:?} {rows}x{i}x{o}"),
+                &vars,
+                &|| linear_added(&x, &weight, Some(&bias), &added),
+                &|| {
+                    let y = plain::linear(&x, &wide, Some(&bias))?;
+                    let y = (y + plain::linear(&m, &up, None)?)?;
+                    (y + plain::linear(&m2, &up2, None)?)? + res.as_tensor()
+                },
+            );
+            // Nothing added, no bias; an input that is not contiguous.
+            let xt = var(&[2, i, rows], 9);
+            compare(
+                &format!("transposed {dtype:?}"),
+                &[xt.clone()],
+                &|| linear_added(&xt.transpose(1, 2)?, &weight, None, &Added::default()),
+                &|| plain::linear(&xt.transpose(1, 2)?.contiguous()?, &wide, None),
+            );
+        }
+    }
+}
+
+#[test]
+fn convolution_sums() {
+    for (n, i, o, k, stride, h, w) in [
+        (2, 5, 7, 3, 1, 9, 6),
+        (1, 4, 3, 3, 2, 8, 6),
+        (3, 6, 10, 1, 1, 5, 5),
+    ] {
+        let p = Conv2dParams {
+            stride,
+            padding: k / 2,
+            ..Conv2dParams::default()
+        };
+        let x = var(&[n, i, h, w], 1);
+        let bias = noise(&[o], 7);
+        for (dtype, weight) in halves(&noise(&[o, i, k, k], 8)) {
+            let wide = weight.to_dtype(DType::F32).unwrap();
+            let like = plain::conv2d(&x.as_detached_tensor(), &wide, None, p).unwrap();
+            let (oh, ow) = (like.dim(2).unwrap(), like.dim(3).unwrap());
+            let (m, up) = (var(&[n, 2, oh, ow], 2), var(&[o, 2], 3));
+            let (res, shift) = (var(&[n, o, oh, ow], 4), var(&[n, o], 5));
+            let low_rank = [(m.as_tensor().clone(), up.as_tensor().clone())];
+            let added = Added {
+                low_rank: &low_rank,
+                residual: Some(&res),
+                shift: Some(&shift),
+            };
+            compare(
+                &format!("conv {dtype:?} {n} {i} {o} {k} {stride}"),
+                &[x.clone(), m.clone(), up.clone(), res.clone(), shift.clone()],
+                &|| conv2d_added(&x, &weight, Some(&bias), p, &added),
+                &|| {
+                    let y = plain::conv2d(&x, &wide, Some(&bias), p)?;
+                    let y = y.broadcast_add(&shift.reshape((n, o, 1, 1))?)?;
+                    let up = up.reshape((o, 2, 1, 1))?;
+                    let y = (y + plain::conv2d(&m, &up, None, Conv2dParams::default())?)?;
+                    y + res.as_tensor()
+                },
+            );
+            compare(
+                &format!("bare conv {dtype:?}"),
+                &[x.clone()],
+                &|| conv2d_added(&x, &weight, None, p, &Added::default()),
+                &|| plain::conv2d(&x, &wide, None, p),
+            );
+        }
+    }
+}
+
+#[test]
+fn a_weight_of_16_bits_gives_the_result_of_the_same_weight_in_f32() {
+    let x = noise(&[3, 50, 64], 1);
+    for dtype in [DType::F16, DType::BF16] {
+        let narrow = noise(&[96, 64], 2).to_dtype(dtype).unwrap();
+        let wide = narrow.to_dtype(DType::F32).unwrap();
+        let a = linear_added(&x, &narrow, None, &Added::default()).unwrap();
+        let b = linear_added(&x, &wide, None, &Added::default()).unwrap();
+        assert_eq!(flat(&a), flat(&b));
+    }
+}
+
+#[test]
+fn tracked_weights_still_get_their_gradient() {
+    let (x, w, m, up) = (
+        var(&[4, 6], 1),
+        var(&[5, 6], 2),
+        var(&[4, 2], 3),
+        var(&[5, 2], 4),
+    );
+    let low_rank = [(m.as_tensor().clone(), up.as_tensor().clone())];
+    let added = Added {
+        low_rank: &low_rank,
+        ..Added::default()
+    };
+    compare(
+        "tracked",
+        &[x.clone(), w.clone(), m.clone(), up.clone()],
+        &|| linear_added(&x, &w, None, &added),
+        &|| plain::linear(&x, &w, None)? + plain::linear(&m, &up, None)?,
+    );
+}
+
+#[test]
+fn threads_do_not_change_results() {
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| {
+            let x = var(&[1, 32, 40, 40], 1);
+            let (m, up) = (var(&[1, 8, 40, 40], 2), var(&[64, 8], 3));
+            let weight = noise(&[64, 32, 3, 3], 4).to_dtype(DType::BF16).unwrap();
+            let low_rank = [(m.as_tensor().clone(), up.as_tensor().clone())];
+            let added = Added {
+                low_rank: &low_rank,
+                ..Added::default()
+            };
+            let p = Conv2dParams {
+                padding: 1,
+                ..Conv2dParams::default()
+            };
+            let y = conv2d_added(&x, &weight, None, p, &added).unwrap();
+            let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            let mut all = flat(&y);
+            for v in [&x, &m, &up] {
+                all.extend(flat(grads.get(v).unwrap()));
+            }
+            all
+        })
+    };
+    assert!(run(1) == run(2));
+}
+
+#[test]
+fn sizes_that_do_not_fit_are_errors() {
+    let (x, w) = (noise(&[2, 3], 1), noise(&[4, 3], 2));
+    let wrong = [(noise(&[2, 2], 3), noise(&[5, 2], 4))];
+    let added = Added {
+        low_rank: &wrong,
+        ..Added::default()
+    };
+    assert!(linear_added(&x, &w, None, &added).is_err());
+    let residual = noise(&[2, 5], 5);
+    let added = Added {
+        residual: Some(&residual),
+        ..Added::default()
+    };
+    assert!(linear_added(&x, &w, None, &added).is_err());
+    assert!(linear_added(&noise(&[2, 4], 6), &w, None, &Added::default()).is_err());
+    let shift = noise(&[2, 4], 7);
+    let added = Added {
+        shift: Some(&shift),
+        ..Added::default()
+    };
+    assert!(linear_added(&x, &w, None, &added).is_err());
+}
+
+#[test]
+fn a_checkpoint_passes_gradients_of_shared_and_unused_tensors() {
+    let (x, w) = (var(&[3], 1), var(&[3], 2));
+    let tracked = (x.as_tensor() * 2.0).unwrap();
+    let inner = w.as_tensor().clone();
+    // The second input is not used inside; w is used inside and outside.
+    let f = move |t: &[Tensor]| t[0].sqr()? * &inner;
+    let y = lora_kernels::checkpoint(&[&tracked, &tracked], f).unwrap();
+    let y = ((y + w.as_tensor()).unwrap() + &tracked).unwrap();
+    let grads = y.backward().unwrap();
+    let (xs, ws) = (flat(&x), flat(&w));
+    let dx: Vec<f32> = xs.iter().zip(&ws).map(|(x, w)| 8.0 * x * w + 2.0).collect();
+    let dw: Vec<f32> = xs.iter().map(|x| 4.0 * x * x + 1.0).collect();
+    for (got, want) in [(&x, dx), (&w, dw)] {
+        for (g, w) in flat(grads.get(got).unwrap()).iter().zip(&want) {
+            assert!((g - w).abs() < 1e-5, "{g} {w}");
+        }
+    }
+    // Nothing tracked: a plain call.
+    let plain = lora_kernels::checkpoint(&[&noise(&[2], 3)], |t| t[0].sqr()).unwrap();
+    assert!(!plain.track_op());
+}
