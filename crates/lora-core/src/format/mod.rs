@@ -12,7 +12,7 @@ mod peft;
 mod read;
 
 pub use file::{TensorFile, write_atomically, write_tensors};
-pub use hash::{legacy_hash, model_hash, model_hash_of_file, sha256_of_file};
+pub use hash::{data_hash_of_file, legacy_hash, model_hash, model_hash_of_file, sha256_of_file};
 pub use kohya::SaveOptions;
 pub(crate) use kohya::save;
 pub use names::layer_from_ldm;
