@@ -189,6 +189,7 @@ fn request(arguments: &Arguments) -> Result<Txt2Img, Box<dyn Error>> {
         sampler,
         schedule,
         clip_skip: arguments.clip_skip,
+        ..Txt2Img::default()
     };
     request.validate()?;
     Ok(request)

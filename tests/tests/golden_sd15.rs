@@ -5,14 +5,9 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use lora_core::{Adaptable, AdapterSet, Component, Lora};
-use lora_sd15::prompt::{chunk_prompt, extract_tags, parse_attention};
-use lora_sd15::sampler::{
-    Ddim, Dpmpp2m, Euler, EulerAncestral, EulerAncestralOptions, EulerOptions, Query, Sampler,
-    SigmaSchedule, ddim_timesteps,
-};
 use lora_sd15::{
-    Checkpoint, NoiseGenerator, NoiseSchedule, NoiseSource, Part, TextEncoder, Tokenizer, UNet,
-    UnevenSize, Vae, ldm_to_diffusers, timestep_embedding, weigh_restoring_mean,
+    Checkpoint, NoiseSchedule, Part, TextEncoder, Tokenizer, UNet, UnevenSize, Vae,
+    ldm_to_diffusers, timestep_embedding, weigh_restoring_mean,
 };
 use lora_tests::{Report, Tolerance, golden_json, golden_path, golden_tensors, values};
 use serde_json::Value;
@@ -72,6 +67,34 @@ fn timesteps(tensor: &Tensor) -> Vec<usize> {
 
 fn f32s(values: &[f32]) -> Vec<f64> {
     values.iter().map(|v| f64::from(*v)).collect()
+}
+
+/// Every group of the index is run by some test: by this file, `golden_sd15_sampling.rs`,
+/// `golden_sd15_prompts.rs` or `golden_sd15_train.rs`.
+#[test]
+fn golden_sd15_knows_every_group() {
+    let known = [
+        "basics",
+        "unet",
+        "vae",
+        "text",
+        "lora_grad_all",
+        "lora_grad_linear",
+        "lora_train_attn",
+        "lora_train_all",
+        "sigmas",
+        "trajectories",
+        "wrappers",
+        "timestep_samplers",
+        "lcm",
+        "rng",
+        "tokenizer",
+        "prompts",
+    ];
+    let index = golden_json("sd15", "index.json");
+    for name in index["groups"].as_object().unwrap().keys() {
+        assert!(known.contains(&name.as_str()), "no test runs group {name}");
+    }
 }
 
 #[test]
@@ -471,289 +494,6 @@ fn golden_sd15_tokenizer() {
             let case = text(row, "text");
             report.equal(case, "ids", &tokenizer.encode(case), &ids("ids"));
             report.equal(case, "ids77", &tokenizer.encode_padded(case), &ids("ids77"));
-        }
-    }
-    report.finish();
-}
-
-#[test]
-fn golden_sd15_prompts() {
-    let tokenizer = Tokenizer::new();
-    let mut report = Report::default();
-    for group in golden_json("sd15", "prompts.json").as_array().unwrap() {
-        for row in group["rows"].as_array().unwrap() {
-            match text(group, "name") {
-                "attention" => {
-                    let case = text(row, "text");
-                    let got: Vec<(String, f64)> = parse_attention(case)
-                        .into_iter()
-                        .map(|p| (p.text, p.weight))
-                        .collect();
-                    let want: Vec<(String, f64)> =
-                        serde_json::from_value(row["result"].clone()).unwrap();
-                    report.equal(case, "pieces", &got, &want);
-                }
-                "chunks" => check_chunks(&mut report, &tokenizer, row),
-                "extra_networks" => check_tags(&mut report, row),
-                // Scheduling, AND and parsing of infotext are refused so far.
-                _ => {}
-            }
-        }
-    }
-    report.finish();
-}
-
-fn check_chunks(report: &mut Report, tokenizer: &Tokenizer, row: &Value) {
-    let case = text(row, "text");
-    let backtracks: Vec<usize> = match &row["backtrack"] {
-        Value::Array(list) => list.iter().map(|b| b.as_u64().unwrap() as usize).collect(),
-        one => vec![one.as_u64().unwrap() as usize],
-    };
-    for backtrack in backtracks {
-        let chunks = chunk_prompt(tokenizer, case, backtrack);
-        let want = row["chunks"].as_array().unwrap();
-        report.equal(
-            case,
-            &format!("chunks (backtrack {backtrack})"),
-            &chunks.len(),
-            &want.len(),
-        );
-        for (i, (got, want)) in chunks.iter().zip(want).enumerate() {
-            let tokens: Vec<u32> = serde_json::from_value(want["tokens"].clone()).unwrap();
-            let weights: Vec<f64> = serde_json::from_value(want["multipliers"].clone()).unwrap();
-            // Shown without the trailing run of padding beyond its first element.
-            let mut full = tokens.clone();
-            full.resize(77, 49407);
-            report.equal(
-                case,
-                &format!("chunk {i} tokens (backtrack {backtrack})"),
-                &got.tokens,
-                &full,
-            );
-            let mut full = weights;
-            full.resize(77, 1.0);
-            report.slice(
-                case,
-                &format!("chunk {i} weights"),
-                &f32s(&got.weights),
-                &full,
-                Tolerance {
-                    atol: 1e-6,
-                    rtol: 1e-6,
-                },
-            );
-        }
-    }
-}
-
-fn check_tags(report: &mut Report, row: &Value) {
-    let case = text(row, "text");
-    let (prompt, tags, _) = extract_tags(case);
-    report.equal(case, "prompt", &prompt.as_str(), &text(row, "prompt"));
-    let mut sums: BTreeMap<String, (f64, f64)> = BTreeMap::new();
-    for lora in row["loras"].as_array().unwrap() {
-        let entry = sums.entry(text(lora, "name").to_string()).or_default();
-        entry.0 += number(&lora["te"]);
-        entry.1 += number(&lora["unet"]);
-    }
-    let got: BTreeMap<String, (f64, f64)> = tags
-        .into_iter()
-        .map(|t| (t.name, (t.text_encoder, t.unet)))
-        .collect();
-    report.equal(case, "loras", &got, &sums);
-}
-
-#[test]
-fn golden_sd15_sigmas() {
-    let (cases, t) = group("sigmas");
-    let schedule = NoiseSchedule::sd15_f64();
-    let mut report = Report::default();
-    for case in &cases {
-        let kind = match text(case, "name") {
-            "uniform" => SigmaSchedule::Uniform,
-            "karras" => SigmaSchedule::Karras,
-            "exponential" => SigmaSchedule::Exponential,
-            "sgm_uniform" => SigmaSchedule::SgmUniform,
-            "simple" => SigmaSchedule::Simple,
-            _ => continue,
-        };
-        for n in case["config"]["steps"].as_array().unwrap() {
-            let n = n.as_u64().unwrap() as usize;
-            let key = format!("{}.n{n}", text(case, "name"));
-            // 1e-5: the reference works in f32, where the steep schedules lose digits.
-            let tol = Tolerance {
-                rtol: tolerance(case).rtol.max(1e-5),
-                atol: 0.0,
-            };
-            report.slice(
-                text(case, "name"),
-                &key,
-                &kind.sigmas(n, &schedule),
-                &values(&t[&key]),
-                tol,
-            );
-        }
-    }
-    report.finish();
-}
-
-/// The reference's stand-in for a denoiser.
-fn toy_denoiser(x: &Tensor, sigma: f64, phase: &Tensor) -> Tensor {
-    let wave = ((x * (0.7 / (1.0 + sigma))).unwrap() + phase)
-        .unwrap()
-        .sin()
-        .unwrap();
-    ((x * (0.9 / (1.0 + sigma * sigma))).unwrap() + (wave * 0.3).unwrap()).unwrap()
-}
-
-/// The reference's stand-in for a network.
-fn toy_network(x: &Tensor, t: f64, phase: &Tensor) -> Tensor {
-    let angle = (x + 0.003 * t).unwrap().broadcast_add(phase).unwrap();
-    ((x * 0.8).unwrap() + (angle.sin().unwrap() * 0.2).unwrap()).unwrap()
-}
-
-#[test]
-fn golden_sd15_sampler_trajectories() {
-    let (cases, t) = group("trajectories");
-    let mut report = Report::default();
-    for case in &cases {
-        let name = text(case, "name");
-        let sigmas = values(&t[case["inputs"][0].as_str().unwrap()]);
-        let start = (t["init_noise"].to_dtype(DType::F64).unwrap() * sigmas[0]).unwrap();
-        let options = &case["config"]["options"];
-        let option = |key: &str, default: f64| options[key].as_f64().unwrap_or(default);
-        let mut sampler: Box<dyn Sampler> = match text(case, "algorithm") {
-            "sample_euler" => {
-                let o = EulerOptions {
-                    s_churn: option("s_churn", 0.0),
-                    s_tmin: option("s_tmin", 0.0),
-                    s_tmax: option("s_tmax", f64::INFINITY),
-                    s_noise: option("s_noise", 1.0),
-                };
-                Box::new(Euler::new(start, sigmas, o))
-            }
-            "sample_euler_ancestral" => {
-                let o = EulerAncestralOptions {
-                    eta: option("eta", 1.0),
-                    s_noise: option("s_noise", 1.0),
-                };
-                Box::new(EulerAncestral::new(start, sigmas, o))
-            }
-            "sample_dpmpp_2m" => Box::new(Dpmpp2m::new(start, sigmas)),
-            _ => continue,
-        };
-        let phase = t["phase"].to_dtype(DType::F64).unwrap();
-        let mut used = 0;
-        let mut noise = |_: f64, _: f64| {
-            used += 1;
-            t["noises"].get(used - 1)?.to_dtype(DType::F64)
-        };
-        let key = |suffix: &str| {
-            case["outputs"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .filter_map(Value::as_str)
-                .find(|o| o.ends_with(suffix))
-                .unwrap()
-                .to_string()
-        };
-        let (xs, denoised) = (&t[&key("|x")], &t[&key("|denoised")]);
-        let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
-        let mut step = 0;
-        loop {
-            sampler.prepare(&mut noise).unwrap();
-            let Some(Query::Sigma { x, sigma }) = sampler.query() else {
-                break;
-            };
-            // The reference records the latents with churn applied.
-            let want = wide(&xs.get(step).unwrap());
-            report.tensor(name, &format!("x[{step}]"), &x, &want, tolerance(case));
-            let answer = toy_denoiser(&x, sigma, &phase);
-            let want = wide(&denoised.get(step).unwrap());
-            report.tensor(
-                name,
-                &format!("denoised[{step}]"),
-                &answer,
-                &want,
-                tolerance(case),
-            );
-            sampler.advance(&answer, &mut noise).unwrap();
-            step += 1;
-        }
-        let want = wide(&xs.get(step).unwrap());
-        report.tensor(name, "result", sampler.latents(), &want, tolerance(case));
-    }
-    report.finish();
-}
-
-#[test]
-fn golden_sd15_ddim() {
-    let (cases, t) = group("timestep_samplers");
-    let schedule = NoiseSchedule::sd15_f64();
-    let mut report = Report::default();
-    for case in cases.iter().filter(|c| c["algorithm"] == "DDIM") {
-        let (name, config) = (text(case, "name"), &case["config"]);
-        let steps = config["steps"].as_u64().unwrap() as usize;
-        let timesteps = ddim_timesteps(steps);
-        let want: Vec<usize> = values(&t[case["inputs"][0].as_str().unwrap()])
-            .iter()
-            .map(|v| *v as usize)
-            .collect();
-        report.equal(name, "timesteps", &timesteps, &want);
-        let mut sampler = Ddim::new(
-            t["init_noise"].clone(),
-            timesteps,
-            schedule.alphas_cumprod(),
-            number(&config["eta"]),
-        );
-        let mut used = 0;
-        let mut noise = |_: f64, _: f64| {
-            used += 1;
-            t["noises"].get(used - 1)
-        };
-        let xs = &t[case["outputs"][0].as_str().unwrap()];
-        let mut step = 0;
-        loop {
-            report.tensor(
-                name,
-                &format!("x[{step}]"),
-                sampler.latents(),
-                &xs.get(step).unwrap(),
-                tolerance(case),
-            );
-            let Some(Query::Timestep { x, timestep }) = sampler.query() else {
-                break;
-            };
-            let eps = toy_network(&x, timestep, &t["phase"]);
-            sampler.advance(&eps, &mut noise).unwrap();
-            step += 1;
-        }
-    }
-    report.finish();
-}
-
-#[test]
-fn golden_sd15_rng() {
-    let (cases, t) = group("rng");
-    let mut report = Report::default();
-    for case in &cases {
-        let name = text(case, "name");
-        if !name.starts_with("seed ") || case["config"]["shape"].is_null() {
-            continue;
-        }
-        let seed = case["config"]["seed"].as_u64().unwrap();
-        for (source, prefix) in [(NoiseSource::Philox, "philox."), (NoiseSource::Cpu, "cpu.")] {
-            let mut generator = NoiseGenerator::new(source, seed);
-            let outputs = case["outputs"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .filter_map(Value::as_str);
-            for key in outputs.filter(|o| o.starts_with(prefix)) {
-                let got = generator.normal(t[key].elem_count());
-                report.slice(name, key, &f32s(&got), &values(&t[key]), tolerance(case));
-            }
         }
     }
     report.finish();

@@ -100,6 +100,20 @@ pub enum Error {
         /// The syntax, and what to do.
         what: String,
     },
+    /// An embedding that cannot be used.
+    #[error("embedding {name:?}: {what}")]
+    Embedding {
+        /// Its name.
+        name: String,
+        /// What is wrong, and what to do.
+        what: String,
+    },
+    /// A picture that cannot be used.
+    #[error("{what}")]
+    Picture {
+        /// Which one, what is wrong, and what to do.
+        what: String,
+    },
     /// A number out of range.
     #[error("{name} is {value}; {expected}")]
     BadValue {

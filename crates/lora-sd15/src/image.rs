@@ -97,4 +97,77 @@ impl Image {
             out.write_all(&bytes)
         })?)
     }
+
+    /// Reads a PNG of 8 or 16 bits; transparency is laid over white.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it cannot be read, [`Error::Picture`] when it is no PNG.
+    pub fn open_png(path: impl AsRef<Path>) -> Result<Self> {
+        Ok(Self::open_png_with_text(path)?.0)
+    }
+
+    /// The same with the web UI's `parameters` text, if the file has one.
+    ///
+    /// # Errors
+    /// As [`open_png`](Self::open_png).
+    pub fn open_png_with_text(path: impl AsRef<Path>) -> Result<(Self, Option<String>)> {
+        let path = path.as_ref();
+        let file = std::fs::File::open(path).map_err(Error::io(path))?;
+        let bad = |what: String| Error::Picture {
+            what: format!("{}: {what}", path.display()),
+        };
+        let mut decoder = png::Decoder::new(std::io::BufReader::new(file));
+        decoder.set_transformations(png::Transformations::normalize_to_color8());
+        let mut reader = decoder.read_info().map_err(|e| bad(e.to_string()))?;
+        let Some(size) = reader.output_buffer_size() else {
+            return Err(bad("too large".into()));
+        };
+        let mut bytes = vec![0; size];
+        let frame = reader
+            .next_frame(&mut bytes)
+            .map_err(|e| bad(e.to_string()))?;
+        // Texts may stand behind the picture.
+        reader.finish().map_err(|e| bad(e.to_string()))?;
+        let pixels = bytes.get(..frame.buffer_size()).unwrap_or(&bytes);
+        let over_white = |v: u8, alpha: u8| {
+            let (v, alpha) = (u32::from(v), u32::from(alpha));
+            ((v * alpha + 255 * (255 - alpha) + 127) / 255) as u8
+        };
+        let rgb: Vec<u8> = match frame.color_type {
+            png::ColorType::Rgb => pixels.to_vec(),
+            png::ColorType::Grayscale => pixels.iter().flat_map(|v| [*v; 3]).collect(),
+            png::ColorType::GrayscaleAlpha => {
+                let (pixels, _) = pixels.as_chunks::<2>();
+                pixels
+                    .iter()
+                    .flat_map(|&[v, a]| [over_white(v, a); 3])
+                    .collect()
+            }
+            png::ColorType::Rgba => {
+                let (pixels, _) = pixels.as_chunks::<4>();
+                let flat = |&[r, g, b, a]: &[u8; 4]| [r, g, b].map(|v| over_white(v, a));
+                pixels.iter().flat_map(flat).collect()
+            }
+            other => return Err(bad(format!("{other:?} pixels are not supported"))),
+        };
+        let info = reader.info();
+        let plain = info.uncompressed_latin1_text.iter();
+        let mut texts = plain.map(|t| (t.keyword.clone(), Some(t.text.clone())));
+        let text = texts
+            .find(|(key, _)| key == "parameters")
+            .and_then(|(_, text)| text);
+        let unicode = info.utf8_text.iter().find(|t| t.keyword == "parameters");
+        let text = text.or_else(|| unicode.and_then(|t| t.get_text().ok()));
+        let compressed = info.compressed_latin1_text.iter();
+        let text = text.or_else(|| {
+            let mut found = compressed.filter(|t| t.keyword == "parameters");
+            found.next().and_then(|t| t.get_text().ok())
+        });
+        let image = Self {
+            width: frame.width as usize,
+            height: frame.height as usize,
+            rgb,
+        };
+        Ok((image, text))
+    }
 }

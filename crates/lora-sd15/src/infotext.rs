@@ -1,5 +1,10 @@
 //! The `parameters` text that the web UI writes into its pictures.
 
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+
+use regex::Regex;
+
 /// `Key: value` pairs below a prompt, in the web UI's order as given.
 ///
 /// ```
@@ -25,6 +30,87 @@ pub fn infotext(prompt: &str, negative: &str, parameters: &[(&str, String)]) -> 
 fn quote(value: &str) -> String {
     if value.contains([',', ':', '\n']) {
         serde_json::Value::from(value).to_string()
+    } else {
+        value.to_string()
+    }
+}
+
+/// A `parameters` text, taken apart.
+///
+/// ```
+/// use lora_sd15::Infotext;
+/// let text = Infotext::parse("1girl\nNegative prompt: lowres\nSteps: 20, Seed: 7, Size: 512x768");
+/// assert_eq!((text.prompt.as_str(), text.negative.as_str()), ("1girl", "lowres"));
+/// assert_eq!((text.get("Seed"), text.get("Size-2")), (Some("7"), Some("768")));
+/// ```
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Infotext {
+    /// What was drawn.
+    pub prompt: String,
+    /// What was avoided.
+    pub negative: String,
+    /// Everything else; `Size: WxH` is stored as `Size-1` and `Size-2`.
+    pub parameters: BTreeMap<String, String>,
+}
+
+impl Infotext {
+    /// Reads a text as the web UI does. Never fails: what is no list of parameters is part
+    /// of the prompt.
+    pub fn parse(text: &str) -> Self {
+        static PAIR: OnceLock<Regex> = OnceLock::new();
+        static SIZE: OnceLock<Regex> = OnceLock::new();
+        let pair = PAIR.get_or_init(|| {
+            Regex::new(r#"\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)"#)
+                .expect("a constant pattern")
+        });
+        let size =
+            SIZE.get_or_init(|| Regex::new(r"^([0-9]+)x([0-9]+)$").expect("a constant pattern"));
+        let mut lines: Vec<&str> = text.trim().split('\n').collect();
+        let last = lines.pop().unwrap_or("");
+        let mut parameters = BTreeMap::new();
+        if pair.find_iter(last).count() < 3 {
+            lines.push(last);
+        } else {
+            for found in pair.captures_iter(last) {
+                let (key, value) = (&found[1], unquote(&found[2]));
+                if let Some(sides) = size.captures(&value) {
+                    for (i, side) in [(1, &sides[1]), (2, &sides[2])] {
+                        parameters.insert(format!("{key}-{i}"), side.to_string());
+                    }
+                } else if !value.is_empty() {
+                    parameters.insert(key.to_string(), value);
+                }
+            }
+        }
+        let (mut prompt, mut negative) = (Vec::new(), Vec::new());
+        let mut negated = false;
+        for line in lines.into_iter().map(str::trim) {
+            let rest = line.strip_prefix("Negative prompt:");
+            negated |= rest.is_some();
+            let part = if negated { &mut negative } else { &mut prompt };
+            // As there: no line break before the first text that is not empty.
+            if !part.is_empty() && part.iter().any(|l: &&str| !l.is_empty()) {
+                part.push("\n");
+            }
+            part.push(rest.map_or(line, str::trim));
+        }
+        Self {
+            prompt: prompt.concat(),
+            negative: negative.concat(),
+            parameters,
+        }
+    }
+
+    /// One parameter.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.parameters.get(key).map(String::as_str)
+    }
+}
+
+/// JSON strings are read; others stay as they are.
+fn unquote(value: &str) -> String {
+    if value.starts_with('"') && value.ends_with('"') {
+        serde_json::from_str(value).unwrap_or_else(|_| value.to_string())
     } else {
         value.to_string()
     }

@@ -1,11 +1,13 @@
 //! Stable Diffusion 1.x for candle, every layer open to adapters.
 //!
-//! * [`StableDiffusion`]: the whole pipeline; [`Txt2Img`] describes a job
+//! * [`StableDiffusion`]: the whole pipeline; [`Txt2Img`] and [`Img2Img`] describe jobs
 //! * [`Checkpoint`]: single-file and diffusers-folder models, recognised and checked
 //! * [`UNet`], [`TextEncoder`], [`Vae`], [`Tokenizer`]: the parts, usable alone;
 //!   the first two implement [`lora_core::Adaptable`]
-//! * [`NoiseSchedule`], [`sampler`], [`NoiseGenerator`]: the diffusion around them
-//! * [`prompt`]: attention weights, chunks, `<lora:...>` tags
+//! * [`NoiseSchedule`], [`sampler`], [`BatchNoise`], [`BrownianTree`]: the diffusion
+//!   around them
+//! * [`prompt`]: attention weights, schedules, composition, chunks, `<lora:...>` tags
+//! * [`Infotext`]: the text in the web UI's pictures
 //!
 //! ```no_run
 //! use candle_core::{DType, Device};
@@ -17,14 +19,18 @@
 //! # Ok::<(), lora_sd15::Error>(())
 //! ```
 
+mod brownian;
 mod checkpoint;
 mod config;
 mod error;
 mod grid;
 mod image;
 mod infotext;
+mod mask;
+mod noise;
 mod pipeline;
 pub mod prompt;
+mod resample;
 mod rng;
 pub mod sampler;
 mod schedule;
@@ -33,14 +39,21 @@ pub mod tokenizer;
 mod unet;
 mod vae;
 
+pub use brownian::{BrownianTree, seed_sequence};
 pub use checkpoint::{Checkpoint, Part, WeightStorage, ldm_to_diffusers};
 pub use config::{ModelConfig, TextConfig, UnetConfig, VaeConfig};
 pub use error::{Error, Result};
 pub use grid::Grid;
 pub use image::Image;
-pub use infotext::infotext;
-pub use pipeline::{SamplerKind, StableDiffusion, Step, Txt2Img, find_adapter};
-pub use rng::{NoiseGenerator, NoiseSource};
+pub use infotext::{Infotext, infotext};
+pub use noise::{BatchNoise, NoiseRequest};
+pub use pipeline::{
+    AdapterMode, Emphasis, Hires, Img2Img, Inpaint, MaskedContent, OnStep, StableDiffusion, Step,
+    Txt2Img, Upscaler, Variation, find_adapter, img2img_steps,
+};
+pub use resample::{Filter, ResizeMode};
+pub use rng::{NoiseGenerator, NoiseSource, philox_words};
+pub use sampler::SamplerKind;
 pub use schedule::{NoiseSchedule, TIMESTEPS};
 pub use text_encoder::{TextEncoder, weigh, weigh_restoring_mean};
 pub use tokenizer::Tokenizer;

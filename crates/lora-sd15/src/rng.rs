@@ -54,12 +54,18 @@ impl NoiseGenerator {
 
 /// Element `index` of draw number `draw`.
 fn philox_normal(seed: u64, draw: u32, index: u32) -> f32 {
-    let words = philox([draw, 0, index, 0], [seed as u32, (seed >> 32) as u32]);
+    let words = philox_words(seed, draw, index);
     let a = f64::from(2.328_306_4e-10_f32);
     let b = f64::from(2.328_306_4e-10_f32 * 6.283_185_5_f32);
     let u = f64::from(words[0]) * a + a / 2.0;
     let v = f64::from(words[1]) * b + b / 2.0;
     ((-2.0 * u.ln()).sqrt() * v.sin()) as f32
+}
+
+/// The four words of element `index` in draw number `draw`, as [`NoiseSource::Philox`]
+/// takes them.
+pub fn philox_words(seed: u64, draw: u32, index: u32) -> [u32; 4] {
+    philox([draw, 0, index, 0], [seed as u32, (seed >> 32) as u32])
 }
 
 /// Ten rounds of Philox 4x32 (Salmon et al. 2011).

@@ -187,4 +187,29 @@ impl NoiseSchedule {
         let weight = t - low as f64;
         ((1.0 - weight) * self.sigma(low).ln() + weight * self.sigma(low + 1).ln()).exp()
     }
+
+    /// The table entry nearest to a noise level in log sigma.
+    pub fn nearest_timestep(&self, sigma: f64) -> usize {
+        let log = sigma.ln();
+        let distance = |t: &usize| (self.sigma(*t).ln() - log).abs();
+        (0..TIMESTEPS)
+            .min_by(|a, b| distance(a).total_cmp(&distance(b)))
+            .unwrap_or(0)
+    }
+
+    /// The cumulative product at a fractional timestep, by [`sigma_at`](Self::sigma_at).
+    pub fn alpha_cumprod_at(&self, timestep: f64) -> f64 {
+        1.0 / (1.0 + self.sigma_at(timestep).powi(2))
+    }
+
+    /// [`zero_terminal_snr`](Self::zero_terminal_snr) for sampling: the last noise level is
+    /// very large instead of infinite, the web UI's value.
+    #[must_use]
+    pub fn zero_terminal_snr_for_sampling(&self) -> Self {
+        let mut rescaled = self.zero_terminal_snr();
+        if let Some(last) = rescaled.alphas_cumprod.last_mut() {
+            *last = 4.897_345e-8;
+        }
+        rescaled
+    }
 }

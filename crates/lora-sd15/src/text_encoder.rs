@@ -84,6 +84,20 @@ impl TextEncoder {
     /// # Errors
     /// When `clip_skip` exceeds the number of layers or an id the vocabulary.
     pub fn forward(&self, ids: &Tensor, clip_skip: usize) -> Result<Tensor> {
+        self.forward_with(ids, &[], clip_skip)
+    }
+
+    /// The same with learned vectors `[n, width]` in the place of some tokens: each with
+    /// its row of `ids` and its first token there.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and when vectors do not fit.
+    pub fn forward_with(
+        &self,
+        ids: &Tensor,
+        learned: &[(usize, usize, Tensor)],
+        clip_skip: usize,
+    ) -> Result<Tensor> {
         let Some(depth) = self
             .layers
             .len()
@@ -95,7 +109,7 @@ impl TextEncoder {
                 self.layers.len()
             );
         };
-        let mut x = self.embed(ids)?;
+        let mut x = self.embed(ids, learned)?;
         for layer in &self.layers[..depth] {
             x = layer.forward(&x)?;
         }
@@ -107,7 +121,7 @@ impl TextEncoder {
     /// # Errors
     /// When an id exceeds the vocabulary.
     pub fn hidden_states(&self, ids: &Tensor) -> Result<Vec<Tensor>> {
-        let mut x = self.embed(ids)?;
+        let mut x = self.embed(ids, &[])?;
         let mut states = vec![x.clone()];
         for layer in &self.layers {
             x = layer.forward(&x)?;
@@ -116,7 +130,7 @@ impl TextEncoder {
         Ok(states)
     }
 
-    fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+    fn embed(&self, ids: &Tensor, learned: &[(usize, usize, Tensor)]) -> Result<Tensor> {
         let (n, length) = ids.dims2()?;
         if length > self.config.max_position_embeddings {
             candle_core::bail!(
@@ -125,10 +139,18 @@ impl TextEncoder {
             );
         }
         let ids = ids.to_dtype(DType::U32)?.flatten_all()?.contiguous()?;
-        let tokens = self
+        let mut tokens = self
             .token_embedding
             .index_select(&ids, 0)?
             .reshape((n, length, ()))?;
+        for (row, slot, vectors) in learned {
+            let vectors = vectors
+                .to_dtype(tokens.dtype())?
+                .to_device(tokens.device())?;
+            let (count, width) = vectors.dims2()?;
+            let range = [*row..row + 1, *slot..slot + count, 0..width];
+            tokens = tokens.slice_assign(&range, &vectors.unsqueeze(0)?)?;
+        }
         tokens.broadcast_add(&self.position_embedding.narrow(0, 0, length)?)
     }
 }

@@ -137,6 +137,129 @@ impl Vae {
         self.decoder
             .forward(&self.post_quant_conv.forward(latents)?)
     }
+
+    /// Encodes in tiles of `tile` latents (8 times as many pixels), a quarter of which
+    /// overlaps: less memory, slightly other values.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_tiled(&self, pictures: &Tensor, tile: usize) -> Result<Posterior> {
+        let (_, _, h, w) = pictures.dims4()?;
+        let tile = tile.max(16);
+        if h.max(w) <= 8 * tile {
+            return self.encode(pictures);
+        }
+        let both = tiled(pictures, 8 * tile, &|part| {
+            let posterior = self.encode(part)?;
+            Tensor::cat(&[posterior.mean, posterior.logvar], 1)
+        })?;
+        let half = both.dim(1)? / 2;
+        Ok(Posterior {
+            mean: both.narrow(1, 0, half)?.contiguous()?,
+            logvar: both.narrow(1, half, half)?.contiguous()?,
+        })
+    }
+
+    /// Decodes in tiles of `tile` latents, a quarter of which overlaps: less memory,
+    /// slightly other values.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    pub fn decode_tiled(&self, latents: &Tensor, tile: usize) -> Result<Tensor> {
+        let (_, _, h, w) = latents.dims4()?;
+        let tile = tile.max(16);
+        if h.max(w) <= tile {
+            return self.decode(latents);
+        }
+        tiled(latents, tile, &|part| self.decode(part))
+    }
+}
+
+/// Applies `f` to overlapping tiles and blends the results linearly over the overlaps.
+fn tiled(x: &Tensor, tile: usize, f: &dyn Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    let (_, _, h, w) = x.dims4()?;
+    let rows = spans(h, tile);
+    let columns = spans(w, tile);
+    let mut sheet: Option<(Tensor, usize, usize)> = None;
+    for row in &rows {
+        let mut strip: Option<Tensor> = None;
+        let mut right = 0;
+        for column in &columns {
+            let part = x
+                .narrow(2, row.0, row.1 - row.0)?
+                .narrow(3, column.0, column.1 - column.0)?
+                .contiguous()?;
+            let done = f(&part)?;
+            let inner = column.1 - column.0;
+            let overlap = scaled(right - column.0.min(right), done.dim(3)?, inner);
+            strip = Some(match strip {
+                None => done,
+                Some(left) => blend(&left, &done, overlap, 3)?,
+            });
+            right = column.1;
+        }
+        let Some(strip) = strip else {
+            candle_core::bail!("nothing to tile in {:?}", x.dims());
+        };
+        let inner = row.1 - row.0;
+        sheet = Some(match sheet {
+            None => (strip, row.1, inner),
+            Some((above, bottom, _)) => {
+                let overlap = scaled(bottom - row.0.min(bottom), strip.dim(2)?, inner);
+                (blend(&above, &strip, overlap, 2)?, row.1, inner)
+            }
+        });
+    }
+    match sheet {
+        Some((sheet, _, _)) => Ok(sheet),
+        None => candle_core::bail!("nothing to tile in {:?}", x.dims()),
+    }
+}
+
+/// A length of the input in the output's measure.
+fn scaled(length: usize, output: usize, input: usize) -> usize {
+    length * output / input.max(1)
+}
+
+/// Where tiles begin and end: at least a quarter overlaps; all have the tile's length.
+fn spans(length: usize, tile: usize) -> Vec<(usize, usize)> {
+    if length <= tile {
+        return vec![(0, length)];
+    }
+    // Multiples of 8, so that pixels and latents meet.
+    let step = (tile * 3 / 4 / 8 * 8).max(8);
+    let last = length - tile;
+    let mut starts: Vec<usize> = (0..last).step_by(step).collect();
+    starts.push(last);
+    starts.into_iter().map(|s| (s, s + tile)).collect()
+}
+
+/// Joins two tensors whose last and first `overlap` rows (along `dim`) are the same place.
+fn blend(first: &Tensor, second: &Tensor, overlap: usize, dim: usize) -> Result<Tensor> {
+    let (a, b) = (first.dim(dim)?, second.dim(dim)?);
+    let overlap = overlap.min(a).min(b);
+    if overlap == 0 {
+        return Tensor::cat(&[first, second], dim);
+    }
+    let weights: Vec<f32> = (0..overlap)
+        .map(|i| (i as f32 + 0.5) / overlap as f32)
+        .collect();
+    let mut shape = vec![1; 4];
+    if let Some(side) = shape.get_mut(dim) {
+        *side = overlap;
+    }
+    let rise = Tensor::from_vec(weights, shape, first.device())?.to_dtype(first.dtype())?;
+    let fall = rise.affine(-1.0, 1.0)?;
+    let old = first
+        .narrow(dim, a - overlap, overlap)?
+        .broadcast_mul(&fall)?;
+    let new = second.narrow(dim, 0, overlap)?.broadcast_mul(&rise)?;
+    let parts = [
+        first.narrow(dim, 0, a - overlap)?,
+        (old + new)?,
+        second.narrow(dim, overlap, b - overlap)?,
+    ];
+    Tensor::cat(&parts, dim)
 }
 
 impl Encoder {

@@ -2,6 +2,7 @@
 
 use candle_core::{Device, Tensor};
 use lora_core::Adaptable;
+use lora_sd15::sampler::Prediction;
 use lora_sd15::{Checkpoint, Image, Posterior, StableDiffusion, WeightStorage};
 
 use crate::samples::SamplePrompt;
@@ -92,7 +93,6 @@ pub struct Sd15 {
     sd: StableDiffusion,
     captions: Captions,
     clip_skip: usize,
-    v_prediction: bool,
 }
 
 impl Sd15 {
@@ -113,11 +113,16 @@ impl Sd15 {
             WeightStorage::F32 => WeightStorage::F32,
             _ => WeightStorage::AsStored,
         };
+        let mut sd = StableDiffusion::from_checkpoint_stored(checkpoint, storage, others, device)?;
+        sd.prediction = if v_prediction {
+            Prediction::V
+        } else {
+            Prediction::Epsilon
+        };
         Ok(Self {
-            sd: StableDiffusion::from_checkpoint_stored(checkpoint, storage, others, device)?,
+            sd,
             captions: Captions::new(text),
             clip_skip: text.clip_skip,
-            v_prediction,
         })
     }
 }
@@ -154,14 +159,6 @@ impl Model for Sd15 {
     }
 
     fn draw(&mut self, prompt: &SamplePrompt) -> Result<Image> {
-        if self.v_prediction {
-            return Err(Error::Config {
-                place: "sample_prompts".into(),
-                what:
-                    "pictures of v-prediction models cannot be drawn yet: leave sample_prompts out"
-                        .into(),
-            });
-        }
         let request = prompt.request(self.clip_skip)?;
         let mut images = self.sd.txt2img(&request, &mut |_| true)?;
         images.pop().ok_or_else(|| Error::Config {

@@ -83,6 +83,16 @@ pub fn model_hash_of_file(path: &Path) -> Result<String> {
     Ok(hex(&Sha256::digest(&window))[..8].to_string())
 }
 
+/// [`model_hash`] of a file on disk, which the web UI shows as "Lora hashes": the SHA-256
+/// of everything behind the header.
+///
+/// # Errors
+/// As [`TensorFile::open`](super::TensorFile::open).
+pub fn data_hash_of_file(path: &Path) -> Result<String> {
+    let file = super::TensorFile::open(path)?;
+    Ok(hex(&Sha256::digest(file.data())))
+}
+
 /// SHA-256 of a whole file (`ss_new_sd_model_hash`); its first 10 digits are the
 /// model hash that the web UI shows.
 ///

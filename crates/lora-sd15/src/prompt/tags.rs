@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use regex::Regex;
 
 /// An adapter asked for in a prompt.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct AdapterTag {
     /// File stem, or the name it was trained under.
     pub name: String,
@@ -15,6 +15,11 @@ pub struct AdapterTag {
     pub unet: f64,
     /// Rank to cut to (`dyn`), if given.
     pub rank: Option<usize>,
+    /// Multipliers per block (`lbw`), if given: 17 for the blocks with attention or 26 for
+    /// all, the text encoder first.
+    pub blocks: Option<Vec<f64>>,
+    /// Arguments that could not be understood.
+    pub unknown: Vec<String>,
 }
 
 /// Takes all `<kind:...>` tags out of a prompt; returns the prompt without them and
@@ -51,7 +56,7 @@ pub fn extract_tags(prompt: &str) -> (String, Vec<AdapterTag>, Vec<String>) {
 }
 
 fn parse(arguments: &str) -> AdapterTag {
-    let (mut positional, mut named) = (Vec::new(), Vec::new());
+    let (mut positional, mut named, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
     for argument in arguments.split(':') {
         match argument.split_once('=') {
             Some(pair) => named.push(pair),
@@ -59,25 +64,41 @@ fn parse(arguments: &str) -> AdapterTag {
         }
     }
     let name = |key: &str| named.iter().rev().find(|(k, _)| *k == key).map(|(_, v)| *v);
-    let number = |text: Option<&str>| text.and_then(|t| t.trim().parse::<f64>().ok());
-    let text_encoder = number(name("te"))
-        .or(number(positional.get(1).copied()))
-        .unwrap_or(1.0);
-    let positional_te = number(positional.get(1).copied()).unwrap_or(1.0);
-    let unet = number(name("unet"))
-        .or(number(positional.get(2).copied()))
-        .unwrap_or(if name("te").is_some() && positional.len() < 2 {
-            text_encoder
-        } else {
-            positional_te
-        });
-    let rank = name("dyn")
-        .or(positional.get(3).copied())
-        .and_then(|t| t.trim().parse().ok());
+    let mut read = |text: Option<&str>| -> Option<f64> {
+        let text = text?.trim();
+        let number = text.parse::<f64>().ok().filter(|n| n.is_finite());
+        if number.is_none() {
+            unknown.push(text.to_string());
+        }
+        number
+    };
+    let second = read(positional.get(1).copied()).unwrap_or(1.0);
+    let text_encoder = read(name("te")).unwrap_or(second);
+    let unet = match name("unet") {
+        Some(text) => read(Some(text)),
+        None => read(positional.get(2).copied()),
+    };
+    let rank = match name("dyn") {
+        Some(text) => read(Some(text)),
+        None => read(positional.get(3).copied()),
+    };
+    let blocks = name("lbw").map(|list| {
+        let numbers = list.split(',').map(|part| read(Some(part)));
+        numbers.map(|n| n.unwrap_or(0.0)).collect()
+    });
+    unknown.extend(
+        named
+            .iter()
+            .filter(|(key, _)| !["te", "unet", "dyn", "lbw"].contains(key))
+            .map(|(key, value)| format!("{key}={value}")),
+    );
+    unknown.extend(positional.iter().skip(4).map(ToString::to_string));
     AdapterTag {
         name: positional.first().copied().unwrap_or("").to_string(),
         text_encoder,
-        unet,
-        rank,
+        unet: unet.unwrap_or(text_encoder),
+        rank: rank.map(|r| r.max(1.0) as usize),
+        blocks,
+        unknown,
     }
 }

@@ -2,144 +2,60 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Query, Sampler, StepNoise, ancestral};
-
-/// Options of [`Euler`]: stochastic "churn" between steps, off by default.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct EulerOptions {
-    /// Total amount of noise raised over all steps.
-    pub s_churn: f64,
-    /// Lowest sigma at which it happens.
-    pub s_tmin: f64,
-    /// Highest sigma at which it happens.
-    pub s_tmax: f64,
-    /// Standard deviation of the added noise.
-    pub s_noise: f64,
-}
-
-impl Default for EulerOptions {
-    fn default() -> Self {
-        Self {
-            s_churn: 0.0,
-            s_tmin: 0.0,
-            s_tmax: f64::INFINITY,
-            s_noise: 1.0,
-        }
-    }
-}
+use super::descent::{Churned, Descent, ancestral, slope_step};
+use super::{Churn, Query, Renewal, Sampler, StepNoise};
 
 /// Euler's method.
 #[derive(Debug, Clone)]
-pub struct Euler {
-    x: Tensor,
-    sigmas: Vec<f64>,
-    step: usize,
-    options: EulerOptions,
-    /// Latents and sigma after churn, once noise was drawn for this step.
-    raised: Option<(Tensor, f64)>,
-}
+pub struct Euler(Churned);
 
 impl Euler {
     /// Starts from `x`, noise times the first sigma. `sigmas` fall and end in 0.
-    pub fn new(x: Tensor, sigmas: Vec<f64>, options: EulerOptions) -> Self {
-        Self {
-            x,
-            sigmas,
-            step: 0,
-            options,
-            raised: None,
-        }
+    pub fn new(x: Tensor, sigmas: Vec<f64>, options: Churn) -> Self {
+        Self(Churned::new(x, sigmas, options))
     }
 }
 
 impl Sampler for Euler {
     fn prepare(&mut self, noise: &mut StepNoise<'_>) -> Result<()> {
-        let Some(&[sigma, next]) = self.sigmas.get(self.step..self.step + 2) else {
-            return Ok(());
-        };
-        if self.options.s_churn == 0.0 || self.raised.is_some() {
-            return Ok(());
-        }
-        let steps = (self.sigmas.len() - 1) as f64;
-        let active = (self.options.s_tmin..=self.options.s_tmax).contains(&sigma);
-        let most = std::f64::consts::SQRT_2 - 1.0;
-        let gamma = if active {
-            (self.options.s_churn / steps).min(most)
-        } else {
-            0.0
-        };
-        let raised = sigma * (1.0 + gamma);
-        let eps = noise(sigma, next)?;
-        let mut x = self.x.clone();
-        if gamma > 0.0 {
-            x = (x + (eps * (self.options.s_noise * (raised.powi(2) - sigma.powi(2)).sqrt()))?)?;
-        }
-        self.raised = Some((x, raised));
-        Ok(())
+        self.0.prepare(noise)
     }
 
     fn query(&self) -> Option<Query> {
-        let &[sigma, _] = self.sigmas.get(self.step..self.step + 2)? else {
-            return None;
-        };
-        let (x, sigma) = self.raised.clone().unwrap_or((self.x.clone(), sigma));
-        Some(Query::Sigma { x, sigma })
+        self.0.query()
     }
 
     fn advance(&mut self, denoised: &Tensor, _: &mut StepNoise<'_>) -> Result<()> {
-        let Some(&[sigma, next]) = self.sigmas.get(self.step..self.step + 2) else {
+        let Some((sigma, next)) = self.0.pair() else {
             return Ok(());
         };
-        let (x, sigma) = self.raised.take().unwrap_or((self.x.clone(), sigma));
-        let derivative = ((&x - denoised)? / sigma)?;
-        self.x = (x + derivative * (next - sigma))?;
-        self.step += 1;
+        let x = &self.0.path.x;
+        let x = slope_step(x, x, denoised, sigma, next - sigma)?;
+        self.0.arrive(x);
         Ok(())
     }
 
     fn latents(&self) -> &Tensor {
-        &self.x
+        &self.0.path.x
     }
 
     fn progress(&self) -> (usize, usize) {
-        (self.step, self.sigmas.len().saturating_sub(1))
-    }
-}
-
-/// Options of [`EulerAncestral`].
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct EulerAncestralOptions {
-    /// Share of noise that is renewed: 1 is all, 0 makes it plain Euler.
-    pub eta: f64,
-    /// Standard deviation of the added noise.
-    pub s_noise: f64,
-}
-
-impl Default for EulerAncestralOptions {
-    fn default() -> Self {
-        Self {
-            eta: 1.0,
-            s_noise: 1.0,
-        }
+        self.0.path.progress()
     }
 }
 
 /// Euler steps that go below the next sigma and add fresh noise ("Euler a").
 #[derive(Debug, Clone)]
 pub struct EulerAncestral {
-    x: Tensor,
-    sigmas: Vec<f64>,
-    step: usize,
-    options: EulerAncestralOptions,
+    path: Descent,
+    options: Renewal,
 }
 
 impl EulerAncestral {
     /// Starts from `x`, noise times the first sigma. `sigmas` fall and end in 0.
-    pub fn new(x: Tensor, sigmas: Vec<f64>, options: EulerAncestralOptions) -> Self {
+    pub fn new(x: Tensor, sigmas: Vec<f64>, options: Renewal) -> Self {
         Self {
-            x,
-            sigmas,
-            step: 0,
+            path: Descent::new(x, sigmas),
             options,
         }
     }
@@ -147,34 +63,27 @@ impl EulerAncestral {
 
 impl Sampler for EulerAncestral {
     fn query(&self) -> Option<Query> {
-        let &[sigma, _] = self.sigmas.get(self.step..self.step + 2)? else {
-            return None;
-        };
-        Some(Query::Sigma {
-            x: self.x.clone(),
-            sigma,
-        })
+        self.path.query()
     }
 
     fn advance(&mut self, denoised: &Tensor, noise: &mut StepNoise<'_>) -> Result<()> {
-        let Some(&[sigma, next]) = self.sigmas.get(self.step..self.step + 2) else {
+        let Some((sigma, next)) = self.path.pair() else {
             return Ok(());
         };
         let (down, up) = ancestral(sigma, next, self.options.eta);
-        let derivative = ((&self.x - denoised)? / sigma)?;
-        self.x = (&self.x + derivative * (down - sigma))?;
+        let mut x = slope_step(&self.path.x, &self.path.x, denoised, sigma, down - sigma)?;
         if next > 0.0 {
-            self.x = (&self.x + noise(sigma, next)? * (self.options.s_noise * up))?;
+            x = (x + noise(sigma, next)? * (self.options.s_noise * up))?;
         }
-        self.step += 1;
+        self.path.arrive(x);
         Ok(())
     }
 
     fn latents(&self) -> &Tensor {
-        &self.x
+        &self.path.x
     }
 
     fn progress(&self) -> (usize, usize) {
-        (self.step, self.sigmas.len().saturating_sub(1))
+        self.path.progress()
     }
 }

@@ -16,17 +16,32 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 
+mod beta;
 mod ddim;
-mod dpmpp;
+mod denoiser;
+mod descent;
 mod euler;
+mod kind;
+mod lcm;
+mod multistep;
+mod sde;
+mod second_order;
 mod sigmas;
+mod unipc;
 
 use candle_core::{Result, Tensor};
 
-pub use ddim::{Ddim, ddim_timesteps};
-pub use dpmpp::Dpmpp2m;
-pub use euler::{Euler, EulerAncestral, EulerAncestralOptions, EulerOptions};
-pub use sigmas::SigmaSchedule;
+pub use ddim::{Ddim, Plms, ddim_timesteps};
+pub use denoiser::{Denoiser, Prediction};
+pub use descent::{Churn, Renewal};
+pub use euler::{Euler, EulerAncestral};
+pub use kind::{SamplerKind, SamplerOptions, noisy_at};
+pub use lcm::{Lcm, lcm_sigmas};
+pub use multistep::{Dpmpp2m, Lms};
+pub use sde::{Dpmpp2mSde, Dpmpp3mSde, DpmppSde, SdeSolver};
+pub use second_order::{Dpm2, Dpm2Ancestral, Dpmpp2sAncestral, Heun};
+pub use sigmas::{SigmaOptions, SigmaSchedule};
+pub use unipc::{UniPc, UniPcOptions, UniPcTimes, UniPcVariant};
 
 /// What a sampler wants evaluated next.
 #[derive(Debug, Clone)]
@@ -76,13 +91,4 @@ pub trait Sampler {
 
     /// Steps done and steps in all.
     fn progress(&self) -> (usize, usize);
-}
-
-/// `(down, up)`: where an ancestral step goes, and how much noise is added there.
-fn ancestral(sigma: f64, next: f64, eta: f64) -> (f64, f64) {
-    if eta == 0.0 {
-        return (next, 0.0);
-    }
-    let up = next.min(eta * (next.powi(2) * (sigma.powi(2) - next.powi(2)) / sigma.powi(2)).sqrt());
-    ((next.powi(2) - up.powi(2)).max(0.0).sqrt(), up)
 }

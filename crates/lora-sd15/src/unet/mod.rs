@@ -102,6 +102,17 @@ struct UpBlock {
 }
 
 impl UNet {
+    /// Channels of the input: 4, or 9 for inpainting.
+    pub fn in_channels(&self) -> usize {
+        self.conv_in
+            .base()
+            .weight
+            .dims()
+            .get(1)
+            .copied()
+            .unwrap_or(0)
+    }
+
     /// Builds the network from tensors with diffusers names.
     ///
     /// # Errors
