@@ -1,5 +1,7 @@
 //! What the programs beside `src/` share: devices, memory, the demonstration files.
 
+pub mod drawing;
+
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;

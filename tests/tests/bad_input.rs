@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use lora_core::format::{TensorFile, write_tensors};
 use lora_core::{AdapterSet, Component, Lora};
-use lora_sd15::{Checkpoint, Part, StableDiffusion, Txt2Img};
+use lora_sd15::sampler::SigmaSchedule;
+use lora_sd15::{Checkpoint, Hires, Part, SamplerKind, StableDiffusion, Txt2Img};
 use lora_tests::golden_path;
 use lora_train::{Event, Settings, TrainConfig, Trainer};
 
@@ -474,17 +475,28 @@ fn picture_sizes_and_prompts_that_cannot_be_drawn() {
     assert_says(&refuse(Txt2Img { steps: 0, ..base() }), &["steps"]);
     assert_says(
         &refuse(Txt2Img {
-            prompt: "a AND b".into(),
+            clip_skip: 0,
             ..base()
         }),
-        &["AND"],
+        &["clip_skip"],
     );
     assert_says(
         &refuse(Txt2Img {
-            prompt: "[a:b:0.5]".into(),
+            sampler: SamplerKind::Plms,
+            schedule: Some(SigmaSchedule::Karras),
             ..base()
         }),
-        &["scheduling"],
+        &["schedule type", "Karras"],
+    );
+    assert_says(
+        &refuse(Txt2Img {
+            hires: Some(Hires {
+                size: Some((100, 128)),
+                ..Hires::default()
+            }),
+            ..base()
+        }),
+        &["100x128"],
     );
     assert_says(
         &refuse(Txt2Img {

@@ -7,7 +7,7 @@
 //! * [`NoiseSchedule`], [`sampler`], [`BatchNoise`], [`BrownianTree`]: the diffusion
 //!   around them
 //! * [`prompt`]: attention weights, schedules, composition, chunks, `<lora:...>` tags
-//! * [`Infotext`]: the text in the web UI's pictures
+//! * [`Infotext`]: the text in the web UI's pictures; [`Sweep`]: X/Y/Z grids
 //!
 //! ```no_run
 //! use candle_core::{DType, Device};
@@ -34,6 +34,7 @@ mod resample;
 mod rng;
 pub mod sampler;
 mod schedule;
+mod sweep;
 mod text_encoder;
 pub mod tokenizer;
 mod unet;
@@ -55,6 +56,7 @@ pub use resample::{Filter, ResizeMode};
 pub use rng::{NoiseGenerator, NoiseSource, philox_words};
 pub use sampler::SamplerKind;
 pub use schedule::{NoiseSchedule, TIMESTEPS};
+pub use sweep::{Axis, Sweep};
 pub use text_encoder::{TextEncoder, weigh, weigh_restoring_mean};
 pub use tokenizer::Tokenizer;
 pub use unet::{UNet, UnevenSize, timestep_embedding};

@@ -318,6 +318,14 @@ mod tests {
     }
 
     #[test]
+    fn every_sampler_of_sd_scripts_is_there() {
+        for (name, _) in SAMPLERS {
+            let prompt = SamplePrompt::from_line("zoe", name).unwrap();
+            prompt.request(2).unwrap().validate().unwrap();
+        }
+    }
+
+    #[test]
     fn options_of_other_models_and_unknown_keys_are_named() {
         for (line, hint) in [
             ("zoe --g 3.5", "guidance_scale"),

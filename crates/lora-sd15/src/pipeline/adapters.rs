@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use lora_core::format::{TensorFile, data_hash_of_file};
+use lora_core::format::{LoadOptions, Strictness, TensorFile, data_hash_of_file};
 use lora_core::merge::TemporaryMerge;
 use lora_core::{Adaptable, AdapterSet, Lora};
 
@@ -19,6 +19,15 @@ pub enum AdapterMode {
     Side,
     /// Added to the weights, which are kept and put back: faster steps, more memory.
     Merged,
+}
+
+/// A picture with most of an adapter is better than none: what cannot be read is left out
+/// with a `tracing` warning.
+fn lenient() -> LoadOptions {
+    LoadOptions {
+        strictness: Strictness::Lenient,
+        ..LoadOptions::default()
+    }
 }
 
 /// The adapters of a pipeline.
@@ -57,7 +66,7 @@ impl Adapters {
         }
         let set = match self.by_hash.get(&hash) {
             Some(set) => set.clone(),
-            None => AdapterSet::load(path, device)?,
+            None => AdapterSet::load_with(path, device, &lenient())?,
         };
         self.by_hash.insert(hash.clone(), set.clone());
         self.add(name.to_string(), set);

@@ -65,7 +65,7 @@ pub struct Txt2Img {
     /// What to draw: `(word:1.2)`, `[from:to:0.5]`, `[a|b]`, `BREAK`, `AND`,
     /// `<lora:name:0.8>` and the names of embeddings work.
     pub prompt: String,
-    /// What to avoid. Tags of adapters are taken out and do nothing here.
+    /// What to avoid. Tags of adapters are plain text here, as in the web UI.
     pub negative: String,
     /// Width in pixels, a multiple of 8.
     pub width: usize,

@@ -1,0 +1,37 @@
+//! An application that draws with candle-transformers' own Stable Diffusion keeps its code:
+//! it builds its networks from a `VarBuilder` that has an adapter merged in.
+//!
+//! ```text
+//! cargo run --release --example embed_in_app -- unet/diffusion_pytorch_model.safetensors zoe.safetensors 0.8
+//! ```
+
+use candle_core::{DType, Device, Tensor};
+use candle_transformers::models::stable_diffusion::unet_2d::{
+    UNet2DConditionModel, UNet2DConditionModelConfig,
+};
+use lora_core::{AdapterSet, Component};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut arguments = std::env::args().skip(1);
+    let (Some(unet), Some(adapter)) = (arguments.next(), arguments.next()) else {
+        return Err("usage: embed_in_app UNET.safetensors ADAPTER.safetensors [MULTIPLIER]".into());
+    };
+    let multiplier: f64 = arguments.next().map_or(Ok(1.0), |m| m.parse())?;
+    let device = Device::Cpu;
+
+    // SD1.5 in diffusers' layout, and the adapter for it in any layout.
+    let file = candle_core::safetensors::load(unet, &device)?;
+    let base = candle_nn::VarBuilder::from_tensors(file, DType::F32, &device);
+    let vb = AdapterSet::load(adapter, &device)?.merged(base, Component::Unet, multiplier);
+
+    // From here on nothing knows of adapters.
+    let config = UNet2DConditionModelConfig {
+        cross_attention_dim: 768,
+        ..Default::default()
+    };
+    let unet = UNet2DConditionModel::new(vb, 4, 4, false, config)?;
+    let latents = Tensor::randn(0f32, 1., (1, 4, 64, 64), &device)?;
+    let context = Tensor::zeros((1, 77, 768), DType::F32, &device)?;
+    println!("{:?}", unet.forward(&latents, 500.0, &context)?.shape());
+    Ok(())
+}
