@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use crate::added::{Added, conv2d_added, frozen};
 use crate::matrix::{View, multiply};
+use crate::winograd::Winograd;
 use crate::{fast, plain, values};
 
 /// Stride, padding (zeros, on all sides), dilation and groups of a convolution.
@@ -239,9 +240,32 @@ impl Geometry {
         )
     }
 
+    /// The faster way for this convolution or its gradient to the input, if there is one.
+    fn winograd(&self, transposed: bool) -> Option<Winograd> {
+        let shape = (self.kh, self.kw, self.p.stride, self.p.padding);
+        let plain = shape == (3, 3, 1, 1) && self.p.dilation == 1 && self.p.groups == 1;
+        let (c, o) = match transposed {
+            true => (self.o, self.c),
+            false => (self.c, self.o),
+        };
+        let winograd = Winograd {
+            c,
+            o,
+            h: self.h,
+            w: self.w,
+            transposed,
+        };
+        (plain && winograd.pays()).then_some(winograd)
+    }
+
     /// Writes the convolution to `y`, or adds it with `accumulate`.
     pub(crate) fn forward(&self, y: &mut [f32], accumulate: bool, x: &[f32], w: &[f32]) {
         let plane = self.oh * self.ow;
+        if let Some(winograd) = self.winograd(false) {
+            let images = y.chunks_mut(self.o * plane).zip(x.chunks(self.c * plane));
+            images.for_each(|(y, x)| winograd.run(y, accumulate, x, w));
+            return;
+        }
         let mut col = Vec::new();
         self.each_strip(|image, group, rows| {
             let pixels = rows.len() * self.ow;
@@ -262,6 +286,11 @@ impl Geometry {
     pub(crate) fn input_gradient(&self, w: &[f32], dy: &[f32]) -> Vec<f32> {
         let plane = self.oh * self.ow;
         let mut dx = vec![0f32; self.n * self.c * self.h * self.w];
+        if let Some(winograd) = self.winograd(true) {
+            let images = dx.chunks_mut(self.c * plane).zip(dy.chunks(self.o * plane));
+            images.for_each(|(dx, dy)| winograd.run(dx, false, dy, w));
+            return dx;
+        }
         let mut col = Vec::new();
         self.each_strip(|image, group, rows| {
             let pixels = rows.len() * self.ow;

@@ -49,6 +49,7 @@ mod norm;
 pub mod plain;
 mod pointwise;
 mod upsample;
+mod winograd;
 
 use std::sync::OnceLock;
 

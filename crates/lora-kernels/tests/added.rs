@@ -1,5 +1,7 @@
 //! Fused sums, 16-bit weights and checkpointing against plain candle.
 
+#![allow(clippy::unwrap_used)]
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use lora_kernels::{Added, Conv2dParams, conv2d_added, linear_added, plain};
 
@@ -108,7 +110,7 @@ fn linear_sums() {
             let xt = var(&[2, i, rows], 9);
             compare(
                 &format!("transposed {dtype:?}"),
-                &[xt.clone()],
+                std::slice::from_ref(&xt),
                 &|| linear_added(&xt.transpose(1, 2)?, &weight, None, &Added::default()),
                 &|| plain::linear(&xt.transpose(1, 2)?.contiguous()?, &wide, None),
             );
@@ -156,7 +158,7 @@ fn convolution_sums() {
             );
             compare(
                 &format!("bare conv {dtype:?}"),
-                &[x.clone()],
+                std::slice::from_ref(&x),
                 &|| conv2d_added(&x, &weight, None, p, &Added::default()),
                 &|| plain::conv2d(&x, &wide, None, p),
             );
@@ -274,4 +276,39 @@ fn a_checkpoint_passes_gradients_of_shared_and_unused_tensors() {
     // Nothing tracked: a plain call.
     let plain = lora_kernels::checkpoint(&[&noise(&[2], 3)], |t| t[0].sqr()).unwrap();
     assert!(!plain.track_op());
+}
+
+/// Sizes at which Winograd's algorithm runs: not multiples of its tiles, several images,
+/// channels that fill no chunk.
+#[test]
+fn large_3x3_convolutions_agree_with_candle() {
+    let p = Conv2dParams {
+        padding: 1,
+        ..Conv2dParams::default()
+    };
+    for (n, c, o, h, w) in [
+        (1, 32, 33, 32, 32),
+        (2, 35, 70, 33, 30),
+        (1, 40, 48, 31, 47),
+    ] {
+        let x = var(&[n, c, h, w], 1);
+        let res = var(&[n, o, h, w], 2);
+        let weight = (noise(&[o, c, 3, 3], 3) * 0.1).unwrap();
+        let added = Added {
+            residual: Some(&res),
+            ..Added::default()
+        };
+        compare(
+            &format!("3x3 {n} {c} {o} {h} {w}"),
+            &[x.clone(), res.clone()],
+            &|| conv2d_added(&x, &weight, None, p, &added),
+            &|| plain::conv2d(&x, &weight, None, p)? + res.as_tensor(),
+        );
+        compare(
+            &format!("3x3 alone {n} {c} {o} {h} {w}"),
+            std::slice::from_ref(&x),
+            &|| conv2d_added(&x, &weight, None, p, &Added::default()),
+            &|| plain::conv2d(&x, &weight, None, p),
+        );
+    }
 }

@@ -1,0 +1,257 @@
+//! 3x3 convolutions of stride 1 by Winograd's algorithm F(4x4, 3x3) (Lavin and Gray 2015):
+//! 36 products per 16 outputs and channel pair instead of 144.
+//!
+//! Per image: 6x6 input tiles are transformed to `v[channel][36][tile]`; then, for a chunk
+//! of output channels at a time, weights are transformed to `u[36][output][channel]`, the 36
+//! products `m = u v` computed and transformed back to 4x4 output tiles. Transformed weights
+//! are four times as large as the weights, so they are never kept.
+//!
+//! The result differs from direct summation by rounding (a few 1e-6 of the output's size).
+
+use rayon::prelude::*;
+
+use crate::math::vectorized;
+use crate::matrix::{View, multiply_here};
+
+/// Points of a transformed tile.
+const POINTS: usize = 36;
+/// Fewer tiles or channels do not pay for transforming the weights.
+const MIN_TILES: usize = 64;
+const MIN_CHANNELS: usize = 32;
+
+/// One convolution, `[c, h, w]` to `[o, h, w]`, padded by one zero on each side.
+#[derive(Clone, Copy)]
+pub(crate) struct Winograd {
+    pub(crate) c: usize,
+    pub(crate) o: usize,
+    pub(crate) h: usize,
+    pub(crate) w: usize,
+    /// The gradient to the input: weights are `[c, o, 3, 3]` and turned around.
+    pub(crate) transposed: bool,
+}
+
+impl Winograd {
+    /// Whether this is the faster way.
+    pub(crate) fn pays(&self) -> bool {
+        self.tiles() >= MIN_TILES && self.c >= MIN_CHANNELS && self.o >= MIN_CHANNELS
+    }
+
+    fn rows(&self) -> usize {
+        self.h.div_ceil(4)
+    }
+
+    fn columns(&self) -> usize {
+        self.w.div_ceil(4)
+    }
+
+    fn tiles(&self) -> usize {
+        self.rows() * self.columns()
+    }
+
+    /// Output channels per task; depends on sizes only.
+    fn chunk(&self) -> usize {
+        self.o.div_ceil(8).next_multiple_of(8).clamp(32, 160)
+    }
+
+    /// Writes the convolution of one image to `y`, or adds it with `accumulate`.
+    pub(crate) fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: &[f32]) {
+        let tiles = self.tiles();
+        let plane = self.h * self.w;
+        let mut v = vec![0f32; self.c * POINTS * tiles];
+        v.par_chunks_mut(POINTS * tiles)
+            .zip(x.par_chunks(plane))
+            .for_each(|(v, x)| vectorized(|| self.transform_input(x, v)));
+        let chunk = self.chunk();
+        y.par_chunks_mut(chunk * plane)
+            .enumerate()
+            .for_each(|(number, y)| {
+                let outputs = y.len() / plane;
+                let mut u = vec![0f32; POINTS * outputs * self.c];
+                vectorized(|| self.transform_weight(weight, number * chunk, outputs, &mut u));
+                let mut m = vec![0f32; outputs * POINTS * tiles];
+                for point in 0..POINTS {
+                    let u = &u[point * outputs * self.c..];
+                    multiply_here(
+                        &mut m[point * tiles..],
+                        POINTS * tiles,
+                        false,
+                        View::rows(u, outputs, self.c, self.c),
+                        View::rows(&v[point * tiles..], self.c, tiles, POINTS * tiles),
+                    );
+                }
+                let pairs = y.chunks_mut(plane).zip(m.chunks(POINTS * tiles));
+                vectorized(|| pairs.for_each(|(y, m)| self.transform_output(m, y, accumulate)));
+            });
+    }
+
+    /// One channel `[h, w]` to `[36][tile]`.
+    #[inline(always)]
+    fn transform_input(&self, x: &[f32], v: &mut [f32]) {
+        let (columns, tiles) = (self.columns(), self.tiles());
+        let width = 4 * columns + 4;
+        let mut lines = vec![0f32; 6 * width];
+        // The values of a line by their place in a tile: 0 to 3, of the next tile, too.
+        let mut parts = vec![0f32; 4 * (columns + 1)];
+        for row in 0..self.rows() {
+            for (r, line) in lines.chunks_exact_mut(width).enumerate() {
+                line.fill(0.0);
+                if let Some(source) = (4 * row + r).checked_sub(1).filter(|y| *y < self.h) {
+                    line[1..=self.w].copy_from_slice(&x[source * self.w..][..self.w]);
+                }
+            }
+            let (d01, d2345) = lines.split_at_mut(2 * width);
+            let (d0, d1) = d01.split_at_mut(width);
+            let (d23, d45) = d2345.split_at_mut(2 * width);
+            let (d2, d3) = d23.split_at_mut(width);
+            let (d4, d5) = d45.split_at_mut(width);
+            for i in 0..width {
+                let d = input_points([d0[i], d1[i], d2[i], d3[i], d4[i], d5[i]]);
+                [d0[i], d1[i], d2[i], d3[i], d4[i], d5[i]] = d;
+            }
+            for (r, line) in lines.chunks_exact(width).enumerate() {
+                let (q01, q23) = parts.split_at_mut(2 * (columns + 1));
+                let (q0, q1) = q01.split_at_mut(columns + 1);
+                let (q2, q3) = q23.split_at_mut(columns + 1);
+                for (j, four) in line.chunks_exact(4).enumerate() {
+                    (q0[j], q1[j], q2[j], q3[j]) = (four[0], four[1], four[2], four[3]);
+                }
+                let mut out = v[6 * r * tiles..][..6 * tiles].chunks_exact_mut(tiles);
+                let mut next = || match out.next() {
+                    Some(point) => &mut point[row * columns..][..columns],
+                    None => &mut [],
+                };
+                let [o0, o1, o2, o3, o4, o5] = [next(), next(), next(), next(), next(), next()];
+                for j in 0..columns {
+                    let d = [q0[j], q1[j], q2[j], q3[j], q0[j + 1], q1[j + 1]];
+                    [o0[j], o1[j], o2[j], o3[j], o4[j], o5[j]] = input_points(d);
+                }
+            }
+        }
+    }
+
+    /// The weights of `outputs` output channels from `first` on: `[36][output][channel]`.
+    #[inline(always)]
+    fn transform_weight(&self, weight: &[f32], first: usize, outputs: usize, u: &mut [f32]) {
+        let c = self.c;
+        // Taps apart: [output][9][channel].
+        let mut taps = vec![0f32; outputs * 9 * c];
+        if self.transposed {
+            for channel in 0..c {
+                let kernels = &weight[(channel * self.o + first) * 9..][..outputs * 9];
+                for (output, kernel) in kernels.chunks_exact(9).enumerate() {
+                    for (tap, value) in kernel.iter().enumerate() {
+                        taps[(output * 9 + 8 - tap) * c + channel] = *value;
+                    }
+                }
+            }
+        } else {
+            let kernels = &weight[first * c * 9..][..outputs * c * 9];
+            for (output, kernels) in kernels.chunks_exact(c * 9).enumerate() {
+                let taps = &mut taps[output * 9 * c..][..9 * c];
+                for (channel, kernel) in kernels.chunks_exact(9).enumerate() {
+                    for (tap, value) in kernel.iter().enumerate() {
+                        taps[tap * c + channel] = *value;
+                    }
+                }
+            }
+        }
+        let mut half = vec![0f32; 18 * c];
+        for (output, taps) in taps.chunks_exact(9 * c).enumerate() {
+            // Columns of the kernel first, then its rows.
+            for k in 0..3 {
+                let (a, b, d) = (&taps[k * c..], &taps[(k + 3) * c..], &taps[(k + 6) * c..]);
+                for i in 0..c {
+                    for (r, value) in weight_points([a[i], b[i], d[i]]).into_iter().enumerate() {
+                        half[(r * 3 + k) * c + i] = value;
+                    }
+                }
+            }
+            for (r, row) in half.chunks_exact(3 * c).enumerate() {
+                let (a, rest) = row.split_at(c);
+                let (b, d) = rest.split_at(c);
+                for k in 0..6 {
+                    let at = ((r * 6 + k) * outputs + output) * c;
+                    for (((u, a), b), d) in u[at..at + c].iter_mut().zip(a).zip(b).zip(d) {
+                        *u = weight_points([*a, *b, *d])[k];
+                    }
+                }
+            }
+        }
+    }
+
+    /// One output channel's `[36][tile]` to `[h, w]`.
+    #[inline(always)]
+    fn transform_output(&self, m: &[f32], y: &mut [f32], accumulate: bool) {
+        let (columns, tiles) = (self.columns(), self.tiles());
+        // Four lines by six points, then one line of outputs by their place in a tile.
+        let mut lines = vec![0f32; 24 * columns];
+        let mut line = vec![0f32; 4 * columns];
+        for row in 0..self.rows() {
+            for k in 0..6 {
+                let point = |r: usize| &m[(r * 6 + k) * tiles + row * columns..][..columns];
+                let [m0, m1, m2, m3, m4, m5] = [0, 1, 2, 3, 4, 5].map(point);
+                for j in 0..columns {
+                    let out = output_points([m0[j], m1[j], m2[j], m3[j], m4[j], m5[j]]);
+                    for (r, value) in out.into_iter().enumerate() {
+                        lines[(r * 6 + k) * columns + j] = value;
+                    }
+                }
+            }
+            for (r, points) in lines.chunks_exact(6 * columns).enumerate() {
+                let at = 4 * row + r;
+                if at >= self.h {
+                    break;
+                }
+                let point = |k: usize| &points[k * columns..][..columns];
+                let [m0, m1, m2, m3, m4, m5] = [0, 1, 2, 3, 4, 5].map(point);
+                for (j, out) in line.chunks_exact_mut(4).enumerate() {
+                    let four = output_points([m0[j], m1[j], m2[j], m3[j], m4[j], m5[j]]);
+                    out.copy_from_slice(&four);
+                }
+                let y = &mut y[at * self.w..][..self.w];
+                if accumulate {
+                    y.iter_mut().zip(&line).for_each(|(y, v)| *y += v);
+                } else {
+                    y.copy_from_slice(&line[..self.w]);
+                }
+            }
+        }
+    }
+}
+
+/// `B^T d`.
+#[inline(always)]
+fn input_points(d: [f32; 6]) -> [f32; 6] {
+    let (even, odd) = (d[4] - 4.0 * d[2], d[3] - 4.0 * d[1]);
+    let (even2, odd2) = (d[4] - d[2], 2.0 * (d[3] - d[1]));
+    [
+        4.0 * d[0] - 5.0 * d[2] + d[4],
+        even + odd,
+        even - odd,
+        even2 + odd2,
+        even2 - odd2,
+        4.0 * d[1] - 5.0 * d[3] + d[5],
+    ]
+}
+
+/// `G g`.
+#[inline(always)]
+fn weight_points(g: [f32; 3]) -> [f32; 6] {
+    let (sum, sum2) = ((g[0] + g[2]) / -6.0, (g[0] + 4.0 * g[2]) / 24.0);
+    [
+        g[0] / 4.0,
+        sum - g[1] / 6.0,
+        sum + g[1] / 6.0,
+        sum2 + g[1] / 12.0,
+        sum2 - g[1] / 12.0,
+        g[2],
+    ]
+}
+
+/// `A^T m`.
+#[inline(always)]
+fn output_points(m: [f32; 6]) -> [f32; 4] {
+    let (a, b) = (m[1] + m[2], m[1] - m[2]);
+    let (c, e) = (m[3] + m[4], m[3] - m[4]);
+    [m[0] + a + c, b + 2.0 * e, a + 4.0 * c, b + 8.0 * e + m[5]]
+}
