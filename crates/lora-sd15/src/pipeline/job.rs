@@ -149,7 +149,7 @@ pub(crate) fn bad<T>(
 
 /// Refuses sizes that the model cannot draw.
 pub(crate) fn check_size(width: usize, height: usize) -> Result<()> {
-    if width % 8 != 0 || height % 8 != 0 || width < 64 || height < 64 {
+    if !width.is_multiple_of(8) || !height.is_multiple_of(8) || width < 64 || height < 64 {
         return Err(Error::BadSize { width, height });
     }
     Ok(())

@@ -309,7 +309,9 @@ impl StableDiffusion {
     /// # Errors
     /// [`Error::BadSize`] when a side is not a multiple of 8.
     pub fn encode(&self, picture: &Image) -> Result<Tensor> {
-        if picture.width % 8 != 0 || picture.height % 8 != 0 || picture.width * picture.height == 0
+        if !picture.width.is_multiple_of(8)
+            || !picture.height.is_multiple_of(8)
+            || picture.width * picture.height == 0
         {
             return Err(Error::BadSize {
                 width: picture.width,
