@@ -140,7 +140,7 @@ pub struct Arguments {
     /// train from.
     #[arg(long)]
     pub caption: Option<String>,
-    /// Option to vary to the right, such as "Steps=10,20" or "LoRA weight=0.5-1 [3]".
+    /// Option to vary to the right, such as `Steps=10,20` or `LoRA weight=0.5-1 [3]`.
     #[arg(long, conflicts_with = "init")]
     pub x: Option<String>,
     /// Option to vary downwards.

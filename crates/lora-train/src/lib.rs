@@ -2,7 +2,7 @@
 //!
 //! * [`Settings`] and [`TrainConfig`]: sd-scripts' options from TOML and command line
 //! * [`Plan`]: pictures, repeats, batches, updates
-//! * [`Captions`], [`LatentCache`]: what the UNet is shown
+//! * [`Captions`], [`LatentSource`]: what the UNet is shown
 //! * [`make_noise`], [`diffusion_loss`]: one step's mathematics
 //! * [`Trainer`]: all of it wired, telling an [`Observer`] what happens
 //! * [`metadata`], [`Naming`]: what result files say and are called
