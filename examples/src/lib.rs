@@ -2,10 +2,12 @@
 
 pub mod drawing;
 
+use std::error::Error;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use candle_core::Device;
-use lora_train::Event;
+use lora_train::{Event, Outcome, TrainConfig, Trainer};
 
 /// A device by name: `cpu`, `cuda:0`, `metal`, or `auto`, which takes a GPU if the
 /// program was built for one and one answers.
@@ -43,6 +45,46 @@ pub fn print_events(event: &Event<'_>) {
         } => eprintln!("epoch {epoch}: loss {average_loss:.4}"),
         _ => {}
     }
+}
+
+/// What the recipes have in common: `MODEL PICTURES OUTPUT` from the command line, or the
+/// bundled miniature and pictures without arguments.
+///
+/// # Errors
+/// For another number of arguments.
+pub fn recipe(name: &str) -> Result<TrainConfig, Box<dyn Error>> {
+    let paths: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
+    let (model, pictures, output) = match paths.as_slice() {
+        [model, pictures, output] => (model.clone(), pictures.clone(), output.clone()),
+        [] => (demo_model(), demo_pictures(), Path::new("out").join(name)),
+        _ => return Err("expected: MODEL PICTURES OUTPUT".into()),
+    };
+    let resolution = if paths.is_empty() { "128" } else { "512" };
+    Ok(TrainConfig {
+        pretrained_model_name_or_path: Some(model),
+        train_data_dir: Some(pictures),
+        output_dir: Some(output),
+        output_name: Some(name.into()),
+        resolution: resolution.into(),
+        min_bucket_reso: 64,
+        train_batch_size: 2,
+        max_train_epochs: Some(4),
+        seed: Some(1),
+        ..TrainConfig::default()
+    })
+}
+
+/// Trains on the CPU and prints the file that it gave.
+///
+/// # Errors
+/// As [`Trainer`].
+pub fn train(config: TrainConfig) -> Result<(), Box<dyn Error>> {
+    lora_kernels::keep_freed_memory();
+    let mut trainer = Trainer::new(config, &Device::Cpu, &mut print_events)?;
+    match trainer.run(&mut print_events, &AtomicBool::new(false))? {
+        Outcome::Finished(file) | Outcome::Stopped(file) => println!("{}", file.display()),
+    }
+    Ok(())
 }
 
 /// Peak memory of this process in megabytes, where the system tells.
