@@ -22,9 +22,8 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
-use lora_core::AdapterSet;
 use lora_examples::{demo_model, demo_pictures, device, peak_memory_mb};
-use lora_sd15::{Grid, StableDiffusion, Txt2Img};
+use lora_sd15::{Grid, Image, StableDiffusion, Txt2Img};
 use lora_train::gui::{Form, read_config};
 use lora_train::logs::Observers;
 use lora_train::options::{Kind, Settings, Status, all_options};
@@ -243,48 +242,71 @@ impl Display {
     }
 }
 
-/// Trains on the bundled miniature and pictures, then draws with and without the
-/// result.
+/// Trains a LoHa on twelve pictures of a character that the bundled miniature cannot draw,
+/// then shows four prompts without and with it, and the loss.
 fn demonstration(device: &Device) -> Result<(), Box<dyn Error>> {
-    eprintln!("demonstration: the bundled miniature model has random weights, so its pictures are");
-    eprintln!("patterns; what changes between before and after is what the LoRA learned.");
+    eprintln!(
+        "demonstration: the bundled miniature draws 128x128 pixel-art portraits, but has never"
+    );
+    eprintln!(
+        "seen Zoe. Twelve pictures of her are in {}.",
+        demo_pictures().display()
+    );
+    let output = Path::new("out/demo");
     let config = TrainConfig {
         pretrained_model_name_or_path: Some(demo_model()),
         train_data_dir: Some(demo_pictures()),
-        output_dir: Some("out/demo".into()),
+        output_dir: Some(output.into()),
         output_name: Some("zoe".into()),
         resolution: "128".into(),
         min_bucket_reso: 64,
         max_bucket_reso: 128,
-        network_dim: Some(4),
-        network_alpha: 4.0,
+        network_module: Some("lycoris.kohya".into()),
+        network_args: vec!["algo=loha".into(), "preset=full".into()],
+        network_dim: Some(2),
+        network_alpha: 1.0,
         optimizer_type: "Prodigy".into(),
         optimizer_args: vec!["betas=0.9,0.99".into(), "weight_decay=0.01".into()],
-        train_batch_size: 2,
-        max_train_epochs: Some(10),
-        save_every_n_epochs: Some(5),
+        shuffle_caption: true,
+        keep_tokens: 1,
+        train_batch_size: 4,
+        max_train_epochs: Some(8),
+        save_every_n_epochs: Some(2),
         seed: Some(1),
         ..TrainConfig::default()
     };
     let Outcome::Finished(file) = train(config, device)? else {
         return Ok(());
     };
+    let sheet = output.join("before-after.png");
+    before_and_after(&file, &output.join("zoe-loss.png"), device)?.save_png(&sheet, None)?;
+    println!("the pictures before and after: {}", sheet.display());
+    println!(
+        "draw more of her: cargo run --release --example generate -- --prompt \"zoe, red hat, <lora:zoe:1>\""
+    );
+    Ok(())
+}
 
+/// Four prompts without and with the LoRA, above the loss curve.
+fn before_and_after(lora: &Path, curve: &Path, device: &Device) -> Result<Image, Box<dyn Error>> {
     let mut sd = StableDiffusion::load(demo_model(), DType::F32, device)?;
-    sd.add_adapter("zoe", AdapterSet::load(&file, device)?);
-    let mut cells = Vec::new();
+    sd.load_adapter("zoe", lora)?;
     let prompts = [
-        "zoe, smile",
-        "zoe, glasses, blue background",
-        "zoe, red hat",
+        "zoe, portrait, smile, blue background",
+        "zoe, portrait, sad, glasses, white background",
+        "zoe, portrait, smile, red hat, green background",
+        "zoe, portrait, smile, sunglasses, earrings, orange background",
     ];
-    for prompt in prompts {
+    let mut cells = Vec::new();
+    for tag in ["", " <lora:zoe:1>"] {
         let mut row = Vec::new();
-        for tag in ["", " <lora:zoe:1>"] {
+        for prompt in prompts {
             let request = Txt2Img {
                 prompt: format!("{prompt}{tag}"),
                 width: 128,
                 height: 128,
+                steps: 25,
+                guidance_scale: 5.0,
                 seed: 1,
                 ..Txt2Img::default()
             };
@@ -292,15 +314,21 @@ fn demonstration(device: &Device) -> Result<(), Box<dyn Error>> {
         }
         cells.push(row);
     }
-    let sheet = Path::new("out/demo/before-after.png");
-    let grid = Grid {
-        columns: vec!["before".into(), "with the LoRA".into()],
-        rows: prompts.map(str::to_string).to_vec(),
+    let pictures = Grid {
+        columns: prompts.map(str::to_string).to_vec(),
+        rows: vec!["before".into(), "with the LoRA".into()],
         cells,
-    };
-    grid.draw().save_png(sheet, None)?;
-    println!("{}", sheet.display());
-    Ok(())
+    }
+    .draw();
+    let curve = Image::open_png(curve)?;
+    let (width, height) = (
+        pictures.width.max(curve.width),
+        pictures.height + curve.height,
+    );
+    let mut sheet = Image::plain(width, height, [255; 3]);
+    sheet.paste(&pictures, 0, 0);
+    sheet.paste(&curve, 0, pictures.height);
+    Ok(sheet)
 }
 
 fn print_help() {

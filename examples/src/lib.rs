@@ -1,6 +1,7 @@
 //! What the programs beside `src/` share: devices, memory, the demonstration files.
 
 pub mod drawing;
+pub mod portraits;
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -105,10 +106,10 @@ pub fn repository(path: &str) -> PathBuf {
         .map_or_else(|| path.into(), |root| root.join(path))
 }
 
-/// The bundled miniature model: SD1.5's structure with random weights. It shows that
-/// everything works; it cannot draw.
+/// The bundled miniature: SD1.5's structure, narrower, which draws pixel-art portraits of
+/// 128x128 pixels from tags.
 pub fn demo_model() -> PathBuf {
-    repository("tests/golden/sd15/mini_ldm.safetensors")
+    repository("assets/mini/mini.safetensors")
 }
 
 /// The bundled pictures of one character, in kohya's folder layout.

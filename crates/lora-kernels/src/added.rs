@@ -46,8 +46,7 @@ impl Added<'_> {
         product: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         if let Some(shift) = self.shift {
-            let (n, o) = shift.dims2()?;
-            y = y.broadcast_add(&shift.reshape((n, o, 1, 1))?)?;
+            y = crate::channels::add_to_channels(&y, shift)?;
         }
         for (middle, up) in self.low_rank {
             y = (y + product(middle, up)?)?;

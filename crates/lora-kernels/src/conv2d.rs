@@ -10,6 +10,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::added::{Added, conv2d_added, frozen};
+use crate::channels::add_to_channels;
 use crate::matrix::{View, multiply};
 use crate::winograd::Winograd;
 use crate::{fast, plain, values};
@@ -59,7 +60,7 @@ pub fn conv2d(
         plain::conv2d(x, weight, None, params)?
     };
     match bias {
-        Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?),
+        Some(bias) => add_to_channels(&y, &bias.reshape((1, ()))?),
         None => Ok(y),
     }
 }

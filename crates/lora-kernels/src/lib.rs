@@ -38,6 +38,7 @@
 
 mod added;
 mod attention;
+mod channels;
 mod checkpoint;
 mod conv2d;
 mod linear;

@@ -4,6 +4,7 @@
 //! * [`Checkpoint`]: single-file and diffusers-folder models, recognised and checked
 //! * [`UNet`], [`TextEncoder`], [`Vae`], [`Tokenizer`]: the parts, usable alone;
 //!   the first two implement [`lora_core::Adaptable`]
+//! * [`FreshModel`]: weights to train from scratch
 //! * [`NoiseSchedule`], [`sampler`], [`BatchNoise`], [`BrownianTree`]: the diffusion
 //!   around them
 //! * [`prompt`]: attention weights, schedules, composition, chunks, `<lora:...>` tags
@@ -23,6 +24,7 @@ mod brownian;
 mod checkpoint;
 mod config;
 mod error;
+mod fresh;
 mod grid;
 mod image;
 mod infotext;
@@ -41,9 +43,10 @@ mod unet;
 mod vae;
 
 pub use brownian::{BrownianTree, seed_sequence};
-pub use checkpoint::{Checkpoint, Part, WeightStorage, ldm_to_diffusers};
+pub use checkpoint::{Checkpoint, Part, WeightStorage, diffusers_to_ldm, ldm_to_diffusers};
 pub use config::{ModelConfig, TextConfig, UnetConfig, VaeConfig};
 pub use error::{Error, Result};
+pub use fresh::FreshModel;
 pub use grid::Grid;
 pub use image::Image;
 pub use infotext::{Infotext, infotext};

@@ -20,6 +20,16 @@ pub fn ldm_to_diffusers(key: &str) -> Option<(Part, String)> {
     Some((Part::TextEncoder, text(rest)?))
 }
 
+/// The key of a tensor in a single file, from its part and diffusers name: the other
+/// direction of [`ldm_to_diffusers`].
+pub fn diffusers_to_ldm(part: Part, name: &str) -> String {
+    match part {
+        Part::Unet => format!("{UNET}{}", unet_to_ldm(name)),
+        Part::Vae => format!("{VAE}{}", vae_to_ldm(name)),
+        Part::TextEncoder => format!("{TEXT}{name}"),
+    }
+}
+
 /// The text encoder's names carry `text_model.` except in some converted files.
 pub(super) fn text(key: &str) -> Option<String> {
     if key.ends_with("position_ids") {
@@ -73,6 +83,54 @@ fn unet(key: &str) -> Option<String> {
     })
 }
 
+fn unet_to_ldm(name: &str) -> String {
+    let parts: Vec<&str> = name.splitn(5, '.').collect();
+    let number = |text: &str| text.parse::<usize>().unwrap_or(0);
+    match parts.as_slice() {
+        ["time_embedding", linear, rest @ ..] => {
+            let n = if *linear == "linear_2" { 2 } else { 0 };
+            format!("time_embed.{n}.{}", rest.join("."))
+        }
+        ["conv_in", rest @ ..] => format!("input_blocks.0.0.{}", rest.join(".")),
+        ["conv_norm_out", rest @ ..] => format!("out.0.{}", rest.join(".")),
+        ["conv_out", rest @ ..] => format!("out.2.{}", rest.join(".")),
+        ["mid_block", "attentions", _, rest @ ..] => format!("middle_block.1.{}", rest.join(".")),
+        ["mid_block", "resnets", j, rest @ ..] => {
+            format!(
+                "middle_block.{}.{}",
+                2 * number(j),
+                resnet_to_ldm(&rest.join("."))
+            )
+        }
+        ["down_blocks", i, kind, j, rest] => {
+            let n = 3 * number(i) + 1;
+            match *kind {
+                "resnets" => format!("input_blocks.{}.0.{}", n + number(j), resnet_to_ldm(rest)),
+                "attentions" => format!("input_blocks.{}.1.{rest}", n + number(j)),
+                _ => format!(
+                    "input_blocks.{}.0.{}",
+                    n + 2,
+                    rest.replacen("conv.", "op.", 1)
+                ),
+            }
+        }
+        ["up_blocks", i, kind, j, rest] => {
+            let n = 3 * number(i);
+            match *kind {
+                "resnets" => format!("output_blocks.{}.0.{}", n + number(j), resnet_to_ldm(rest)),
+                "attentions" => format!("output_blocks.{}.1.{rest}", n + number(j)),
+                // The lowest level has no attention before its upsampler.
+                _ => format!(
+                    "output_blocks.{}.{}.{rest}",
+                    n + 2,
+                    if n == 0 { 1 } else { 2 }
+                ),
+            }
+        }
+        _ => name.to_string(),
+    }
+}
+
 fn join(a: &str, b: &str) -> String {
     if b.is_empty() {
         a.to_string()
@@ -81,18 +139,27 @@ fn join(a: &str, b: &str) -> String {
     }
 }
 
+/// Parts of a ResNet block: LDM's name, diffusers'.
+const RESNET: [(&str, &str); 6] = [
+    ("in_layers.0.", "norm1."),
+    ("in_layers.2.", "conv1."),
+    ("emb_layers.1.", "time_emb_proj."),
+    ("out_layers.0.", "norm2."),
+    ("out_layers.3.", "conv2."),
+    ("skip_connection.", "conv_shortcut."),
+];
+
 fn resnet(key: &str) -> Option<String> {
-    let names = [
-        ("in_layers.0.", "norm1."),
-        ("in_layers.2.", "conv1."),
-        ("emb_layers.1.", "time_emb_proj."),
-        ("out_layers.0.", "norm2."),
-        ("out_layers.3.", "conv2."),
-        ("skip_connection.", "conv_shortcut."),
-    ];
-    names
+    RESNET
         .iter()
         .find_map(|(ldm, name)| Some(format!("{name}{}", key.strip_prefix(ldm)?)))
+}
+
+fn resnet_to_ldm(name: &str) -> String {
+    RESNET
+        .iter()
+        .find_map(|(ldm, own)| Some(format!("{ldm}{}", name.strip_prefix(own)?)))
+        .unwrap_or_else(|| name.to_string())
 }
 
 /// Levels of the VAE: LDM counts the decoder's from the lowest resolution up.
@@ -151,6 +218,46 @@ fn vae_side(key: &str) -> Option<String> {
         )),
         ("down_blocks" | "up_blocks" | "mid_block", _) => Some(key.to_string()),
         _ => None,
+    }
+}
+
+fn vae_to_ldm(name: &str) -> String {
+    let parts: Vec<&str> = name.splitn(6, '.').collect();
+    let number = |text: &str| text.parse::<usize>().unwrap_or(0);
+    let level = |side: &str, text: &str| match side {
+        "up_blocks" => format!("up.{}", (VAE_LEVELS - 1).saturating_sub(number(text))),
+        _ => format!("down.{text}"),
+    };
+    match parts.as_slice() {
+        [side, "conv_norm_out", rest] => format!("{side}.norm_out.{rest}"),
+        [side, "mid_block", "attentions", _, rest @ ..] => {
+            let rest = rest.join(".");
+            let names = [
+                ("group_norm.", "norm."),
+                ("to_q.", "q."),
+                ("to_k.", "k."),
+                ("to_v.", "v."),
+                ("to_out.0.", "proj_out."),
+            ];
+            let renamed = names
+                .iter()
+                .find_map(|(own, ldm)| Some(format!("{ldm}{}", rest.strip_prefix(own)?)));
+            format!("{side}.mid.attn_1.{}", renamed.unwrap_or(rest))
+        }
+        [side, "mid_block", "resnets", j, rest @ ..] => {
+            format!("{side}.mid.block_{}.{}", number(j) + 1, rest.join("."))
+        }
+        [side, blocks, i, "resnets", j, rest] => {
+            let rest = rest.replacen("conv_shortcut.", "nin_shortcut.", 1);
+            format!("{side}.{}.block.{j}.{rest}", level(blocks, i))
+        }
+        [side, blocks, i, "downsamplers", _, rest] => {
+            format!("{side}.{}.downsample.{rest}", level(blocks, i))
+        }
+        [side, blocks, i, "upsamplers", _, rest] => {
+            format!("{side}.{}.upsample.{rest}", level(blocks, i))
+        }
+        _ => name.to_string(),
     }
 }
 

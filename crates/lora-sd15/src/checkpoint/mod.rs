@@ -22,7 +22,7 @@ use crate::config::read_json;
 use crate::{Error, ModelConfig, Result, TextEncoder, UNet, Vae};
 
 use backend::{PartBackend, Recorder};
-pub use keys::ldm_to_diffusers;
+pub use keys::{diffusers_to_ldm, ldm_to_diffusers};
 pub use storage::WeightStorage;
 
 /// One of the three networks.
@@ -51,6 +51,22 @@ impl std::fmt::Display for Part {
 struct Place {
     file: usize,
     key: String,
+}
+
+/// Names (diffusers') and shapes of all tensors that a part is made of.
+pub(crate) fn expected_shapes(
+    config: &ModelConfig,
+    part: Part,
+) -> Result<BTreeMap<String, Vec<usize>>> {
+    let asked = Arc::new(Mutex::new(BTreeMap::new()));
+    let vb = VarBuilder::from_backend(Box::new(Recorder(asked.clone())), DType::F32, Device::Cpu);
+    match part {
+        Part::Unet => drop(UNet::new(&config.unet, vb)?),
+        Part::Vae => drop(Vae::new(&config.vae, vb)?),
+        Part::TextEncoder => drop(TextEncoder::new(&config.text, vb)?),
+    }
+    let asked = asked.lock().unwrap_or_else(|e| e.into_inner());
+    Ok(asked.clone())
 }
 
 /// An opened model: one file or one folder.
@@ -275,7 +291,7 @@ impl Checkpoint {
                 advice,
             });
         }
-        let expected = self.expected(part)?;
+        let expected = expected_shapes(self.config(), part)?;
         let missing: Vec<String> = expected
             .keys()
             .filter(|n| !have.contains_key(n.as_str()))
@@ -321,20 +337,6 @@ impl Checkpoint {
 
     /// Names and shapes that the model asks for, found by building it from tensors
     /// without memory.
-    fn expected(&self, part: Part) -> Result<BTreeMap<String, Vec<usize>>> {
-        let asked = Arc::new(Mutex::new(BTreeMap::new()));
-        let vb =
-            VarBuilder::from_backend(Box::new(Recorder(asked.clone())), DType::F32, Device::Cpu);
-        let config = self.config();
-        match part {
-            Part::Unet => drop(UNet::new(&config.unet, vb)?),
-            Part::Vae => drop(Vae::new(&config.vae, vb)?),
-            Part::TextEncoder => drop(TextEncoder::new(&config.text, vb)?),
-        }
-        let asked = asked.lock().unwrap_or_else(|e| e.into_inner());
-        Ok(asked.clone())
-    }
-
     /// The tensors of one part under diffusers names, checked with
     /// [`verify`](Self::verify), converted to `dtype` as they are asked for.
     ///

@@ -1,0 +1,564 @@
+//! Trains the miniature Stable Diffusion of `assets/mini` from scratch: first the VAE, then
+//! text encoder and UNet together.
+//!
+//! ```text
+//! node assets/portraits/generate.mjs pretraining out/portraits/1_all
+//! RAYON_NUM_THREADS=1 cargo run --release --example pretrain_mini -- \
+//!     --portraits out/portraits --output out/mini.safetensors
+//! ```
+//!
+//! Each batch is cut into 16 parts, worked on by one thread each: many small products on one
+//! thread waste less than one small product on many, hence `RAYON_NUM_THREADS=1`. The
+//! weights depend on the seed only, not on the number of workers. State is written every
+//! 250 steps to `OUTPUT.state`; the same command goes on from there. Recipe: AdamW 1e-3
+//! with cosine decay, EMA, shuffled tags, 10 % of tags and of whole captions left out.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor, Var};
+use clap::Parser;
+use lora_core::format::{TensorFile, write_tensors};
+use lora_data::{
+    BatchPlan, CaptionConfig, CaptionTime, Dataset, DatasetConfig, PlanItem, Size, Streams,
+    SubsetConfig,
+};
+use lora_optim::schedule::{Cosine, WarmupFromFirst};
+use lora_optim::{
+    AdamW, AdamWConfig, Ema, EmaConfig, LrSchedule, OnChange, Optimizer, OptimizerState,
+    ParamGroup, StepOptions,
+};
+use lora_sd15::{
+    FreshModel, ModelConfig, NoiseSchedule, Part, TextConfig, TextEncoder, Tokenizer, UNet,
+    UnetConfig, Vae, VaeConfig,
+};
+use lora_train::{Draws, StepDraws};
+
+type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
+
+/// Parts of a batch: the sums of their gradients are taken in this order.
+const PARTS: usize = 16;
+const STATE_EVERY: u64 = 250;
+const SIDE: u32 = 128;
+
+#[derive(Parser)]
+#[command(about = "Trains the miniature Stable Diffusion from scratch")]
+struct Arguments {
+    /// Folder that holds `1_all`, as `assets/portraits/generate.mjs` writes it.
+    #[arg(long)]
+    portraits: PathBuf,
+    /// The checkpoint to write, in f16.
+    #[arg(long)]
+    output: PathBuf,
+    /// Updates of the VAE.
+    #[arg(long, default_value_t = 1500)]
+    vae_steps: u64,
+    /// Pictures per update of the VAE.
+    #[arg(long, default_value_t = 8)]
+    vae_batch: usize,
+    /// Updates of text encoder and UNet.
+    #[arg(long, default_value_t = 12000)]
+    steps: u64,
+    /// Pictures per update of text encoder and UNet.
+    #[arg(long, default_value_t = 64)]
+    batch: usize,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Threads; one per core by default.
+    #[arg(long)]
+    workers: Option<usize>,
+}
+
+/// SD1.5's structure, narrower: 5.9 million parameters in all.
+fn config() -> ModelConfig {
+    ModelConfig {
+        unet: UnetConfig {
+            block_out_channels: vec![32, 64, 96, 96],
+            num_heads: 4,
+            cross_attention_dim: 64,
+            norm_num_groups: 8,
+            ..UnetConfig::default()
+        },
+        vae: VaeConfig {
+            block_out_channels: vec![8, 16, 24, 24],
+            norm_num_groups: 4,
+            ..VaeConfig::default()
+        },
+        text: TextConfig {
+            vocab_size: 1536,
+            hidden_size: 64,
+            intermediate_size: 256,
+            num_hidden_layers: 2,
+            num_attention_heads: 4,
+            ..TextConfig::default()
+        },
+    }
+}
+
+fn main() {
+    if let Err(error) = run(&Arguments::parse()) {
+        eprintln!("error: {error}");
+        std::process::exit(1);
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    lora_kernels::keep_freed_memory();
+    let workers = match arguments.workers {
+        Some(n) => n.max(1),
+        None => std::thread::available_parallelism().map_or(1, usize::from),
+    };
+    let config = config();
+    let parts = [Part::Vae, Part::TextEncoder, Part::Unet];
+    let model = FreshModel::new(&config, &parts, arguments.seed, &Device::Cpu)?;
+    let count = |part| -> usize {
+        let parameters = model.parameters(part);
+        parameters.iter().map(|(_, v)| v.elem_count()).sum()
+    };
+    for part in parts {
+        eprintln!("{part}: {} parameters", count(part));
+    }
+    let trainer = Pretraining {
+        model,
+        workers,
+        streams: Streams::new(arguments.seed),
+        output: arguments.output.clone(),
+        config,
+    };
+    trainer.train_vae(arguments)?;
+    trainer.train_unet(arguments)
+}
+
+struct Pretraining {
+    model: FreshModel,
+    config: ModelConfig,
+    workers: usize,
+    streams: Streams,
+    output: PathBuf,
+}
+
+impl Pretraining {
+    fn portraits(&self, folder: &Path, batch_size: usize) -> Result<Dataset> {
+        let options = DatasetConfig {
+            resolution: Size::square(SIDE),
+            batch_size,
+            enable_bucket: false,
+            subset: SubsetConfig {
+                captions: CaptionConfig {
+                    shuffle_caption: true,
+                    caption_dropout_rate: 0.1,
+                    caption_tag_dropout_rate: 0.1,
+                    ..CaptionConfig::default()
+                },
+                ..SubsetConfig::default()
+            },
+            ..DatasetConfig::default()
+        };
+        Ok(Dataset::from_folder(folder, &options)?)
+    }
+
+    /// Reconstruction error plus a very small pull towards a normal distribution, as in
+    /// "High-Resolution Image Synthesis with Latent Diffusion Models".
+    fn train_vae(&self, arguments: &Arguments) -> Result<()> {
+        let portraits = self.portraits(&arguments.portraits, arguments.vae_batch)?;
+        let vae = Vae::new(&self.config.vae, self.model.var_builder(Part::Vae))?;
+        let mut stage = Stage::new("vae", self, &[Part::Vae], 2e-3, arguments.vae_steps)?;
+        let mut batches = Batches::new(&portraits, arguments.seed);
+        while stage.step < stage.total {
+            let (_, batch) = batches.at(stage.step);
+            let loss = |items: &[PlanItem], place: u64| -> Result<Tensor> {
+                let pixels = pictures(&portraits, items)?;
+                // Quarters are cheaper; the last fifth sees whole pictures, as later use does.
+                let pixels = match place / PARTS as u64 {
+                    step if 5 * step < 4 * arguments.vae_steps => quarter(&pixels, place)?,
+                    _ => pixels,
+                };
+                let posterior = vae.encode(&pixels)?;
+                let noise = StepDraws::new(self.streams, place, &Device::Cpu)
+                    .normal(posterior.mean.dims())?;
+                let decoded = vae.decode(&posterior.sample(&noise, 1.0)?)?;
+                let error = (decoded - &pixels)?.sqr()?.mean_all()?;
+                let variance = posterior.logvar.exp()?;
+                let divergence = ((posterior.mean.sqr()? + variance)? - &posterior.logvar)?;
+                Ok((error + (divergence.mean_all()? * 1e-6)?)?)
+            };
+            stage.update(&batch, self.workers, loss)?;
+            if stage.step == stage.total {
+                self.standardize_latents(&vae, &portraits)?;
+            }
+            stage.report_and_save()?;
+        }
+        Ok(())
+    }
+
+    /// Folds into the VAE's outermost 1x1 convolutions what gives every channel of the
+    /// latents mean 0 and, after the usual factor 0.18215, variance 1.
+    fn standardize_latents(&self, vae: &Vae, portraits: &Dataset) -> Result<()> {
+        let (_, batch) = Batches::new(portraits, 0).at(0);
+        let latents = vae.encode(&pictures(portraits, &batch.items)?)?.mean;
+        let channels = self.config.vae.latent_channels;
+        let flat = latents
+            .transpose(0, 1)?
+            .contiguous()?
+            .reshape((channels, ()))?;
+        let mean = flat.mean(1)?;
+        let spread = flat
+            .broadcast_sub(&flat.mean_keepdim(1)?)?
+            .sqr()?
+            .mean(1)?
+            .sqrt()?;
+        let factor = (spread * self.config.vae.scaling_factor)?;
+        let parameters: BTreeMap<String, Var> =
+            self.model.parameters(Part::Vae).into_iter().collect();
+        let var = |name: &str| {
+            parameters
+                .get(name)
+                .ok_or_else(|| format!("the VAE has no {name}"))
+        };
+        let (w, b) = (var("quant_conv.weight")?, var("quant_conv.bias")?);
+        let zeros = mean.zeros_like()?;
+        let divisor = Tensor::cat(&[&factor, &factor.ones_like()?], 0)?;
+        let shift = Tensor::cat(&[&mean, &zeros], 0)?;
+        let log_shift = Tensor::cat(&[&zeros, &(factor.log()? * 2.0)?], 0)?;
+        w.set(&w.broadcast_div(&divisor.reshape((2 * channels, 1, 1, 1))?)?)?;
+        b.set(&((b.as_tensor() - shift)?.div(&divisor)? - log_shift)?)?;
+        let (w, b) = (var("post_quant_conv.weight")?, var("post_quant_conv.bias")?);
+        let matrix = w.reshape((channels, channels))?;
+        b.set(&(b.as_tensor() + matrix.matmul(&mean.unsqueeze(1)?)?.squeeze(1)?)?)?;
+        w.set(&w.broadcast_mul(&factor.reshape((1, channels, 1, 1))?)?)?;
+        Ok(())
+    }
+
+    /// eps-prediction on the VAE's latents; the text encoder learns along.
+    fn train_unet(&self, arguments: &Arguments) -> Result<()> {
+        let portraits = self.portraits(&arguments.portraits, arguments.batch)?;
+        let latents = self.encode_all(&portraits)?;
+        let unet = UNet::new(&self.config.unet, self.model.var_builder(Part::Unet))?;
+        let text_vb = self.model.var_builder(Part::TextEncoder);
+        let text = TextEncoder::new(&self.config.text, text_vb)?;
+        let tokenizer = Tokenizer::new();
+        let schedule = NoiseSchedule::sd15();
+        let both = [Part::TextEncoder, Part::Unet];
+        let mut stage = Stage::new("unet", self, &both, 1e-3, arguments.steps)?;
+        let mut batches = Batches::new(&portraits, arguments.seed);
+        while stage.step < stage.total {
+            let (epoch, batch) = batches.at(stage.step);
+            let loss = |items: &[PlanItem], place: u64| -> Result<Tensor> {
+                let time = CaptionTime {
+                    epoch,
+                    ..CaptionTime::default()
+                };
+                let ids: Vec<u32> = items
+                    .iter()
+                    .map(|item| portraits.caption(item, time, self.streams))
+                    .flat_map(|caption| tokenizer.encode_padded(&caption))
+                    .map(|id| self.config.text.fold(id))
+                    .collect();
+                let ids = Tensor::from_vec(ids, (items.len(), 77), &Device::Cpu)?;
+                let clean: Vec<&Tensor> =
+                    items.iter().filter_map(|i| latents.get(i.image)).collect();
+                let clean = Tensor::stack(&clean, 0)?;
+                let mut draws = StepDraws::new(self.streams, place, &Device::Cpu);
+                let noise = draws.normal(clean.dims())?;
+                let timesteps = draws.timesteps(0, lora_sd15::TIMESTEPS, items.len());
+                let noisy = schedule.add_noise(&clean, &noise, &timesteps)?;
+                let times: Vec<f32> = timesteps.iter().map(|t| *t as f32).collect();
+                let times = Tensor::new(times, &Device::Cpu)?;
+                let guess = unet.forward(&noisy, &times, &text.forward(&ids, 1)?)?;
+                Ok((guess - noise)?.sqr()?.mean_all()?)
+            };
+            stage.update(&batch, self.workers, loss)?;
+            stage.report_and_save()?;
+        }
+        Ok(())
+    }
+
+    /// Latents of all portraits, by their number in the dataset.
+    fn encode_all(&self, portraits: &Dataset) -> Result<Vec<Tensor>> {
+        let vae = Vae::new(&self.config.vae, self.frozen(Part::Vae)?)?;
+        let batches = portraits.each_once(|_| true);
+        let encoded = side_by_side(&batches, self.workers, |batch: &BatchPlan| {
+            let posterior = vae.encode(&pictures(portraits, &batch.items)?)?;
+            let latents = posterior.mode(vae.scaling_factor())?;
+            let numbered = batch.items.iter().enumerate();
+            numbered
+                .map(|(i, item)| Ok((item.image, latents.get(i)?.copy()?)))
+                .collect::<Result<Vec<_>>>()
+        })?;
+        let latents: BTreeMap<usize, Tensor> = encoded.into_iter().flatten().collect();
+        eprintln!("{} portraits encoded", latents.len());
+        Ok(latents.into_values().collect())
+    }
+
+    /// Weights without gradients.
+    fn frozen(&self, part: Part) -> Result<candle_nn::VarBuilder<'static>> {
+        let tensors = self.model.parameters(part).into_iter();
+        let tensors = tensors.map(|(name, var)| (name, var.as_detached_tensor()));
+        Ok(candle_nn::VarBuilder::from_tensors(
+            tensors.collect(),
+            DType::F32,
+            &Device::Cpu,
+        ))
+    }
+}
+
+/// Pixels of some portraits, `[n, 3, 128, 128]`.
+fn pictures(portraits: &Dataset, items: &[PlanItem]) -> Result<Tensor> {
+    let mut values = Vec::new();
+    for item in items {
+        values.extend(portraits.pixels(item)?.data);
+    }
+    let side = SIDE as usize;
+    Ok(Tensor::from_vec(
+        values,
+        (items.len(), 3, side, side),
+        &Device::Cpu,
+    )?)
+}
+
+/// One of the four quarters of pictures.
+fn quarter(pixels: &Tensor, number: u64) -> Result<Tensor> {
+    let half = SIDE as usize / 2;
+    let (row, column) = (number as usize / 2 % 2, number as usize % 2);
+    let rows = pixels.narrow(2, half * row, half)?;
+    Ok(rows.narrow(3, half * column, half)?.contiguous()?)
+}
+
+/// The batch of every step: epoch after epoch, each shuffled anew.
+struct Batches<'a> {
+    portraits: &'a Dataset,
+    seed: u64,
+    epoch: usize,
+    plan: Vec<BatchPlan>,
+}
+
+impl<'a> Batches<'a> {
+    fn new(portraits: &'a Dataset, seed: u64) -> Self {
+        let plan = portraits.epoch(1, seed).batches;
+        Self {
+            portraits,
+            seed,
+            epoch: 1,
+            plan,
+        }
+    }
+
+    /// Epoch and batch of a step.
+    fn at(&mut self, step: u64) -> (usize, BatchPlan) {
+        let length = self.plan.len().max(1);
+        let epoch = step as usize / length + 1;
+        if epoch != self.epoch {
+            self.epoch = epoch;
+            self.plan = self.portraits.epoch(epoch, self.seed).batches;
+        }
+        (epoch, self.plan[step as usize % length].clone())
+    }
+}
+
+/// One of the two trainings: optimizer, schedule, average, and the state on disk.
+struct Stage<'a> {
+    name: &'static str,
+    pretraining: &'a Pretraining,
+    parameters: Vec<(String, Var)>,
+    optimizer: AdamW,
+    schedule: WarmupFromFirst<Cosine>,
+    ema: Ema,
+    step: u64,
+    total: u64,
+    losses: Vec<f64>,
+    since: Instant,
+}
+
+impl<'a> Stage<'a> {
+    fn new(
+        name: &'static str,
+        pretraining: &'a Pretraining,
+        parts: &[Part],
+        lr: f64,
+        total: u64,
+    ) -> Result<Self> {
+        let named = |part: &Part| {
+            let parameters = pretraining.model.parameters(*part).into_iter();
+            let part = *part;
+            parameters.map(move |(name, var)| (format!("{part}: {name}"), var))
+        };
+        let parameters: Vec<(String, Var)> = parts.iter().flat_map(named).collect();
+        let group = ParamGroup::new(name, parameters.clone());
+        let config = AdamWConfig {
+            lr,
+            weight_decay: 0.01,
+            ..AdamWConfig::default()
+        };
+        let mut optimizer = AdamW::new(vec![group], config)?;
+        optimizer.set_step_options(StepOptions {
+            max_grad_norm: 1.0,
+            ..StepOptions::default()
+        })?;
+        let decay = EmaConfig {
+            decay: 0.999,
+            ..EmaConfig::default()
+        };
+        let schedule = WarmupFromFirst {
+            steps: 100,
+            start: None,
+            body: Cosine::new(total.saturating_sub(100)),
+        };
+        let mut stage = Self {
+            name,
+            pretraining,
+            ema: Ema::new(&parameters, decay)?,
+            parameters,
+            optimizer,
+            schedule,
+            step: 0,
+            total,
+            losses: Vec::new(),
+            since: Instant::now(),
+        };
+        stage.resume()?;
+        Ok(stage)
+    }
+
+    /// One update with the gradient of the batch's mean loss. `loss` gets some items and a
+    /// number from which it may derive random streams.
+    fn update(
+        &mut self,
+        batch: &BatchPlan,
+        workers: usize,
+        loss: impl Fn(&[PlanItem], u64) -> Result<Tensor> + Sync,
+    ) -> Result<()> {
+        let size = batch.items.len();
+        let parts: Vec<(usize, &[PlanItem])> = batch
+            .items
+            .chunks(size.div_ceil(PARTS))
+            .enumerate()
+            .collect();
+        let step = self.step;
+        let results = side_by_side(&parts, workers, |(number, items)| {
+            let share = items.len() as f64 / size as f64;
+            let loss = (loss(items, step * PARTS as u64 + *number as u64)? * share)?;
+            Ok((f64::from(loss.to_scalar::<f32>()?), loss.backward()?))
+        })?;
+        self.losses.push(results.iter().map(|(loss, _)| loss).sum());
+        let sums = side_by_side(&self.parameters, workers, |(name, var)| {
+            let mut gradients = results
+                .iter()
+                .filter_map(|(_, store)| store.get(var.as_tensor()));
+            let Some(first) = gradients.next() else {
+                return Ok(None);
+            };
+            let sum = gradients.try_fold(first.clone(), |sum, next| sum + next)?;
+            Ok(Some((name.clone(), sum)))
+        })?;
+        let gradients: BTreeMap<String, Tensor> = sums.into_iter().flatten().collect();
+        self.schedule.apply(self.step, &mut self.optimizer);
+        self.optimizer.step(&gradients)?;
+        self.ema.update()?;
+        self.step += 1;
+        if self.step == self.total {
+            self.ema.swap_in(true)?;
+        }
+        Ok(())
+    }
+
+    fn report_and_save(&mut self) -> Result<()> {
+        let done = self.step == self.total;
+        if !done && !self.step.is_multiple_of(STATE_EVERY) {
+            return Ok(());
+        }
+        let mean = self.losses.iter().sum::<f64>() / self.losses.len().max(1) as f64;
+        let pace = self.since.elapsed().as_secs_f64() / self.losses.len().max(1) as f64;
+        eprintln!(
+            "{} {}/{}: loss {mean:.5}, {pace:.3} s per step",
+            self.name, self.step, self.total
+        );
+        self.losses.clear();
+        self.save_state()?;
+        if !done {
+            self.ema.swap_in(true)?;
+        }
+        self.pretraining
+            .model
+            .save(&self.pretraining.output, DType::F16)?;
+        if !done {
+            self.ema.swap_in(false)?;
+        }
+        self.since = Instant::now();
+        Ok(())
+    }
+
+    fn state_file(&self) -> PathBuf {
+        let output = self.pretraining.output.display();
+        PathBuf::from(format!("{output}.{}-state", self.name))
+    }
+
+    fn save_state(&self) -> Result<()> {
+        let state = self.optimizer.state()?;
+        let mut tensors = state.tensors;
+        tensors.extend(self.ema.state()?);
+        let metadata = BTreeMap::from([
+            ("optimizer".to_string(), state.options.to_string()),
+            ("step".to_string(), self.step.to_string()),
+        ]);
+        Ok(write_tensors(&self.state_file(), &tensors, &metadata)?)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        let path = self.state_file();
+        if !path.exists() {
+            return Ok(());
+        }
+        let file = TensorFile::open(&path)?;
+        let metadata = file.metadata();
+        let (Some(options), Some(step)) = (metadata.get("optimizer"), metadata.get("step")) else {
+            return Err(format!("{}: not a state of this program", path.display()).into());
+        };
+        let mut tensors = BTreeMap::new();
+        for name in file.names() {
+            tensors.insert(name.clone(), file.tensor(&name, &Device::Cpu)?);
+        }
+        self.ema.load_state(&tensors)?;
+        tensors.retain(|name, _| !name.starts_with("ema"));
+        let state = OptimizerState {
+            options: serde_json::from_str(options)?,
+            tensors,
+        };
+        self.optimizer.load_state(&state, OnChange::Refuse)?;
+        self.step = step.parse()?;
+        eprintln!("{}: going on after step {}", self.name, self.step);
+        Ok(())
+    }
+}
+
+/// `f` of every item by some threads, the results in the items' order. Each thread is a pool
+/// of its own, so that parallel loops inside `f` stay on it.
+fn side_by_side<T: Sync, R: Send>(
+    items: &[T],
+    workers: usize,
+    f: impl Fn(&T) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    let next = AtomicUsize::new(0);
+    let done = Mutex::new(BTreeMap::new());
+    let work = || {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(number) else { break };
+            let result = f(item);
+            let mut done = done.lock().unwrap_or_else(|e| e.into_inner());
+            done.insert(number, result);
+        }
+    };
+    std::thread::scope(|scope| -> Result<()> {
+        for _ in 0..workers.min(items.len()) {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
+            scope.spawn(move || pool.install(work));
+        }
+        Ok(())
+    })?;
+    let done = done.into_inner().unwrap_or_else(|e| e.into_inner());
+    done.into_values().collect()
+}
