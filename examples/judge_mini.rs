@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use clap::Parser;
-use lora_examples::portraits::{HeldOut, Palette, held_out};
-use lora_examples::{demo_model, demo_pictures};
-use lora_sd15::{Grid, Image, StableDiffusion, Txt2Img};
+use lora_examples::demo_model;
+use lora_examples::portraits::{draw, held_out, hits, judge, round_trip, variety};
+use lora_sd15::{Grid, StableDiffusion};
 
 #[derive(Parser)]
 #[command(about = "Judges the bundled miniature by what its pictures show")]
@@ -39,128 +39,58 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut sd = StableDiffusion::load(model, DType::F32, &Device::Cpu)?;
     match &arguments.lora {
         Some(lora) => hit_rate(&mut sd, lora),
-        None => judge(&mut sd, &arguments),
+        None => report(&mut sd, &arguments),
     }
 }
 
-/// How all judged pictures are drawn: 25 steps, guidance 5.
-fn draw(sd: &mut StableDiffusion, prompt: &str, seed: u64) -> Result<Image, Box<dyn Error>> {
-    let request = Txt2Img {
-        prompt: prompt.into(),
-        width: 128,
-        height: 128,
-        steps: 25,
-        guidance_scale: 5.0,
-        seed,
-        ..Txt2Img::default()
-    };
-    let mut pictures = sd.txt2img(&request, &mut |_| true)?;
-    pictures.pop().ok_or_else(|| "no picture".into())
-}
-
-fn judge(sd: &mut StableDiffusion, arguments: &Arguments) -> Result<(), Box<dyn Error>> {
-    let palette = Palette::bundled()?;
+fn report(sd: &mut StableDiffusion, arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     println!(
         "VAE: {:.1} dB over the demonstration's pictures",
         round_trip(sd)?
     );
-
-    let captions: Vec<HeldOut> = held_out()?.into_iter().take(arguments.prompts).collect();
-    let (mut background, mut hat, mut glasses) = (0, 0, 0);
-    let (mut hair, mut bare) = (0, 0);
-    let mut pictures = Vec::new();
-    for (number, want) in captions.iter().enumerate() {
-        let picture = draw(sd, &want.prompt, number as u64)?;
-        let seen = palette.read(&picture);
-        background += usize::from(seen.background == want.background);
-        hat += usize::from(seen.hat.is_some() == want.hat.is_some());
-        glasses += usize::from(seen.glasses == want.glasses.is_some());
-        if want.hat.is_none() {
-            bare += 1;
-            hair += usize::from(seen.hair.as_ref() == Some(&want.hair));
-        }
-        pictures.push(picture);
-    }
-    let share = |n: usize, of: usize| 100.0 * n as f64 / of.max(1) as f64;
-    let all = captions.len();
-    println!("background right: {:.1} %", share(background, all));
+    let mut captions = held_out()?;
+    captions.truncate(arguments.prompts);
+    let (figures, mut pictures) = judge(sd, &captions)?;
+    println!("background right: {:.1} %", 100.0 * figures.background);
     println!(
-        "hair colour right: {:.1} % of {bare} without a hat",
-        share(hair, bare)
+        "hair colour right where no hat is: {:.1} %",
+        100.0 * figures.hair
     );
-    println!("hat there or not, right: {:.1} %", share(hat, all));
-    println!("glasses there or not, right: {:.1} %", share(glasses, all));
+    println!("hat there or not, right: {:.1} %", 100.0 * figures.hat);
+    println!(
+        "glasses there or not, right: {:.1} %",
+        100.0 * figures.glasses
+    );
 
     let mut seeds = Vec::new();
     for seed in 0..16 {
         seeds.push(draw(sd, "portrait", 1000 + seed)?);
     }
-    println!(
-        "mean difference between 16 seeds of \"portrait\": {:.1} of 255",
-        variety(&seeds)
-    );
+    let variety = variety(&seeds);
+    println!("mean difference between 16 seeds of \"portrait\": {variety:.1} of 255");
     if let Some(path) = &arguments.sheet {
         pictures.truncate(60);
-        let cells = pictures
-            .chunks(10)
-            .map(|row| row.iter().cloned().map(Some).collect());
+        let rows = pictures.chunks(10);
+        let cells = rows.map(|row| row.iter().cloned().map(Some).collect());
         let sheet = Grid {
-            columns: vec![],
-            rows: vec![],
             cells: cells.collect(),
+            ..Grid::default()
         };
         sheet.draw().save_png(path, None)?;
     }
     Ok(())
 }
 
-/// Peak signal-to-noise ratio of encoding and decoding, in dB.
-fn round_trip(sd: &StableDiffusion) -> Result<f64, Box<dyn Error>> {
-    let mut error = 0.0;
-    let mut count = 0.0;
-    for entry in std::fs::read_dir(demo_pictures().join("10_zoe"))? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|e| e == "png") {
-            let picture = Image::open_png(&path)?;
-            let decoded = sd.decode(&sd.encode(&picture)?)?;
-            for (a, b) in picture.rgb.iter().zip(decoded.iter().flat_map(|d| &d.rgb)) {
-                error += (f64::from(*a) - f64::from(*b)).powi(2);
-                count += 1.0;
-            }
-        }
-    }
-    Ok(10.0 * (255.0 * 255.0 * count / error).log10())
-}
-
-/// Mean absolute difference of all pairs.
-fn variety(pictures: &[Image]) -> f64 {
-    let mut sum = 0.0;
-    let mut count = 0.0;
-    for (i, a) in pictures.iter().enumerate() {
-        for b in pictures.iter().skip(i + 1) {
-            let pairs = a.rgb.iter().zip(&b.rgb);
-            sum += pairs.map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>();
-            count += a.rgb.len() as f64;
-        }
-    }
-    sum / count
-}
-
-/// Of 100 pictures each: how many show Zoe by a description alone, and with the LoRA.
+/// How many of 100 pictures show Zoe by a description, by her name, and with the LoRA.
 fn hit_rate(sd: &mut StableDiffusion, lora: &Path) -> Result<(), Box<dyn Error>> {
-    let palette = Palette::bundled()?;
     sd.load_adapter("zoe", lora)?;
-    let description = "portrait, blue hair, hair buns, long hair, light skin, striped purple shirt";
+    let described = "portrait, blue hair, hair buns, long hair, light skin, striped purple shirt";
     for (what, prompt) in [
-        ("description alone", description.to_string()),
-        ("trigger word alone", "zoe, portrait".to_string()),
-        ("with the LoRA", "zoe, portrait <lora:zoe:1>".to_string()),
+        ("a description alone", described),
+        ("her name alone", "zoe, portrait"),
+        ("her name with the LoRA", "zoe, portrait <lora:zoe:1>"),
     ] {
-        let mut hits = 0;
-        for seed in 0..100 {
-            hits += usize::from(palette.shows_zoe(&draw(sd, &prompt, seed)?));
-        }
-        println!("{what}: {hits} of 100");
+        println!("{what}: {} of 100", hits(sd, prompt, 100)?);
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
-//! Trains the miniature Stable Diffusion of `assets/mini` from scratch: first the VAE, then
-//! text encoder and UNet together.
+//! Trains the miniature Stable Diffusion of `assets/mini` from scratch, in stages: the VAE;
+//! UNet and text encoder; the text encoder alone on what captions say of pictures, as CLIP was
+//! made; UNet and text encoder again; the VAE's decoder alone, as `sd-vae-ft-mse` was made.
 //!
 //! ```text
 //! node assets/portraits/generate.mjs pretraining out/portraits/1_all
@@ -21,6 +22,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::VarBuilder;
 use clap::Parser;
 use lora_core::format::{TensorFile, write_tensors};
 use lora_data::{
@@ -33,8 +35,8 @@ use lora_optim::{
     ParamGroup, StepOptions,
 };
 use lora_sd15::{
-    FreshModel, ModelConfig, NoiseSchedule, Part, TextConfig, TextEncoder, Tokenizer, UNet,
-    UnetConfig, Vae, VaeConfig,
+    Checkpoint, ModelConfig, NoiseSchedule, Part, TextConfig, TextEncoder, Tokenizer,
+    TrainableModel, UNet, UnetConfig, Vae, VaeConfig,
 };
 use lora_train::{Draws, StepDraws};
 
@@ -54,18 +56,24 @@ struct Arguments {
     /// The checkpoint to write, in f16.
     #[arg(long)]
     output: PathBuf,
+    /// Go on after the first two stages from a checkpoint of this program.
+    #[arg(long)]
+    from: Option<PathBuf>,
     /// Updates of the VAE.
-    #[arg(long, default_value_t = 1500)]
+    #[arg(long, default_value_t = 2400)]
     vae_steps: u64,
-    /// Pictures per update of the VAE.
-    #[arg(long, default_value_t = 8)]
-    vae_batch: usize,
-    /// Updates of text encoder and UNet.
-    #[arg(long, default_value_t = 12000)]
-    steps: u64,
-    /// Pictures per update of text encoder and UNet.
-    #[arg(long, default_value_t = 64)]
-    batch: usize,
+    /// Updates of UNet and text encoder, first time.
+    #[arg(long, default_value_t = 2250)]
+    first_steps: u64,
+    /// Updates of the text encoder alone.
+    #[arg(long, default_value_t = 1500)]
+    text_steps: u64,
+    /// Updates of UNet and text encoder, second time.
+    #[arg(long, default_value_t = 2500)]
+    second_steps: u64,
+    /// Updates of the decoder.
+    #[arg(long, default_value_t = 1500)]
+    decoder_steps: u64,
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Threads; one per core by default.
@@ -112,83 +120,97 @@ fn run(arguments: &Arguments) -> Result<()> {
         Some(n) => n.max(1),
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
-    let config = config();
     let parts = [Part::Vae, Part::TextEncoder, Part::Unet];
-    let model = FreshModel::new(&config, &parts, arguments.seed, &Device::Cpu)?;
-    let count = |part| -> usize {
-        let parameters = model.parameters(part);
-        parameters.iter().map(|(_, v)| v.elem_count()).sum()
+    let model = match &arguments.from {
+        Some(path) => {
+            TrainableModel::from_checkpoint(&Checkpoint::open(path)?, &parts, &Device::Cpu)?
+        }
+        None => TrainableModel::new(&config(), &parts, arguments.seed, &Device::Cpu)?,
     };
     for part in parts {
-        eprintln!("{part}: {} parameters", count(part));
+        let parameters = model.parameters(part);
+        let count: usize = parameters.iter().map(|(_, v)| v.elem_count()).sum();
+        eprintln!("{part}: {count} parameters");
     }
     let trainer = Pretraining {
         model,
         workers,
         streams: Streams::new(arguments.seed),
         output: arguments.output.clone(),
-        config,
+        config: config(),
+        portraits: portraits(&arguments.portraits)?,
+        seed: arguments.seed,
     };
-    trainer.train_vae(arguments)?;
-    trainer.train_unet(arguments)
+    if arguments.from.is_none() {
+        trainer.train_vae(arguments.vae_steps)?;
+    }
+    let latents = trainer.encode_all()?;
+    if arguments.from.is_none() {
+        let stage = ("first", 1e-3, 64, arguments.first_steps);
+        trainer.train_unet(stage, &latents)?;
+    }
+    trainer.train_text(arguments.text_steps, &latents)?;
+    trainer.train_unet(("second", 5e-4, 32, arguments.second_steps), &latents)?;
+    trainer.train_decoder(arguments.decoder_steps)
+}
+
+/// The drawings with shuffled tags, 10 % of them and of whole captions left out.
+fn portraits(folder: &Path) -> Result<Dataset> {
+    let options = DatasetConfig {
+        resolution: Size::square(SIDE),
+        enable_bucket: false,
+        subset: SubsetConfig {
+            captions: CaptionConfig {
+                shuffle_caption: true,
+                caption_dropout_rate: 0.1,
+                caption_tag_dropout_rate: 0.1,
+                ..CaptionConfig::default()
+            },
+            ..SubsetConfig::default()
+        },
+        ..DatasetConfig::default()
+    };
+    Ok(Dataset::from_folder(folder, &options)?)
 }
 
 struct Pretraining {
-    model: FreshModel,
+    model: TrainableModel,
     config: ModelConfig,
+    portraits: Dataset,
     workers: usize,
     streams: Streams,
+    seed: u64,
     output: PathBuf,
 }
 
 impl Pretraining {
-    fn portraits(&self, folder: &Path, batch_size: usize) -> Result<Dataset> {
-        let options = DatasetConfig {
-            resolution: Size::square(SIDE),
-            batch_size,
-            enable_bucket: false,
-            subset: SubsetConfig {
-                captions: CaptionConfig {
-                    shuffle_caption: true,
-                    caption_dropout_rate: 0.1,
-                    caption_tag_dropout_rate: 0.1,
-                    ..CaptionConfig::default()
-                },
-                ..SubsetConfig::default()
-            },
-            ..DatasetConfig::default()
-        };
-        Ok(Dataset::from_folder(folder, &options)?)
-    }
-
     /// Reconstruction error plus a very small pull towards a normal distribution, as in
     /// "High-Resolution Image Synthesis with Latent Diffusion Models".
-    fn train_vae(&self, arguments: &Arguments) -> Result<()> {
-        let portraits = self.portraits(&arguments.portraits, arguments.vae_batch)?;
+    fn train_vae(&self, steps: u64) -> Result<()> {
         let vae = Vae::new(&self.config.vae, self.model.var_builder(Part::Vae))?;
-        let mut stage = Stage::new("vae", self, &[Part::Vae], 2e-3, arguments.vae_steps)?;
-        let mut batches = Batches::new(&portraits, arguments.seed);
+        let parameters = self.parameters(&[Part::Vae]);
+        let mut stage = Stage::new("vae", self, parameters, 2e-3, steps)?;
+        let mut batches = Batches::new(self, 16);
         while stage.step < stage.total {
-            let (_, batch) = batches.at(stage.step);
-            let loss = |items: &[PlanItem], place: u64| -> Result<Tensor> {
-                let pixels = pictures(&portraits, items)?;
+            let step = stage.step;
+            let (_, batch) = batches.at(step);
+            stage.update(&batch, |items, place| {
+                let pixels = self.pixels(items)?;
                 // Quarters are cheaper; the last fifth sees whole pictures, as later use does.
-                let pixels = match place / PARTS as u64 {
-                    step if 5 * step < 4 * arguments.vae_steps => quarter(&pixels, place)?,
-                    _ => pixels,
+                let pixels = match 5 * step < 4 * steps {
+                    true => quarter(&pixels, place)?,
+                    false => pixels,
                 };
                 let posterior = vae.encode(&pixels)?;
-                let noise = StepDraws::new(self.streams, place, &Device::Cpu)
-                    .normal(posterior.mean.dims())?;
+                let noise = self.draws(place).normal(posterior.mean.dims())?;
                 let decoded = vae.decode(&posterior.sample(&noise, 1.0)?)?;
                 let error = (decoded - &pixels)?.sqr()?.mean_all()?;
                 let variance = posterior.logvar.exp()?;
                 let divergence = ((posterior.mean.sqr()? + variance)? - &posterior.logvar)?;
                 Ok((error + (divergence.mean_all()? * 1e-6)?)?)
-            };
-            stage.update(&batch, self.workers, loss)?;
+            })?;
             if stage.step == stage.total {
-                self.standardize_latents(&vae, &portraits)?;
+                self.standardize_latents(&vae)?;
             }
             stage.report_and_save()?;
         }
@@ -197,28 +219,19 @@ impl Pretraining {
 
     /// Folds into the VAE's outermost 1x1 convolutions what gives every channel of the
     /// latents mean 0 and, after the usual factor 0.18215, variance 1.
-    fn standardize_latents(&self, vae: &Vae, portraits: &Dataset) -> Result<()> {
-        let (_, batch) = Batches::new(portraits, 0).at(0);
-        let latents = vae.encode(&pictures(portraits, &batch.items)?)?.mean;
+    fn standardize_latents(&self, vae: &Vae) -> Result<()> {
+        let (_, items) = Batches::new(self, 64).at(0);
+        let latents = vae.encode(&self.pixels(&items)?)?.mean;
         let channels = self.config.vae.latent_channels;
         let flat = latents
             .transpose(0, 1)?
             .contiguous()?
             .reshape((channels, ()))?;
         let mean = flat.mean(1)?;
-        let spread = flat
-            .broadcast_sub(&flat.mean_keepdim(1)?)?
-            .sqr()?
-            .mean(1)?
-            .sqrt()?;
+        let deviation = flat.broadcast_sub(&flat.mean_keepdim(1)?)?;
+        let spread = deviation.sqr()?.mean(1)?.sqrt()?;
         let factor = (spread * self.config.vae.scaling_factor)?;
-        let parameters: BTreeMap<String, Var> =
-            self.model.parameters(Part::Vae).into_iter().collect();
-        let var = |name: &str| {
-            parameters
-                .get(name)
-                .ok_or_else(|| format!("the VAE has no {name}"))
-        };
+        let var = |name: &str| self.variable(Part::Vae, name);
         let (w, b) = (var("quant_conv.weight")?, var("quant_conv.bias")?);
         let zeros = mean.zeros_like()?;
         let divisor = Tensor::cat(&[&factor, &factor.ones_like()?], 0)?;
@@ -234,55 +247,99 @@ impl Pretraining {
     }
 
     /// eps-prediction on the VAE's latents; the text encoder learns along.
-    fn train_unet(&self, arguments: &Arguments) -> Result<()> {
-        let portraits = self.portraits(&arguments.portraits, arguments.batch)?;
-        let latents = self.encode_all(&portraits)?;
+    fn train_unet(
+        &self,
+        (name, lr, batch, steps): (&'static str, f64, usize, u64),
+        latents: &[Tensor],
+    ) -> Result<()> {
         let unet = UNet::new(&self.config.unet, self.model.var_builder(Part::Unet))?;
-        let text_vb = self.model.var_builder(Part::TextEncoder);
-        let text = TextEncoder::new(&self.config.text, text_vb)?;
-        let tokenizer = Tokenizer::new();
+        let captions = Captions::new(self)?;
         let schedule = NoiseSchedule::sd15();
-        let both = [Part::TextEncoder, Part::Unet];
-        let mut stage = Stage::new("unet", self, &both, 1e-3, arguments.steps)?;
-        let mut batches = Batches::new(&portraits, arguments.seed);
+        let parameters = self.parameters(&[Part::TextEncoder, Part::Unet]);
+        let mut stage = Stage::new(name, self, parameters, lr, steps)?;
+        let mut batches = Batches::new(self, batch);
         while stage.step < stage.total {
             let (epoch, batch) = batches.at(stage.step);
-            let loss = |items: &[PlanItem], place: u64| -> Result<Tensor> {
-                let time = CaptionTime {
-                    epoch,
-                    ..CaptionTime::default()
-                };
-                let ids: Vec<u32> = items
-                    .iter()
-                    .map(|item| portraits.caption(item, time, self.streams))
-                    .flat_map(|caption| tokenizer.encode_padded(&caption))
-                    .map(|id| self.config.text.fold(id))
-                    .collect();
-                let ids = Tensor::from_vec(ids, (items.len(), 77), &Device::Cpu)?;
-                let clean: Vec<&Tensor> =
-                    items.iter().filter_map(|i| latents.get(i.image)).collect();
-                let clean = Tensor::stack(&clean, 0)?;
-                let mut draws = StepDraws::new(self.streams, place, &Device::Cpu);
+            stage.update(&batch, |items, place| {
+                let clean = pick(latents, items)?;
+                let mut draws = self.draws(place);
                 let noise = draws.normal(clean.dims())?;
                 let timesteps = draws.timesteps(0, lora_sd15::TIMESTEPS, items.len());
                 let noisy = schedule.add_noise(&clean, &noise, &timesteps)?;
                 let times: Vec<f32> = timesteps.iter().map(|t| *t as f32).collect();
                 let times = Tensor::new(times, &Device::Cpu)?;
-                let guess = unet.forward(&noisy, &times, &text.forward(&ids, 1)?)?;
+                let guess = unet.forward(&noisy, &times, &captions.states(items, epoch)?)?;
                 Ok((guess - noise)?.sqr()?.mean_all()?)
-            };
-            stage.update(&batch, self.workers, loss)?;
+            })?;
+            stage.report_and_save()?;
+        }
+        Ok(())
+    }
+
+    /// Which colour belongs to what is in the order of the words only, and denoising teaches
+    /// that slowly. Here the mean over the encoder's states has to give, through one matrix, the
+    /// latents of the picture.
+    fn train_text(&self, steps: u64, latents: &[Tensor]) -> Result<()> {
+        let captions = Captions::new(self)?;
+        let side = SIDE as usize / 8;
+        let outputs = self.config.vae.latent_channels * side * side;
+        let width = self.config.text.hidden_size;
+        let matrix = Var::zeros((width, outputs), DType::F32, &Device::Cpu)?;
+        let mut parameters = self.parameters(&[Part::TextEncoder]);
+        parameters.push(("to latents".into(), matrix.clone()));
+        let mut stage = Stage::new("text", self, parameters, 1e-3, steps)?;
+        let mut batches = Batches::new(self, 128);
+        while stage.step < stage.total {
+            let (epoch, batch) = batches.at(stage.step);
+            stage.update(&batch, |items, _| {
+                let summary = captions.states(items, epoch)?.mean(1)?;
+                let wanted = pick(latents, items)?.flatten_from(1)?;
+                Ok((summary.matmul(matrix.as_tensor())? - wanted)?
+                    .sqr()?
+                    .mean_all()?)
+            })?;
+            stage.report_and_save()?;
+        }
+        Ok(())
+    }
+
+    /// The decoder learns to invert the encoder as it is, for other colours, too: the
+    /// channels are exchanged at random.
+    fn train_decoder(&self, steps: u64) -> Result<()> {
+        let encoder = Vae::new(&self.config.vae, self.frozen(Part::Vae))?;
+        let vae = Vae::new(&self.config.vae, self.model.var_builder(Part::Vae))?;
+        let mut parameters = self.parameters(&[Part::Vae]);
+        parameters.retain(|(name, _)| name.contains("decoder") || name.contains("post_quant"));
+        let mut stage = Stage::new("decoder", self, parameters, 1e-3, steps)?;
+        let mut batches = Batches::new(self, 8);
+        while stage.step < stage.total {
+            let (_, batch) = batches.at(stage.step);
+            stage.update(&batch, |items, place| {
+                let orders = [
+                    [0, 1, 2],
+                    [1, 2, 0],
+                    [2, 0, 1],
+                    [0, 2, 1],
+                    [2, 1, 0],
+                    [1, 0, 2],
+                ];
+                let order: [u32; 3] = orders[place as usize % orders.len()];
+                let order = Tensor::new(&order, &Device::Cpu)?;
+                let pixels = self.pixels(items)?.index_select(&order, 1)?;
+                let latents = encoder.encode(&pixels)?.mean;
+                Ok((vae.decode(&latents)? - pixels)?.sqr()?.mean_all()?)
+            })?;
             stage.report_and_save()?;
         }
         Ok(())
     }
 
     /// Latents of all portraits, by their number in the dataset.
-    fn encode_all(&self, portraits: &Dataset) -> Result<Vec<Tensor>> {
-        let vae = Vae::new(&self.config.vae, self.frozen(Part::Vae)?)?;
-        let batches = portraits.each_once(|_| true);
+    fn encode_all(&self) -> Result<Vec<Tensor>> {
+        let vae = Vae::new(&self.config.vae, self.frozen(Part::Vae))?;
+        let batches = self.portraits.each_once(|_| true);
         let encoded = side_by_side(&batches, self.workers, |batch: &BatchPlan| {
-            let posterior = vae.encode(&pictures(portraits, &batch.items)?)?;
+            let posterior = vae.encode(&self.pixels(&batch.items)?)?;
             let latents = posterior.mode(vae.scaling_factor())?;
             let numbered = batch.items.iter().enumerate();
             numbered
@@ -294,30 +351,92 @@ impl Pretraining {
         Ok(latents.into_values().collect())
     }
 
-    /// Weights without gradients.
-    fn frozen(&self, part: Part) -> Result<candle_nn::VarBuilder<'static>> {
+    fn draws(&self, place: u64) -> StepDraws {
+        StepDraws::new(self.streams, place, &Device::Cpu)
+    }
+
+    /// Named parameters of some parts.
+    fn parameters(&self, parts: &[Part]) -> Vec<(String, Var)> {
+        let named = |part: &Part| {
+            let part = *part;
+            let parameters = self.model.parameters(part).into_iter();
+            parameters.map(move |(name, var)| (format!("{part}: {name}"), var))
+        };
+        parts.iter().flat_map(named).collect()
+    }
+
+    fn variable(&self, part: Part, name: &str) -> Result<Var> {
+        let mut parameters = self.model.parameters(part).into_iter();
+        let found = parameters.find(|(n, _)| n == name);
+        Ok(found.ok_or_else(|| format!("the {part} has no {name}"))?.1)
+    }
+
+    /// Weights as they are now, without gradients.
+    fn frozen(&self, part: Part) -> VarBuilder<'static> {
         let tensors = self.model.parameters(part).into_iter();
         let tensors = tensors.map(|(name, var)| (name, var.as_detached_tensor()));
-        Ok(candle_nn::VarBuilder::from_tensors(
-            tensors.collect(),
-            DType::F32,
+        VarBuilder::from_tensors(tensors.collect(), DType::F32, &Device::Cpu)
+    }
+
+    /// Pixels of some portraits, `[n, 3, 128, 128]`.
+    fn pixels(&self, items: &[PlanItem]) -> Result<Tensor> {
+        let mut values = Vec::new();
+        for item in items {
+            values.extend(self.portraits.pixels(item)?.data);
+        }
+        let side = SIDE as usize;
+        Ok(Tensor::from_vec(
+            values,
+            (items.len(), 3, side, side),
             &Device::Cpu,
-        ))
+        )?)
     }
 }
 
-/// Pixels of some portraits, `[n, 3, 128, 128]`.
-fn pictures(portraits: &Dataset, items: &[PlanItem]) -> Result<Tensor> {
-    let mut values = Vec::new();
-    for item in items {
-        values.extend(portraits.pixels(item)?.data);
+/// From drawn portraits to the states of their captions.
+struct Captions<'a> {
+    pretraining: &'a Pretraining,
+    tokenizer: Tokenizer,
+    encoder: TextEncoder,
+}
+
+impl<'a> Captions<'a> {
+    fn new(pretraining: &'a Pretraining) -> Result<Self> {
+        let vb = pretraining.model.var_builder(Part::TextEncoder);
+        Ok(Self {
+            pretraining,
+            tokenizer: Tokenizer::new(),
+            encoder: TextEncoder::new(&pretraining.config.text, vb)?,
+        })
     }
-    let side = SIDE as usize;
-    Ok(Tensor::from_vec(
-        values,
-        (items.len(), 3, side, side),
-        &Device::Cpu,
-    )?)
+
+    /// `[n, 77, width]`.
+    fn states(&self, items: &[PlanItem], epoch: usize) -> Result<Tensor> {
+        let Pretraining {
+            portraits,
+            streams,
+            config,
+            ..
+        } = self.pretraining;
+        let time = CaptionTime {
+            epoch,
+            ..CaptionTime::default()
+        };
+        let ids: Vec<u32> = items
+            .iter()
+            .map(|item| portraits.caption(item, time, *streams))
+            .flat_map(|caption| self.tokenizer.encode_padded(&caption))
+            .map(|id| config.text.fold(id))
+            .collect();
+        let ids = Tensor::from_vec(ids, (items.len(), ()), &Device::Cpu)?;
+        Ok(self.encoder.forward(&ids, 1)?)
+    }
+}
+
+/// The latents of some portraits, `[n, 4, 16, 16]`.
+fn pick(latents: &[Tensor], items: &[PlanItem]) -> Result<Tensor> {
+    let picked: Vec<&Tensor> = items.iter().filter_map(|i| latents.get(i.image)).collect();
+    Ok(Tensor::stack(&picked, 0)?)
 }
 
 /// One of the four quarters of pictures.
@@ -328,38 +447,43 @@ fn quarter(pixels: &Tensor, number: u64) -> Result<Tensor> {
     Ok(rows.narrow(3, half * column, half)?.contiguous()?)
 }
 
-/// The batch of every step: epoch after epoch, each shuffled anew.
+/// The portraits of every step: epoch after epoch, each shuffled anew.
 struct Batches<'a> {
-    portraits: &'a Dataset,
-    seed: u64,
+    pretraining: &'a Pretraining,
+    size: usize,
     epoch: usize,
-    plan: Vec<BatchPlan>,
+    order: Vec<PlanItem>,
 }
 
 impl<'a> Batches<'a> {
-    fn new(portraits: &'a Dataset, seed: u64) -> Self {
-        let plan = portraits.epoch(1, seed).batches;
+    fn new(pretraining: &'a Pretraining, size: usize) -> Self {
         Self {
-            portraits,
-            seed,
-            epoch: 1,
-            plan,
+            pretraining,
+            size,
+            epoch: 0,
+            order: Vec::new(),
         }
     }
 
-    /// Epoch and batch of a step.
-    fn at(&mut self, step: u64) -> (usize, BatchPlan) {
-        let length = self.plan.len().max(1);
-        let epoch = step as usize / length + 1;
+    /// Epoch and portraits of a step.
+    fn at(&mut self, step: u64) -> (usize, Vec<PlanItem>) {
+        let Pretraining {
+            portraits, seed, ..
+        } = self.pretraining;
+        let per_epoch = (portraits.images().len() / self.size).max(1);
+        let epoch = step as usize / per_epoch + 1;
         if epoch != self.epoch {
+            let batches = portraits.epoch(epoch, *seed).batches;
+            self.order = batches.into_iter().flat_map(|b| b.items).collect();
             self.epoch = epoch;
-            self.plan = self.portraits.epoch(epoch, self.seed).batches;
         }
-        (epoch, self.plan[step as usize % length].clone())
+        let batches = self.order.chunks(self.size);
+        let batch = batches.skip(step as usize % per_epoch).next();
+        (epoch, batch.unwrap_or_default().to_vec())
     }
 }
 
-/// One of the two trainings: optimizer, schedule, average, and the state on disk.
+/// One training: optimizer, schedule, average, and the state on disk.
 struct Stage<'a> {
     name: &'static str,
     pretraining: &'a Pretraining,
@@ -377,16 +501,10 @@ impl<'a> Stage<'a> {
     fn new(
         name: &'static str,
         pretraining: &'a Pretraining,
-        parts: &[Part],
+        parameters: Vec<(String, Var)>,
         lr: f64,
         total: u64,
     ) -> Result<Self> {
-        let named = |part: &Part| {
-            let parameters = pretraining.model.parameters(*part).into_iter();
-            let part = *part;
-            parameters.map(move |(name, var)| (format!("{part}: {name}"), var))
-        };
-        let parameters: Vec<(String, Var)> = parts.iter().flat_map(named).collect();
         let group = ParamGroup::new(name, parameters.clone());
         let config = AdamWConfig {
             lr,
@@ -427,14 +545,13 @@ impl<'a> Stage<'a> {
     /// number from which it may derive random streams.
     fn update(
         &mut self,
-        batch: &BatchPlan,
-        workers: usize,
+        batch: &[PlanItem],
         loss: impl Fn(&[PlanItem], u64) -> Result<Tensor> + Sync,
     ) -> Result<()> {
-        let size = batch.items.len();
+        let size = batch.len();
+        let workers = self.pretraining.workers;
         let parts: Vec<(usize, &[PlanItem])> = batch
-            .items
-            .chunks(size.div_ceil(PARTS))
+            .chunks(size.div_ceil(PARTS).max(1))
             .enumerate()
             .collect();
         let step = self.step;

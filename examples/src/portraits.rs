@@ -7,10 +7,10 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 
-use lora_sd15::Image;
+use lora_sd15::{Image, StableDiffusion, Txt2Img};
 use serde::Deserialize;
 
-use crate::repository;
+use crate::{demo_pictures, repository};
 
 /// Cells along each side.
 const CELLS: usize = 16;
@@ -151,6 +151,127 @@ pub fn held_out() -> Result<Vec<HeldOut>, Box<dyn Error>> {
     Ok(serde_json::from_str(&text)?)
 }
 
+/// A portrait as the judge draws it: 128x128 pixels, 25 steps.
+pub fn request(prompt: &str, seed: u64) -> Txt2Img {
+    Txt2Img {
+        prompt: prompt.into(),
+        width: 128,
+        height: 128,
+        steps: 25,
+        guidance_scale: GUIDANCE,
+        seed,
+        ..Txt2Img::default()
+    }
+}
+
+/// Guidance that follows the tags without spoiling the colours.
+const GUIDANCE: f64 = 3.0;
+
+/// Draws one portrait.
+///
+/// # Errors
+/// As [`StableDiffusion::txt2img`].
+pub fn draw(sd: &mut StableDiffusion, prompt: &str, seed: u64) -> Result<Image, Box<dyn Error>> {
+    let mut pictures = sd.txt2img(&request(prompt, seed), &mut |_| true)?;
+    pictures.pop().ok_or_else(|| "no picture".into())
+}
+
+/// How well a model draws; shares are of 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Figures {
+    /// Pictures whose background has the wanted colour.
+    pub background: f64,
+    /// Of those without a hat: hair of the wanted colour.
+    pub hair: f64,
+    /// A hat where one is wanted, and none where not.
+    pub hat: f64,
+    /// Glasses where they are wanted, and none where not.
+    pub glasses: f64,
+}
+
+/// Draws captions and reads what the pictures show.
+///
+/// # Errors
+/// As [`draw`].
+pub fn judge(
+    sd: &mut StableDiffusion,
+    captions: &[HeldOut],
+) -> Result<(Figures, Vec<Image>), Box<dyn Error>> {
+    let palette = Palette::bundled()?;
+    let mut pictures = Vec::new();
+    let (mut background, mut hat, mut glasses, mut hair, mut bare) = (0, 0, 0, 0, 0);
+    for (number, want) in captions.iter().enumerate() {
+        let picture = draw(sd, &want.prompt, number as u64)?;
+        let seen = palette.read(&picture);
+        background += usize::from(seen.background == want.background);
+        hat += usize::from(seen.hat.is_some() == want.hat.is_some());
+        glasses += usize::from(seen.glasses == want.glasses.is_some());
+        if want.hat.is_none() {
+            bare += 1;
+            hair += usize::from(seen.hair.as_ref() == Some(&want.hair));
+        }
+        pictures.push(picture);
+    }
+    let share = |count: usize, of: usize| count as f64 / of.max(1) as f64;
+    let all = captions.len();
+    let figures = Figures {
+        background: share(background, all),
+        hair: share(hair, bare),
+        hat: share(hat, all),
+        glasses: share(glasses, all),
+    };
+    Ok((figures, pictures))
+}
+
+/// Peak signal-to-noise ratio in dB of encoding and decoding the demonstration's pictures,
+/// which pretraining has not seen.
+///
+/// # Errors
+/// When a picture cannot be read.
+pub fn round_trip(sd: &StableDiffusion) -> Result<f64, Box<dyn Error>> {
+    let mut error = 0.0;
+    let mut count = 0.0;
+    for entry in std::fs::read_dir(demo_pictures().join("10_zoe"))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == "png") {
+            let picture = Image::open_png(&path)?;
+            let decoded = sd.decode(&sd.encode(&picture)?)?;
+            for (a, b) in picture.rgb.iter().zip(decoded.iter().flat_map(|d| &d.rgb)) {
+                error += (f64::from(*a) - f64::from(*b)).powi(2);
+                count += 1.0;
+            }
+        }
+    }
+    Ok(10.0 * (255.0 * 255.0 * count / error).log10())
+}
+
+/// Mean absolute difference (0 to 255) of all pairs of pictures.
+pub fn variety(pictures: &[Image]) -> f64 {
+    let mut sum = 0.0;
+    let mut count = 0.0;
+    for (i, a) in pictures.iter().enumerate() {
+        for b in pictures.iter().skip(i + 1) {
+            let pairs = a.rgb.iter().zip(&b.rgb);
+            sum += pairs.map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>();
+            count += a.rgb.len() as f64;
+        }
+    }
+    sum / f64::max(count, 1.0)
+}
+
+/// How many of `count` pictures show Zoe.
+///
+/// # Errors
+/// As [`draw`].
+pub fn hits(sd: &mut StableDiffusion, prompt: &str, count: u64) -> Result<usize, Box<dyn Error>> {
+    let palette = Palette::bundled()?;
+    let mut hits = 0;
+    for seed in 0..count {
+        hits += usize::from(palette.shows_zoe(&draw(sd, prompt, seed)?));
+    }
+    Ok(hits)
+}
+
 /// Mean colour of one cell, its outermost pixels left out.
 fn cell(picture: &Image, x: usize, y: usize) -> Color {
     let (w, h) = (picture.width / CELLS, picture.height / CELLS);
@@ -189,4 +310,32 @@ fn majority<T: Copy + Ord>(values: impl Iterator<Item = T>) -> Option<T> {
         .into_iter()
         .max_by_key(|(_, n)| *n)
         .map(|(value, _)| value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_judge_reads_what_the_captions_of_the_drawings_say() {
+        let palette = Palette::bundled().unwrap();
+        let mut read = 0;
+        for entry in std::fs::read_dir(demo_pictures().join("10_zoe")).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == "txt") {
+                continue;
+            }
+            let caption = std::fs::read_to_string(path.with_extension("txt")).unwrap();
+            let tags: Vec<&str> = caption.split(", ").collect();
+            let picture = Image::open_png(&path).unwrap();
+            let seen = palette.read(&picture);
+            let place = path.display();
+            let background = format!("{} background", seen.background);
+            assert!(tags.contains(&background.as_str()), "{place}: {seen:?}");
+            assert_eq!(seen.glasses, tags.contains(&"glasses"), "{place}: {seen:?}");
+            assert!(palette.shows_zoe(&picture), "{place}");
+            read += 1;
+        }
+        assert_eq!(read, 12);
+    }
 }

@@ -4,7 +4,7 @@
 //! * [`Checkpoint`]: single-file and diffusers-folder models, recognised and checked
 //! * [`UNet`], [`TextEncoder`], [`Vae`], [`Tokenizer`]: the parts, usable alone;
 //!   the first two implement [`lora_core::Adaptable`]
-//! * [`FreshModel`]: weights to train from scratch
+//! * [`TrainableModel`]: all weights as variables, to train from scratch or in full
 //! * [`NoiseSchedule`], [`sampler`], [`BatchNoise`], [`BrownianTree`]: the diffusion
 //!   around them
 //! * [`prompt`]: attention weights, schedules, composition, chunks, `<lora:...>` tags
@@ -24,7 +24,6 @@ mod brownian;
 mod checkpoint;
 mod config;
 mod error;
-mod fresh;
 mod grid;
 mod image;
 mod infotext;
@@ -39,6 +38,7 @@ mod schedule;
 mod sweep;
 mod text_encoder;
 pub mod tokenizer;
+mod trainable;
 mod unet;
 mod vae;
 
@@ -46,7 +46,6 @@ pub use brownian::{BrownianTree, seed_sequence};
 pub use checkpoint::{Checkpoint, Part, WeightStorage, diffusers_to_ldm, ldm_to_diffusers};
 pub use config::{ModelConfig, TextConfig, UnetConfig, VaeConfig};
 pub use error::{Error, Result};
-pub use fresh::FreshModel;
 pub use grid::Grid;
 pub use image::Image;
 pub use infotext::{Infotext, infotext};
@@ -62,6 +61,7 @@ pub use schedule::{NoiseSchedule, TIMESTEPS};
 pub use sweep::{Axis, Sweep};
 pub use text_encoder::{TextEncoder, weigh, weigh_restoring_mean};
 pub use tokenizer::Tokenizer;
+pub use trainable::TrainableModel;
 pub use unet::{UNet, UnevenSize, timestep_embedding};
 pub use vae::{Posterior, Vae};
 

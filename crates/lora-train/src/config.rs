@@ -276,23 +276,23 @@ pub struct TrainConfig {
     /// Average the weights with this decay and save the average (ours).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ema_decay: Option<f64>,
-    /// See [`NoiseConfig`].
+    /// Strength of a constant added to the noise per sample and channel; 0.05 to 0.1 makes darker and brighter pictures possible.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub noise_offset: Option<f64>,
-    /// See [`NoiseConfig`].
+    /// Draw that strength from 0 to the value for each batch.
     pub noise_offset_random_strength: bool,
-    /// See [`NoiseConfig`].
+    /// Added to the noise offset, times the mean magnitude of the latents.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adaptive_noise_scale: Option<f64>,
-    /// See [`NoiseConfig`].
+    /// Add noise of so many coarser resolutions ("pyramid noise"); 6 to 10 is usual.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub multires_noise_iterations: Option<usize>,
-    /// See [`NoiseConfig`].
+    /// Factor on each coarser noise.
     pub multires_noise_discount: f64,
-    /// See [`NoiseConfig`].
+    /// Strength of extra noise on the input only ("input perturbation"); 0.1 is usual.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ip_noise_gamma: Option<f64>,
-    /// See [`NoiseConfig`].
+    /// Draw that strength from 0 to the value for each batch.
     pub ip_noise_gamma_random_strength: bool,
     /// First timestep.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -300,24 +300,24 @@ pub struct TrainConfig {
     /// End of the timesteps, excluded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_timestep: Option<usize>,
-    /// See [`LossConfig`].
+    /// Error measure.
     pub loss_type: String,
-    /// See [`LossConfig`].
+    /// How the limit depends on the timestep.
     pub huber_schedule: String,
-    /// See [`LossConfig`].
+    /// Error above which huber and smooth_l1 grow linearly.
     pub huber_c: f64,
-    /// See [`LossConfig`].
+    /// Factor on that limit.
     pub huber_scale: f64,
-    /// See [`LossConfig`].
+    /// Weigh the loss by min(SNR, gamma) / SNR; 5 is usual.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_snr_gamma: Option<f64>,
-    /// See [`LossConfig`].
+    /// Weigh the loss by 1 / sqrt(SNR): all timesteps count alike in the picture.
     pub debiased_estimation_loss: bool,
-    /// See [`LossConfig`].
+    /// Train v-prediction, for models that were trained so.
     pub v_parameterization: bool,
-    /// See [`LossConfig`].
+    /// With v-prediction: weigh the loss as eps-prediction would.
     pub scale_v_pred_loss_like_noise_pred: bool,
-    /// See [`LossConfig`].
+    /// Add this much of a v-prediction-like loss.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub v_pred_like_loss: Option<f64>,
     /// Rescale the schedule so that the last step is pure noise.

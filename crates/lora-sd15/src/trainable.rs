@@ -1,4 +1,4 @@
-//! A model that nobody has trained yet.
+//! Models whose every weight can be trained.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,18 +7,18 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use lora_core::format::{write_atomically, write_tensors};
 
-use crate::checkpoint::{diffusers_to_ldm, expected_shapes};
+use crate::checkpoint::{Checkpoint, diffusers_to_ldm, expected_shapes};
 use crate::{Error, ModelConfig, NoiseGenerator, NoiseSource, Part, Result};
 
-/// Trainable weights of a whole model, for training from scratch.
+/// The weights of a model as variables, for training from scratch or in full.
 ///
-/// Linear layers and convolutions begin as PyTorch's do (spread `1 / sqrt(inputs)`), norms as
+/// In a [`new`](Self::new) one linear layers and convolutions begin as PyTorch's do (spread `1 / sqrt(inputs)`), norms as
 /// the identity, biases at zero; the last layer of each of the UNet's residual branches
 /// begins at zero, as in the original Stable Diffusion. Weights are a function of (config, seed).
 ///
 /// ```
 /// use candle_core::Device;
-/// use lora_sd15::{FreshModel, ModelConfig, Part, TextConfig, TextEncoder, UnetConfig};
+/// use lora_sd15::{TrainableModel, ModelConfig, Part, TextConfig, TextEncoder, UnetConfig};
 /// let config = ModelConfig {
 ///     unet: UnetConfig { cross_attention_dim: 8, ..Default::default() },
 ///     text: TextConfig {
@@ -27,21 +27,21 @@ use crate::{Error, ModelConfig, NoiseGenerator, NoiseSource, Part, Result};
 ///     },
 ///     ..Default::default()
 /// };
-/// let model = FreshModel::new(&config, &[Part::TextEncoder], 1, &Device::Cpu)?;
+/// let model = TrainableModel::new(&config, &[Part::TextEncoder], 1, &Device::Cpu)?;
 /// let encoder = TextEncoder::new(&config.text, model.var_builder(Part::TextEncoder))?;
 /// // `encoder` computes with `model.parameters(..)`, so an optimizer over these trains it.
 /// assert_eq!(model.parameters(Part::TextEncoder).len(), 20);
 /// # Ok::<(), lora_sd15::Error>(())
 /// ```
 #[derive(Debug)]
-pub struct FreshModel {
+pub struct TrainableModel {
     config: ModelConfig,
     device: Device,
     weights: BTreeMap<Part, BTreeMap<String, Var>>,
 }
 
-impl FreshModel {
-    /// Weights for the given parts.
+impl TrainableModel {
+    /// Untrained weights for the given parts.
     ///
     /// # Errors
     /// [`Error::BadConfig`] when the numbers describe no model.
@@ -63,6 +63,34 @@ impl FreshModel {
         }
         Ok(Self {
             config: config.clone(),
+            device: device.clone(),
+            weights,
+        })
+    }
+
+    /// The weights of a checkpoint's parts, in f32.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::var_builder`].
+    pub fn from_checkpoint(
+        checkpoint: &Checkpoint,
+        parts: &[Part],
+        device: &Device,
+    ) -> Result<Self> {
+        let mut weights = BTreeMap::new();
+        for &part in parts {
+            let vb = checkpoint.var_builder(part, DType::F32, device)?;
+            let vars = expected_shapes(checkpoint.config(), part)?
+                .into_iter()
+                .map(|(name, shape)| {
+                    let var = Var::from_tensor(&vb.get(shape, &name)?)?;
+                    Ok((name, var))
+                })
+                .collect::<Result<_>>()?;
+            weights.insert(part, vars);
+        }
+        Ok(Self {
+            config: checkpoint.config().clone(),
             device: device.clone(),
             weights,
         })
@@ -142,7 +170,6 @@ fn initial(part: Part, name: &str, shape: &[usize], noise: &mut NoiseGenerator) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::Checkpoint;
     use crate::{TextConfig, UnetConfig, VaeConfig};
 
     #[test]
@@ -170,7 +197,7 @@ mod tests {
             },
         };
         let parts = [Part::Unet, Part::Vae, Part::TextEncoder];
-        let model = FreshModel::new(&config, &parts, 1, &Device::Cpu).unwrap();
+        let model = TrainableModel::new(&config, &parts, 1, &Device::Cpu).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fresh.safetensors");
         model.save(&path, DType::F32).unwrap();
