@@ -3,7 +3,7 @@
 //!
 //! `cargo bench -p lora-benches --bench step -- [--mode train|sample] [--resolution 512]
 //! [--batch 1] [--rank 32] [--steps 3] [--warmup 1] [--checkpointing] [--storage f32|f16|bf16]
-//! [--threads 2]`
+//! [--compute f32|bf16] [--threads 2]`
 //!
 //! One JSON object on the last line. A training step is forward pass, loss, backward pass,
 //! norm of all gradients, clipping and AdamW, for a LoRA on attention, feed-forward and
@@ -16,7 +16,8 @@ use std::time::Instant;
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
-use lora_core::{AdapterConfig, AdapterSet, Targets};
+use lora_core::{Adaptable, AdapterConfig, AdapterSet, Targets};
+use lora_kernels::Compute;
 use lora_optim::{AdamW, AdamWConfig, Optimizer, ParamGroup, StepOptions};
 use lora_sd15::{UNet, UnetConfig};
 use rand::SeedableRng;
@@ -33,6 +34,7 @@ struct Options {
     warmup: usize,
     checkpointing: bool,
     storage: DType,
+    compute: Compute,
     threads: usize,
 }
 
@@ -46,6 +48,7 @@ fn options() -> Result<Options> {
         warmup: 1,
         checkpointing: false,
         storage: DType::F32,
+        compute: Compute::F32,
         threads: 2,
     };
     // cargo bench adds --bench.
@@ -70,6 +73,13 @@ fn options() -> Result<Options> {
                     "f16" => DType::F16,
                     "bf16" => DType::BF16,
                     _ => return Err(format!("--storage {value}: f32, f16 or bf16").into()),
+                }
+            }
+            "--compute" => {
+                o.compute = match value.as_str() {
+                    "f32" => Compute::F32,
+                    "bf16" => Compute::Bf16,
+                    _ => return Err(format!("--compute {value}: f32 or bf16").into()),
                 }
             }
             "--resolution" => o.resolution = number()?,
@@ -246,6 +256,7 @@ fn main() -> Result<()> {
         Device::Cpu,
     );
     let mut unet = UNet::new(&UnetConfig::default(), vb)?;
+    unet.set_compute(o.compute)?;
     let loaded = peak_rss_mb();
     let (mut step, adapter_params) = match o.sample {
         true => (sampling(&o, &unet)?, 0),
@@ -267,6 +278,7 @@ fn main() -> Result<()> {
         serde_json::json!({
             "kind": if o.sample { "sample" } else { "step" },
             "storage": o.storage.as_str(),
+            "compute": format!("{:?}", o.compute).to_lowercase(),
             "batch": o.batch,
             "resolution": o.resolution,
             "rank": o.rank,

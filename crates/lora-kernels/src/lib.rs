@@ -44,6 +44,7 @@ mod linear;
 mod math;
 mod matrix;
 mod memory;
+mod narrow;
 mod node;
 mod norm;
 pub mod plain;
@@ -65,9 +66,37 @@ pub use norm::{group_norm, layer_norm};
 pub use pointwise::{geglu, silu};
 pub use upsample::upsample_nearest2x;
 
-fn plain_forced() -> bool {
-    static PLAIN: OnceLock<bool> = OnceLock::new();
-    *PLAIN.get_or_init(|| std::env::var("LORA_KERNELS").is_ok_and(|v| v == "plain"))
+/// What the products with frozen weights, and those inside attention, are computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Compute {
+    /// f32 throughout.
+    #[default]
+    F32,
+    /// Operands are rounded to bf16 once, sums are f32. Where f32 is as fast (3x3
+    /// convolutions by Winograd's algorithm) it stays f32. Low-rank branches, norms,
+    /// activation functions, softmax and all gradients of trained factors are f32.
+    Bf16,
+}
+
+/// Which implementation runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Path {
+    /// candle's operations.
+    Plain,
+    /// No instruction beyond the target's, except those inside the gemm crate.
+    Generic,
+    /// What the processor has.
+    Native,
+}
+
+/// The path that `LORA_KERNELS` asks for; read once.
+fn path() -> Path {
+    static PATH: OnceLock<Path> = OnceLock::new();
+    *PATH.get_or_init(|| match std::env::var("LORA_KERNELS").as_deref() {
+        Ok("plain") => Path::Plain,
+        Ok("generic") => Path::Generic,
+        _ => Path::Native,
+    })
 }
 
 /// The processor's level that the operations here make use of, in words.
@@ -76,12 +105,16 @@ fn plain_forced() -> bool {
 /// println!("running on {}", lora_kernels::level());
 /// ```
 pub fn level() -> &'static str {
-    if plain_forced() {
-        return "plain operations (LORA_KERNELS=plain)";
+    match path() {
+        Path::Plain => return "plain operations (LORA_KERNELS=plain)",
+        Path::Generic => return "generic kernels (LORA_KERNELS=generic)",
+        Path::Native => {}
     }
     #[cfg(target_arch = "x86_64")]
     {
-        if is_x86_feature_detected!("avx512f") {
+        if narrow::avx512::available() {
+            "AVX-512 with BF16"
+        } else if is_x86_feature_detected!("avx512f") {
             "AVX-512"
         } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             "AVX2"
@@ -96,7 +129,7 @@ pub fn level() -> &'static str {
 /// Whether the fast path applies to these operands: all f32, on a CPU, and not
 /// switched off by `LORA_KERNELS=plain`.
 fn fast(tensors: &[&Tensor]) -> bool {
-    !plain_forced()
+    path() != Path::Plain
         && tensors
             .iter()
             .all(|t| t.device().is_cpu() && t.dtype() == DType::F32)

@@ -124,7 +124,7 @@ impl Attention {
             self.to_k.forward(context)?,
             self.to_v.forward(context)?,
         );
-        let y = attention(&q, &k, &v, self.heads, false)?;
+        let y = attention(&q, &k, &v, self.heads, false, self.to_q.compute())?;
         self.to_out.forward_added(&y, None, Some(residual))
     }
 
