@@ -4,8 +4,8 @@
 
 mod common;
 
-use candle_core::{DType, Device, Tensor, Var};
-use common::{close, compare, flat, noise, var};
+use candle_core::{DType, Tensor};
+use common::{compare, flat, noise, var};
 use lora_kernels::{Added, Compute, Conv2dParams, conv2d_added, linear_added, plain};
 
 fn halves(weight: &Tensor) -> Vec<(DType, Tensor)> {
