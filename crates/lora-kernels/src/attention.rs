@@ -11,7 +11,9 @@ use rayon::prelude::*;
 
 use crate::math::{exp, sum, sum2, vectorized};
 use crate::matrix::{View, multiply_here};
-use crate::{Compute, Path, fast, path, plain, values};
+use crate::{Compute, fast, plain, values};
+#[cfg(target_arch = "x86_64")]
+use crate::{Path, avx512, path};
 
 /// Scaled dot-product attention over `heads`: `q` `[n, lq, c]`, `k` and `v`
 /// `[n, lk, c]`, heads side by side in `c`; returns `[n, lq, c]`. With `causal`,
@@ -127,11 +129,10 @@ impl Sizes {
             .map(move |start| (start, BLOCK.min(lq - start)))
     }
 
-    /// Whether the kernel for bf16 applies.
+    /// Whether the kernel for this processor applies.
     #[cfg(target_arch = "x86_64")]
-    fn narrow(&self) -> bool {
-        let native = path() == Path::Native && crate::narrow::avx512::available();
-        native && self.compute == Compute::Bf16 && !self.causal && self.d > 0
+    fn native(&self) -> bool {
+        path() == Path::Native && avx512::available() && !self.causal && self.d > 0
     }
 
     /// How many keys a query sees.
@@ -163,8 +164,11 @@ impl Sizes {
     /// Output `[lq, d]` and denominators `[lq]` of one head.
     fn forward(&self, q: &[f32], k: &[f32], v: &[f32], task: usize) -> (Vec<f32>, Vec<f32>) {
         #[cfg(target_arch = "x86_64")]
-        if self.narrow() {
-            return tiles::forward(self, q, k, v, task);
+        if self.native() {
+            return match self.compute {
+                Compute::F32 => tiles::forward::<avx512::F32>(self, q, k, v, task),
+                Compute::Bf16 => tiles::forward::<avx512::Bf16>(self, q, k, v, task),
+            };
         }
         let mut out = vec![0f32; self.lq * self.d];
         let mut lse = vec![0f32; self.lq];
@@ -203,8 +207,11 @@ impl Sizes {
     /// Gradients of one head: `[lq, d]`, and `[lk, d]` twice when `keys` asks for them.
     fn backward(&self, t: &Saved<'_>, task: usize, keys: bool) -> [Vec<f32>; 3] {
         #[cfg(target_arch = "x86_64")]
-        if self.narrow() {
-            return tiles::backward(self, t, task, keys);
+        if self.native() {
+            return match self.compute {
+                Compute::F32 => tiles::backward::<avx512::F32>(self, t, task, keys),
+                Compute::Bf16 => tiles::backward::<avx512::Bf16>(self, t, task, keys),
+            };
         }
         let mut dq = vec![0f32; self.lq * self.d];
         let sizes = if keys { self.lk * self.d } else { 0 };

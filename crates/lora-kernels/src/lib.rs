@@ -38,13 +38,14 @@
 
 mod added;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod checkpoint;
 mod conv2d;
 mod linear;
 mod math;
 mod matrix;
 mod memory;
-mod narrow;
 mod node;
 mod norm;
 pub mod plain;
@@ -112,7 +113,7 @@ pub fn level() -> &'static str {
     }
     #[cfg(target_arch = "x86_64")]
     {
-        if narrow::avx512::available() {
+        if avx512::available() {
             "AVX-512 with BF16"
         } else if is_x86_feature_detected!("avx512f") {
             "AVX-512"

@@ -5,7 +5,9 @@ use std::borrow::Cow;
 use gemm::Parallelism;
 use half::bf16;
 
-use crate::{Compute, Path, narrow, path};
+use crate::Compute;
+#[cfg(target_arch = "x86_64")]
+use crate::{Path, avx512, path};
 
 /// Products with fewer multiplications run on the calling thread.
 const PARALLEL_PRODUCTS: usize = 1 << 20;
@@ -54,7 +56,7 @@ impl<'a> Values<'a> {
 
     fn rounded(self, at: usize) -> f32 {
         match self {
-            Values::F32(v) => narrow::round(v[at]),
+            Values::F32(v) => bf16::from_f32(v[at]).to_f32(),
             Values::Bf16(v) => v[at].to_f32(),
         }
     }
@@ -180,16 +182,19 @@ fn dispatch(
     b: View<'_>,
     parallel: bool,
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if path() == Path::Native && avx512::available() {
+        return match compute {
+            Compute::F32 => native::<avx512::F32>(dst, stride, accumulate, a, b, parallel),
+            Compute::Bf16 => native::<avx512::Bf16>(dst, stride, accumulate, a, b, parallel),
+        };
+    }
     let parallelism = match parallel {
         true => Parallelism::Rayon(0),
         false => Parallelism::None,
     };
     match compute {
         Compute::F32 => product(dst, stride, accumulate, a, b, parallelism),
-        #[cfg(target_arch = "x86_64")]
-        Compute::Bf16 if path() == Path::Native && narrow::avx512::available() => {
-            multiply_narrow(dst, stride, accumulate, a, b, parallel);
-        }
         Compute::Bf16 => {
             let ((a, view_a), (b, view_b)) = (a.rounded(), b.rounded());
             product(dst, stride, accumulate, view_a(&a), view_b(&b), parallelism);
@@ -198,16 +203,19 @@ fn dispatch(
 }
 
 #[cfg(target_arch = "x86_64")]
-fn multiply_narrow(
+fn native<S: avx512::Arithmetic>(
     dst: &mut [f32],
     stride: usize,
     accumulate: bool,
     a: View<'_>,
     b: View<'_>,
     parallel: bool,
-) {
-    use narrow::avx512::{Element, Operand, multiply};
-    fn left<'a, T: Element>(data: &'a [T], a: View<'_>) -> Operand<'a, T> {
+) where
+    f32: avx512::Element<S>,
+    bf16: avx512::Element<S>,
+{
+    use avx512::{Operand, multiply};
+    fn left<'a, T>(data: &'a [T], a: View<'_>) -> Operand<'a, T> {
         Operand {
             data,
             outer: a.height,
@@ -216,21 +224,22 @@ fn multiply_narrow(
             inner_stride: a.col_stride,
         }
     }
-    fn right<'a, T: Element>(data: &'a [T], b: View<'_>) -> Operand<'a, T> {
+    fn right<'a, T>(data: &'a [T], b: View<'_>) -> Operand<'a, T> {
         left(data, b.t())
     }
+    let add = accumulate;
     match (a.data, b.data) {
         (Values::F32(x), Values::F32(y)) => {
-            multiply(dst, stride, accumulate, left(x, a), right(y, b), parallel);
+            multiply::<S, _, _>(dst, stride, add, left(x, a), right(y, b), parallel);
         }
         (Values::F32(x), Values::Bf16(y)) => {
-            multiply(dst, stride, accumulate, left(x, a), right(y, b), parallel);
+            multiply::<S, _, _>(dst, stride, add, left(x, a), right(y, b), parallel);
         }
         (Values::Bf16(x), Values::F32(y)) => {
-            multiply(dst, stride, accumulate, left(x, a), right(y, b), parallel);
+            multiply::<S, _, _>(dst, stride, add, left(x, a), right(y, b), parallel);
         }
         (Values::Bf16(x), Values::Bf16(y)) => {
-            multiply(dst, stride, accumulate, left(x, a), right(y, b), parallel);
+            multiply::<S, _, _>(dst, stride, add, left(x, a), right(y, b), parallel);
         }
     }
 }
