@@ -9,7 +9,8 @@
 //! norm of all gradients, clipping and AdamW, for a LoRA on attention, feed-forward and
 //! projections, both factors non-zero. A sampling step is one guided evaluation: `batch`
 //! pairs of a negative and a positive prompt. `peak_rss_mb` is that of the process, so run
-//! it once per configuration. `LORA_KERNELS=plain` times candle's own operations.
+//! it once per configuration; `cpu_s_median` is the processor time of all threads, which other
+//! programs disturb less than the time on the clock. `LORA_KERNELS=plain` times candle's own operations.
 
 use std::time::Instant;
 
@@ -162,6 +163,16 @@ fn peak_rss_mb() -> u64 {
     kb.unwrap_or(0) / 1024
 }
 
+/// Processor time of all threads of this process in seconds; 0 where the system does not
+/// tell.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // Behind the name in parentheses: fields 3 and on; 14 and 15 are ticks of 10 ms.
+    let fields = stat.rsplit(')').next().unwrap_or_default();
+    let ticks = fields.split_whitespace().skip(11).take(2);
+    ticks.filter_map(|t| t.parse::<f64>().ok()).sum::<f64>() / 100.0
+}
+
 /// Steps to time: each returns the seconds of its parts.
 type Step<'a> = Box<dyn FnMut() -> Result<Vec<f64>> + 'a>;
 
@@ -246,6 +257,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 fn main() -> Result<()> {
     let o = options()?;
+    lora_kernels::keep_candle_to_one_thread();
     lora_kernels::keep_freed_memory();
     rayon::ThreadPoolBuilder::new()
         .num_threads(o.threads)
@@ -264,8 +276,15 @@ fn main() -> Result<()> {
     };
     let mut rows = Vec::new();
     for i in 0..o.warmup + o.steps {
-        let row = step()?;
-        eprintln!("step {i}: {:.3} s, peak {} MB", row[0], peak_rss_mb());
+        let cpu = cpu_seconds();
+        let mut row = step()?;
+        row.push(cpu_seconds() - cpu);
+        eprintln!(
+            "step {i}: {:.3} s, processor {:.2} s, peak {} MB",
+            row[0],
+            row[4],
+            peak_rss_mb()
+        );
         if i >= o.warmup {
             rows.push(row);
         }
@@ -291,6 +310,7 @@ fn main() -> Result<()> {
             "forward_s_median": seconds(1),
             "backward_s_median": seconds(2),
             "optimizer_s_median": seconds(3),
+            "cpu_s_median": seconds(4),
             "loaded_rss_mb": loaded,
             "peak_rss_mb": peak_rss_mb(),
         })

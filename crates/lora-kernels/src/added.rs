@@ -7,7 +7,7 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use crate::conv2d::Geometry;
-use crate::matrix::{Values, View, fill_rows, multiply, multiply_in};
+use crate::matrix::{Values, View, fill_rows, multiply, multiply_in, reads_narrow};
 use crate::node::{Value, node};
 use crate::{Compute, Conv2dParams, fast, plain, values};
 
@@ -113,7 +113,7 @@ pub fn linear_added(
         })?;
         begun = true;
     }
-    let narrow = compute == Compute::Bf16;
+    let narrow = reads_narrow(compute);
     with(x, |x| {
         with_weight(weight, narrow, |w| {
             let (x, w) = (View::rows(x, rows, i, i), View::rows(w, o, i, i));

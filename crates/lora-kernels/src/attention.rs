@@ -13,7 +13,7 @@ use crate::math::{exp, sum, sum2, vectorized};
 use crate::matrix::{View, multiply_here};
 use crate::{Compute, fast, plain, values};
 #[cfg(target_arch = "x86_64")]
-use crate::{Path, avx512, path};
+use crate::{avx512, matrix::native_products};
 
 /// Scaled dot-product attention over `heads`: `q` `[n, lq, c]`, `k` and `v`
 /// `[n, lk, c]`, heads side by side in `c`; returns `[n, lq, c]`. With `causal`,
@@ -132,7 +132,7 @@ impl Sizes {
     /// Whether the kernel for this processor applies.
     #[cfg(target_arch = "x86_64")]
     fn native(&self) -> bool {
-        path() == Path::Native && avx512::available() && !self.causal && self.d > 0
+        native_products() && !self.causal && self.d > 0
     }
 
     /// How many keys a query sees.

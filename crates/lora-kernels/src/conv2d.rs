@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::added::{Added, conv2d_added, frozen};
-use crate::matrix::{Values, View, multiply, multiply_in};
+use crate::matrix::{Values, View, multiply, multiply_in, reads_narrow};
 use crate::winograd::Winograd;
 use crate::{Compute, fast, plain, values};
 
@@ -256,7 +256,7 @@ impl Geometry {
     /// Whether [`forward`](Self::forward), or with `transposed`
     /// [`input_gradient`](Self::input_gradient), takes weights of bf16 as they are.
     pub(crate) fn reads_narrow(&self, compute: Compute, transposed: bool) -> bool {
-        compute == Compute::Bf16 || self.winograd(transposed).is_some()
+        reads_narrow(compute) || self.winograd(transposed).is_some()
     }
 
     /// Writes the convolution to `y`, or adds it with `accumulate`.

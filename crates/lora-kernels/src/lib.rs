@@ -32,8 +32,8 @@
 //! ```
 
 // The only crate of the family that may contain `unsafe`: calls of the gemm
-// kernel, behind a function that checks the extents first, and one setting of the
-// C allocator.
+// kernels, behind functions that check the extents first, and what programs set at
+// their start.
 #![allow(unsafe_code)]
 
 mod added;
@@ -62,7 +62,7 @@ pub use attention::attention;
 pub use checkpoint::checkpoint;
 pub use conv2d::{Conv2dParams, conv2d};
 pub use linear::linear;
-pub use memory::keep_freed_memory;
+pub use memory::{keep_candle_to_one_thread, keep_freed_memory};
 pub use norm::{group_norm, layer_norm};
 pub use pointwise::{geglu, silu};
 pub use upsample::upsample_nearest2x;

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use gemm::Parallelism;
 use half::bf16;
+use rayon::prelude::*;
 
 use crate::Compute;
 #[cfg(target_arch = "x86_64")]
@@ -115,8 +116,13 @@ impl<'a> View<'a> {
             true => (self.height, self.width, self.row_stride),
             false => (self.width, self.height, self.col_stride),
         };
-        let line = |o| (0..inner).map(move |i| self.data.rounded(o * stride + i));
-        let values = (0..outer).flat_map(line).collect();
+        let mut values = vec![0f32; outer * inner];
+        let lines = values.par_chunks_mut(inner.max(1)).enumerate();
+        lines.for_each(|(o, line)| {
+            for (i, value) in line.iter_mut().enumerate() {
+                *value = self.data.rounded(o * stride + i);
+            }
+        });
         (values, move |values| {
             let view = View::rows(values, outer, inner, inner);
             if rows { view } else { view.t() }
@@ -173,6 +179,20 @@ pub(crate) fn multiply_here(
     dispatch(compute, dst, dst_stride, accumulate, a, b, false);
 }
 
+/// Whether products run on the kernels here; else on those of the gemm crate.
+pub(crate) fn native_products() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return path() == Path::Native && avx512::available();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Whether operands of bf16 need no widening before a product; elsewhere each product widens
+/// them for itself.
+pub(crate) fn reads_narrow(compute: Compute) -> bool {
+    compute == Compute::Bf16 || native_products()
+}
+
 fn dispatch(
     compute: Compute,
     dst: &mut [f32],
@@ -183,7 +203,7 @@ fn dispatch(
     parallel: bool,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if path() == Path::Native && avx512::available() {
+    if native_products() {
         return match compute {
             Compute::F32 => native::<avx512::F32>(dst, stride, accumulate, a, b, parallel),
             Compute::Bf16 => native::<avx512::Bf16>(dst, stride, accumulate, a, b, parallel),
