@@ -21,7 +21,7 @@ const TILE: usize = 6;
 /// Most words multiplied before sums are written: a panel's part (64 KB) stays in the
 /// second-level cache.
 const DEPTH: usize = 256;
-/// Rows or columns per task.
+/// Rows, or panels, per task.
 const TASK_ROWS: usize = 16 * TILE;
 const TASK_PANELS: usize = 2;
 /// Products with fewer multiplications run on the calling thread.

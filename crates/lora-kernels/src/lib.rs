@@ -5,12 +5,13 @@
 //! backward pass, the gradient of *every* operand, frozen or not. For a network
 //! with 860 million frozen weights that is 3.4 GB and half of the time spent on
 //! numbers nobody reads. The operations here return a gradient only for operands
-//! that are tracked, and run on the [`gemm`] crate.
+//! that are tracked.
 //!
 //! * [`linear`]: `x W^T + b`
 //! * [`conv2d`]: convolution with stride, padding, dilation and groups
 //! * [`linear_added`], [`conv2d_added`]: the same with a frozen weight, which may be stored
-//!   in 16 bits, and with low-rank branches, residual and shift added in place
+//!   in 16 bits, and with low-rank branches, residual and shift added in place; in f32, or with
+//!   operands rounded to bf16 ([`Compute`])
 //! * [`attention`]: scaled dot-product attention that never holds all scores
 //! * [`layer_norm`], [`group_norm`] (SiLU behind it if wanted), [`silu`], [`geglu`]
 //! * [`upsample_nearest2x`]: nearest-neighbour doubling
@@ -18,8 +19,16 @@
 //!
 //! Each takes and returns ordinary candle tensors. On a CPU with f32 tensors the
 //! fast path runs; for every other device or dtype the same function is composed
-//! of candle operations. The environment variable `LORA_KERNELS=plain`, read
-//! once, forces the composed path everywhere; [`plain`] has it by name.
+//! of candle operations, in f32 whatever the [`Compute`].
+//!
+//! Matrix products and attention have AVX-512 kernels for processors with AVX512_BF16, found at
+//! run time. Elsewhere products run on the [`gemm`] crate, those in bf16 on values rounded to
+//! bf16 and widened again. The environment variable `LORA_KERNELS`, read once, forces a path:
+//!
+//! * `plain`: candle's operations everywhere; [`plain`] has them by name
+//! * `generic`: nothing that is compiled for a particular processor here; the gemm crate still
+//!   chooses its own kernels
+//! * anything else, or unset: what the processor has
 //!
 //! ```
 //! use candle_core::{Device, Tensor};
