@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use criterion::{Criterion, criterion_group, criterion_main};
-use lora_kernels::{Added, Conv2dParams};
+use lora_kernels::{Added, Compute, Conv2dParams};
 
 fn noise(dims: &[usize], seed: u64) -> Result<Tensor> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -56,7 +56,7 @@ fn linear(c: &mut Criterion) -> Result<()> {
             ..Added::default()
         };
         both(c, &format!("linear rank 32 {m}x{k}x{n}"), &[m, k], |x| {
-            lora_kernels::linear_added(x, &w, None, &added)
+            lora_kernels::linear_added(x, &w, None, Compute::F32, &added)
         });
     }
     Ok(())
@@ -88,7 +88,7 @@ fn others(c: &mut Criterion) -> Result<()> {
         let (k, v) = (noise(&[1, lk, width], 2)?, noise(&[1, lk, width], 3)?);
         let name = format!("attention {lq}x{lk}x{}", width / 8);
         both(c, &name, &[1, lq, width], |q| {
-            lora_kernels::attention(q, &k, &v, 8, false)
+            lora_kernels::attention(q, &k, &v, 8, false, Compute::F32)
         });
     }
     for (tokens, width, side) in [(4096, 320, 64), (1024, 640, 32), (256, 1280, 16)] {

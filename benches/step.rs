@@ -3,20 +3,22 @@
 //!
 //! `cargo bench -p lora-benches --bench step -- [--mode train|sample] [--resolution 512]
 //! [--batch 1] [--rank 32] [--steps 3] [--warmup 1] [--checkpointing] [--storage f32|f16|bf16]
-//! [--threads 2]`
+//! [--compute f32|bf16] [--threads 2]`
 //!
 //! One JSON object on the last line. A training step is forward pass, loss, backward pass,
 //! norm of all gradients, clipping and AdamW, for a LoRA on attention, feed-forward and
 //! projections, both factors non-zero. A sampling step is one guided evaluation: `batch`
 //! pairs of a negative and a positive prompt. `peak_rss_mb` is that of the process, so run
-//! it once per configuration. `LORA_KERNELS=plain` times candle's own operations.
+//! it once per configuration; `cpu_s_median` is the processor time of all threads, which other
+//! programs disturb less than the time on the clock. `LORA_KERNELS=plain` times candle's own operations.
 
 use std::time::Instant;
 
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
-use lora_core::{AdapterConfig, AdapterSet, Targets};
+use lora_core::{Adaptable, AdapterConfig, AdapterSet, Targets};
+use lora_kernels::Compute;
 use lora_optim::{AdamW, AdamWConfig, Optimizer, ParamGroup, StepOptions};
 use lora_sd15::{UNet, UnetConfig};
 use rand::SeedableRng;
@@ -33,6 +35,7 @@ struct Options {
     warmup: usize,
     checkpointing: bool,
     storage: DType,
+    compute: Compute,
     threads: usize,
 }
 
@@ -46,6 +49,7 @@ fn options() -> Result<Options> {
         warmup: 1,
         checkpointing: false,
         storage: DType::F32,
+        compute: Compute::F32,
         threads: 2,
     };
     // cargo bench adds --bench.
@@ -70,6 +74,13 @@ fn options() -> Result<Options> {
                     "f16" => DType::F16,
                     "bf16" => DType::BF16,
                     _ => return Err(format!("--storage {value}: f32, f16 or bf16").into()),
+                }
+            }
+            "--compute" => {
+                o.compute = match value.as_str() {
+                    "f32" => Compute::F32,
+                    "bf16" => Compute::Bf16,
+                    _ => return Err(format!("--compute {value}: f32 or bf16").into()),
                 }
             }
             "--resolution" => o.resolution = number()?,
@@ -150,6 +161,16 @@ fn peak_rss_mb() -> u64 {
     let line = status.lines().find(|l| l.starts_with("VmHWM:"));
     let kb = line.and_then(|l| l.split_whitespace().nth(1)?.parse::<u64>().ok());
     kb.unwrap_or(0) / 1024
+}
+
+/// Processor time of all threads of this process in seconds; 0 where the system does not
+/// tell.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // Behind the name in parentheses: fields 3 and on; 14 and 15 are ticks of 10 ms.
+    let fields = stat.rsplit(')').next().unwrap_or_default();
+    let ticks = fields.split_whitespace().skip(11).take(2);
+    ticks.filter_map(|t| t.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
 /// Steps to time: each returns the seconds of its parts.
@@ -236,6 +257,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 fn main() -> Result<()> {
     let o = options()?;
+    lora_kernels::keep_candle_to_one_thread();
     lora_kernels::keep_freed_memory();
     rayon::ThreadPoolBuilder::new()
         .num_threads(o.threads)
@@ -246,6 +268,7 @@ fn main() -> Result<()> {
         Device::Cpu,
     );
     let mut unet = UNet::new(&UnetConfig::default(), vb)?;
+    unet.set_compute(o.compute)?;
     let loaded = peak_rss_mb();
     let (mut step, adapter_params) = match o.sample {
         true => (sampling(&o, &unet)?, 0),
@@ -253,8 +276,15 @@ fn main() -> Result<()> {
     };
     let mut rows = Vec::new();
     for i in 0..o.warmup + o.steps {
-        let row = step()?;
-        eprintln!("step {i}: {:.3} s, peak {} MB", row[0], peak_rss_mb());
+        let cpu = cpu_seconds();
+        let mut row = step()?;
+        row.push(cpu_seconds() - cpu);
+        eprintln!(
+            "step {i}: {:.3} s, processor {:.2} s, peak {} MB",
+            row[0],
+            row[4],
+            peak_rss_mb()
+        );
         if i >= o.warmup {
             rows.push(row);
         }
@@ -267,6 +297,7 @@ fn main() -> Result<()> {
         serde_json::json!({
             "kind": if o.sample { "sample" } else { "step" },
             "storage": o.storage.as_str(),
+            "compute": format!("{:?}", o.compute).to_lowercase(),
             "batch": o.batch,
             "resolution": o.resolution,
             "rank": o.rank,
@@ -279,6 +310,7 @@ fn main() -> Result<()> {
             "forward_s_median": seconds(1),
             "backward_s_median": seconds(2),
             "optimizer_s_median": seconds(3),
+            "cpu_s_median": seconds(4),
             "loaded_rss_mb": loaded,
             "peak_rss_mb": peak_rss_mb(),
         })

@@ -33,6 +33,7 @@ fn main() {
 }
 
 fn run(arguments: &Arguments) -> Outcome<()> {
+    lora_kernels::keep_candle_to_one_thread();
     lora_kernels::keep_freed_memory();
     let device = device(&arguments.device)?;
     let dtype = match arguments.dtype.as_str() {

@@ -44,6 +44,7 @@ fn main() {
 }
 
 fn run(command: Command) -> Outcome<()> {
+    lora_kernels::keep_candle_to_one_thread();
     lora_kernels::keep_freed_memory();
     match command {
         Command::Inspect {

@@ -50,6 +50,7 @@ struct Args {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
+    lora_kernels::keep_candle_to_one_thread();
     lora_kernels::keep_freed_memory();
     let args = Args::parse();
     let config = TrainConfig {

@@ -37,6 +37,7 @@ fn main() {
 }
 
 fn run() -> Result<(), Box<dyn Error>> {
+    lora_kernels::keep_candle_to_one_thread();
     lora_kernels::keep_freed_memory();
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.iter().any(|a| a == "--help" || a == "-h") {

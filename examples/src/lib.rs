@@ -80,6 +80,7 @@ pub fn recipe(name: &str) -> Result<TrainConfig, Box<dyn Error>> {
 /// # Errors
 /// As [`Trainer`].
 pub fn train(config: TrainConfig) -> Result<(), Box<dyn Error>> {
+    lora_kernels::keep_candle_to_one_thread();
     lora_kernels::keep_freed_memory();
     let mut trainer = Trainer::new(config, &Device::Cpu, &mut print_events)?;
     match trainer.run(&mut print_events, &AtomicBool::new(false))? {

@@ -112,7 +112,10 @@ fn the_table_of_options_is_the_programs() {
         std::fs::write(&path, &text).unwrap();
     }
     let written = std::fs::read_to_string(&path).unwrap();
-    assert!(written == text, "docs/options.md is out of date: run with UPDATE_DOCS=1");
+    assert!(
+        written == text,
+        "docs/options.md is out of date: run with UPDATE_DOCS=1"
+    );
     let without: Vec<&str> = all_options()
         .filter(|o| matches!(o.status, Status::Used) && o.choices.is_empty())
         .filter(|o| o.name != "config_file")

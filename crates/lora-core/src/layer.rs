@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
-use lora_kernels::{Added, Conv2dParams};
+use lora_kernels::{Added, Compute, Conv2dParams};
 
 use crate::adapter::Adapter;
 use crate::control::Control;
@@ -111,6 +111,7 @@ impl BaseLayer {
 pub struct Layer {
     path: String,
     base: BaseLayer,
+    compute: Compute,
     attached: Vec<Attachment>,
 }
 
@@ -129,6 +130,7 @@ impl Layer {
         Self {
             path: path.into(),
             base,
+            compute: Compute::F32,
             attached: Vec::new(),
         }
     }
@@ -236,6 +238,17 @@ impl Layer {
         &self.base
     }
 
+    /// What products with the base weight are computed in; f32 at first.
+    pub fn compute(&self) -> Compute {
+        self.compute
+    }
+
+    /// Chooses what products with the base weight are computed in. Attached adapters and
+    /// norms stay in f32.
+    pub fn set_compute(&mut self, compute: Compute) {
+        self.compute = compute;
+    }
+
     /// Replaces the base weight and bias; for merging.
     pub(crate) fn set_base(&mut self, weight: Tensor, bias: Option<Tensor>) {
         self.base.weight = weight;
@@ -303,9 +316,11 @@ impl Layer {
         };
         let BaseLayer { weight, bias, op } = &self.base;
         let mut y = match *op {
-            LayerOp::Linear => lora_kernels::linear_added(x, weight, bias.as_ref(), &added)?,
+            LayerOp::Linear => {
+                lora_kernels::linear_added(x, weight, bias.as_ref(), self.compute, &added)?
+            }
             LayerOp::Conv2d(params) => {
-                lora_kernels::conv2d_added(x, weight, bias.as_ref(), params, &added)?
+                lora_kernels::conv2d_added(x, weight, bias.as_ref(), params, self.compute, &added)?
             }
             _ if shift.is_some() || !low_rank.is_empty() => {
                 candle_core::bail!("{}: norms take neither shift nor low rank", self.path)
@@ -369,4 +384,15 @@ pub trait Adaptable {
         &mut self,
         visit: &mut dyn FnMut(&mut Layer) -> crate::Result<()>,
     ) -> crate::Result<()>;
+
+    /// [`Layer::set_compute`] for every layer.
+    ///
+    /// # Errors
+    /// Those of [`visit_layers`](Self::visit_layers).
+    fn set_compute(&mut self, compute: Compute) -> crate::Result<()> {
+        self.visit_layers(&mut |layer| {
+            layer.set_compute(compute);
+            Ok(())
+        })
+    }
 }

@@ -57,7 +57,7 @@ pub use family::{
 };
 pub use format::{FileReport, SaveOptions};
 pub use layer::{Adaptable, BaseLayer, Layer, LayerOp};
-pub use lora_kernels::Conv2dParams;
+pub use lora_kernels::{Compute, Conv2dParams};
 pub use max_norm::NormReport;
 pub use set::{AdapterSet, AttachReport};
 pub use targets::Targets;

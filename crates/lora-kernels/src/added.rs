@@ -2,14 +2,14 @@
 //! next: low-rank branches, a residual, a shift per sample. One result instead of a chain of
 //! sums, of which candle's graph would keep every step.
 
-use candle_core::{DType, Device, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use crate::conv2d::Geometry;
-use crate::matrix::{View, fill_rows, multiply};
+use crate::matrix::{Values, View, fill_rows, multiply, multiply_in, reads_narrow};
 use crate::node::{Value, node};
-use crate::{Conv2dParams, fast, plain, values};
+use crate::{Compute, Conv2dParams, fast, plain, values};
 
 /// What [`linear_added`] and [`conv2d_added`] add to the layer's own output.
 #[derive(Debug, Clone, Copy, Default)]
@@ -60,9 +60,11 @@ impl Added<'_> {
 
 /// `x W^T + b` and what is [`Added`]: `x` `[.., i]`, `weight` `[o, i]`, `bias` `[o]`.
 ///
-/// A weight of f16 or bf16 is widened for the call: f32 inputs, sums and results. Gradients
-/// go to `x` and to what is added; a weight or bias that is tracked gets one, too, by the
-/// way of [`linear`](crate::linear).
+/// Inputs, sums and results are f32; a weight of f16 or bf16 is widened for the call. With
+/// [`Compute::Bf16`] `x` and weight, and in the backward pass the result's gradient and
+/// weight, are rounded to bf16 for their product. Gradients go to `x` and to what is added;
+/// a weight or bias that is tracked gets one, too, by the way of [`linear`](crate::linear),
+/// in f32.
 ///
 /// # Errors
 /// When the shapes do not fit.
@@ -70,6 +72,7 @@ pub fn linear_added(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
+    compute: Compute,
     added: &Added<'_>,
 ) -> Result<Tensor> {
     let (o, i) = weight.dims2()?;
@@ -109,10 +112,11 @@ pub fn linear_added(
         })?;
         begun = true;
     }
+    let narrow = reads_narrow(compute);
     with(x, |x| {
-        widened(weight, |w| {
+        with_weight(weight, narrow, |w| {
             let (x, w) = (View::rows(x, rows, i, i), View::rows(w, o, i, i));
-            multiply(&mut y, o, begun, x, w.t());
+            multiply_in(compute, &mut y, o, begun, x, w.t());
         })
     })??;
     for (middle, up) in added.low_rank {
@@ -134,8 +138,8 @@ pub fn linear_added(
             let dyv = View::rows(dy, rows, o, o);
             all.push(match wanted[0] {
                 true => Some(product(&x_shape, |dx| {
-                    widened(&weight, |w| {
-                        multiply(dx, i, false, dyv, View::rows(w, o, i, i))
+                    with_weight(&weight, narrow, |w| {
+                        multiply_in(compute, dx, i, false, dyv, View::rows(w, o, i, i))
                     })
                 })?),
                 false => None,
@@ -186,6 +190,7 @@ pub fn conv2d_added(
     weight: &Tensor,
     bias: Option<&Tensor>,
     params: Conv2dParams,
+    compute: Compute,
     added: &Added<'_>,
 ) -> Result<Tensor> {
     if !added.fast(x, weight, bias) {
@@ -223,7 +228,11 @@ pub fn conv2d_added(
         })?;
     }
     let begun = added.residual.is_some() || bias.is_some() || added.shift.is_some();
-    with(x, |x| widened(weight, |w| g.forward(&mut y, begun, x, w)))??;
+    with(x, |x| {
+        with_weight(weight, g.reads_narrow(compute, false), |w| {
+            g.forward(compute, &mut y, begun, x, w);
+        })
+    })??;
     for (middle, up) in added.low_rank {
         let r = up.dim(1)?;
         with(middle, |middle| {
@@ -248,7 +257,8 @@ pub fn conv2d_added(
         with(&dy, |d| {
             all.push(match wanted[0] {
                 true => {
-                    let dx = widened(&weight, |w| g.input_gradient(w, d))?;
+                    let narrow = g.reads_narrow(compute, true);
+                    let dx = with_weight(&weight, narrow, |w| g.input_gradient(compute, w, d))?;
                     Some(Tensor::from_vec(dx, &x_shape, &Device::Cpu)?)
                 }
                 false => None,
@@ -367,32 +377,35 @@ fn with<R>(t: &Tensor, body: impl FnOnce(&[f32]) -> R) -> Result<R> {
 /// Values widened per task.
 const WIDEN: usize = 1 << 16;
 
-/// Runs `body` on the values of a weight, widened to f32 in memory that lives for the call.
-fn widened<R>(weight: &Tensor, body: impl FnOnce(&[f32]) -> R) -> Result<R> {
-    if weight.dtype() == DType::F32 {
-        return with(weight, body);
-    }
+/// Runs `body` on the values of a weight: of f32 or, with `narrow`, bf16 as they are stored,
+/// else widened to f32 in memory that lives for the call.
+fn with_weight<R>(weight: &Tensor, narrow: bool, body: impl FnOnce(Values<'_>) -> R) -> Result<R> {
     let weight = weight.contiguous()?;
-    let mut wide = vec![0f32; weight.elem_count()];
-    {
-        let (storage, layout) = weight.storage_and_layout();
-        let Some((start, end)) = layout.contiguous_offsets() else {
-            candle_core::bail!("expected a contiguous weight");
-        };
-        let blocks = wide.par_chunks_mut(WIDEN);
-        match &*storage {
-            Storage::Cpu(candle_core::CpuStorage::F16(v)) => blocks
+    let (storage, layout) = weight.storage_and_layout();
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        candle_core::bail!("expected a contiguous weight");
+    };
+    let mut wide = Vec::new();
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(v)) => return Ok(body(v[start..end].into())),
+        Storage::Cpu(CpuStorage::BF16(v)) if narrow => return Ok(body(v[start..end].into())),
+        Storage::Cpu(CpuStorage::F16(v)) => {
+            wide.resize(end - start, 0f32);
+            wide.par_chunks_mut(WIDEN)
                 .zip(v[start..end].par_chunks(WIDEN))
-                .for_each(|(out, v)| v.convert_to_f32_slice(out)),
-            Storage::Cpu(candle_core::CpuStorage::BF16(v)) => blocks
+                .for_each(|(out, v)| v.convert_to_f32_slice(out));
+        }
+        Storage::Cpu(CpuStorage::BF16(v)) => {
+            wide.resize(end - start, 0f32);
+            wide.par_chunks_mut(WIDEN)
                 .zip(v[start..end].par_chunks(WIDEN))
                 .for_each(|(out, v)| {
                     for (out, v) in out.iter_mut().zip(v) {
                         *out = f32::from_bits(u32::from(v.to_bits()) << 16);
                     }
-                }),
-            _ => candle_core::bail!("expected a weight of f32, f16 or bf16 on the CPU"),
+                });
         }
+        _ => candle_core::bail!("expected a weight of f32, f16 or bf16 on the CPU"),
     }
-    Ok(body(&wide))
+    Ok(body(wide.as_slice().into()))
 }

@@ -1,6 +1,9 @@
 //! Attention that never holds the whole score matrix: queries are taken in blocks,
 //! and the backward pass computes the scores again.
 
+#[cfg(target_arch = "x86_64")]
+mod tiles;
+
 use std::sync::Mutex;
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
@@ -8,21 +11,32 @@ use rayon::prelude::*;
 
 use crate::math::{exp, sum, sum2, vectorized};
 use crate::matrix::{View, multiply_here};
-use crate::{fast, plain, values};
+use crate::{Compute, fast, plain, values};
+#[cfg(target_arch = "x86_64")]
+use crate::{avx512, matrix::native_products};
 
 /// Scaled dot-product attention over `heads`: `q` `[n, lq, c]`, `k` and `v`
 /// `[n, lk, c]`, heads side by side in `c`; returns `[n, lq, c]`. With `causal`,
-/// position i sees 0 to i.
+/// position i sees 0 to i. With [`Compute::Bf16`] the operands of all products are rounded
+/// to bf16; the softmax stays f32.
 ///
 /// # Errors
 /// When the shapes do not fit.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: usize,
+    causal: bool,
+    compute: Compute,
+) -> Result<Tensor> {
     if !fast(&[q, k, v]) {
         return plain::attention(q, k, v, heads, causal);
     }
     let op = Attention {
         heads,
         causal,
+        compute,
         lse: Mutex::new(Vec::new()),
     };
     q.contiguous()?
@@ -35,6 +49,7 @@ const BLOCK: usize = 128;
 struct Attention {
     heads: usize,
     causal: bool,
+    compute: Compute,
     /// Logarithm of each softmax's denominator, `[n, heads, lq]`, kept for the
     /// backward pass.
     lse: Mutex<Vec<f32>>,
@@ -51,6 +66,7 @@ struct Sizes {
     d: usize,
     scale: f32,
     causal: bool,
+    compute: Compute,
 }
 
 impl Attention {
@@ -73,6 +89,7 @@ impl Attention {
             d,
             scale,
             causal: self.causal,
+            compute: self.compute,
         })
     }
 }
@@ -112,6 +129,12 @@ impl Sizes {
             .map(move |start| (start, BLOCK.min(lq - start)))
     }
 
+    /// Whether the kernel for this processor applies.
+    #[cfg(target_arch = "x86_64")]
+    fn native(&self) -> bool {
+        native_products() && !self.causal && self.d > 0
+    }
+
     /// How many keys a query sees.
     fn visible(&self, query: usize) -> usize {
         if self.causal {
@@ -140,12 +163,20 @@ impl Sizes {
 
     /// Output `[lq, d]` and denominators `[lq]` of one head.
     fn forward(&self, q: &[f32], k: &[f32], v: &[f32], task: usize) -> (Vec<f32>, Vec<f32>) {
+        #[cfg(target_arch = "x86_64")]
+        if self.native() {
+            return match self.compute {
+                Compute::F32 => tiles::forward::<avx512::F32>(self, q, k, v, task),
+                Compute::Bf16 => tiles::forward::<avx512::Bf16>(self, q, k, v, task),
+            };
+        }
         let mut out = vec![0f32; self.lq * self.d];
         let mut lse = vec![0f32; self.lq];
         let mut scores = vec![0f32; BLOCK.min(self.lq) * self.lk];
         for (start, rows) in self.blocks() {
             let scores = &mut scores[..rows * self.lk];
             multiply_here(
+                self.compute,
                 scores,
                 self.lk,
                 false,
@@ -160,8 +191,9 @@ impl Sizes {
                     }
                 },
             );
-            let weights = View::rows(scores, rows, self.lk, self.lk);
+            let weights = View::rows(&*scores, rows, self.lk, self.lk);
             multiply_here(
+                self.compute,
                 &mut out[start * self.d..],
                 self.d,
                 false,
@@ -174,6 +206,13 @@ impl Sizes {
 
     /// Gradients of one head: `[lq, d]`, and `[lk, d]` twice when `keys` asks for them.
     fn backward(&self, t: &Saved<'_>, task: usize, keys: bool) -> [Vec<f32>; 3] {
+        #[cfg(target_arch = "x86_64")]
+        if self.native() {
+            return match self.compute {
+                Compute::F32 => tiles::backward::<avx512::F32>(self, t, task, keys),
+                Compute::Bf16 => tiles::backward::<avx512::Bf16>(self, t, task, keys),
+            };
+        }
         let mut dq = vec![0f32; self.lq * self.d];
         let sizes = if keys { self.lk * self.d } else { 0 };
         let (mut dk, mut dv) = (vec![0f32; sizes], vec![0f32; sizes]);
@@ -183,8 +222,15 @@ impl Sizes {
             let (p, ds) = (&mut p[..rows * self.lk], &mut ds[..rows * self.lk]);
             let q = self.queries(t.q, task, start, rows);
             let dy = self.queries(t.dy, task, start, rows);
-            multiply_here(p, self.lk, false, q, self.keys(t.k, task).t());
-            multiply_here(ds, self.lk, false, dy, self.keys(t.v, task).t());
+            multiply_here(self.compute, p, self.lk, false, q, self.keys(t.k, task).t());
+            multiply_here(
+                self.compute,
+                ds,
+                self.lk,
+                false,
+                dy,
+                self.keys(t.v, task).t(),
+            );
             let lse = &t.lse[task * self.lq + start..];
             vectorized(
                 #[inline(always)]
@@ -198,8 +244,9 @@ impl Sizes {
                     }
                 },
             );
-            let scores = View::rows(ds, rows, self.lk, self.lk);
+            let scores = View::rows(&*ds, rows, self.lk, self.lk);
             multiply_here(
+                self.compute,
                 &mut dq[start * self.d..],
                 self.d,
                 false,
@@ -207,12 +254,13 @@ impl Sizes {
                 self.keys(t.k, task),
             );
             if keys {
-                multiply_here(&mut dk, self.d, true, scores.t(), q);
+                multiply_here(self.compute, &mut dk, self.d, true, scores.t(), q);
                 multiply_here(
+                    self.compute,
                     &mut dv,
                     self.d,
                     true,
-                    View::rows(p, rows, self.lk, self.lk).t(),
+                    View::rows(&*p, rows, self.lk, self.lk).t(),
                     dy,
                 );
             }

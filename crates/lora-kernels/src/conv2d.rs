@@ -11,9 +11,9 @@ use rayon::prelude::*;
 
 use crate::added::{Added, conv2d_added, frozen};
 use crate::channels::add_to_channels;
-use crate::matrix::{View, multiply};
+use crate::matrix::{Values, View, multiply, multiply_in, reads_narrow};
 use crate::winograd::Winograd;
-use crate::{fast, plain, values};
+use crate::{Compute, fast, plain, values};
 
 /// Stride, padding (zeros, on all sides), dilation and groups of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +51,7 @@ pub fn conv2d(
     params: Conv2dParams,
 ) -> Result<Tensor> {
     if frozen(weight, bias) || weight.dtype() != x.dtype() {
-        return conv2d_added(x, weight, bias, params, &Added::default());
+        return conv2d_added(x, weight, bias, params, Compute::F32, &Added::default());
     }
     let y = if fast(&[x, weight]) {
         x.contiguous()?
@@ -231,14 +231,9 @@ impl Geometry {
         ((image * self.o) + group * self.og()) * self.oh * self.ow + first_row * self.ow
     }
 
-    fn weight<'a>(&self, w: &'a [f32], group: usize) -> View<'a> {
+    fn weight<'a>(&self, w: Values<'a>, group: usize) -> View<'a> {
         let len = self.og() * self.patch();
-        View::rows(
-            &w[group * len..][..len],
-            self.og(),
-            self.patch(),
-            self.patch(),
-        )
+        View::rows(w.from(group * len), self.og(), self.patch(), self.patch())
     }
 
     /// The faster way for this convolution or its gradient to the input, if there is one.
@@ -259,8 +254,21 @@ impl Geometry {
         (plain && winograd.pays()).then_some(winograd)
     }
 
+    /// Whether [`forward`](Self::forward), or with `transposed`
+    /// [`input_gradient`](Self::input_gradient), takes weights of bf16 as they are.
+    pub(crate) fn reads_narrow(&self, compute: Compute, transposed: bool) -> bool {
+        reads_narrow(compute) || self.winograd(transposed).is_some()
+    }
+
     /// Writes the convolution to `y`, or adds it with `accumulate`.
-    pub(crate) fn forward(&self, y: &mut [f32], accumulate: bool, x: &[f32], w: &[f32]) {
+    pub(crate) fn forward(
+        &self,
+        compute: Compute,
+        y: &mut [f32],
+        accumulate: bool,
+        x: &[f32],
+        w: Values<'_>,
+    ) {
         let plane = self.oh * self.ow;
         if let Some(winograd) = self.winograd(false) {
             let images = y.chunks_mut(self.o * plane).zip(x.chunks(self.c * plane));
@@ -274,17 +282,31 @@ impl Geometry {
             let out = &mut y[self.output(image, group, rows.start)..];
             if self.pointwise() {
                 let patches = View::rows(&input[rows.start * self.ow..], self.cg(), pixels, plane);
-                multiply(out, plane, accumulate, self.weight(w, group), patches);
+                multiply_in(
+                    compute,
+                    out,
+                    plane,
+                    accumulate,
+                    self.weight(w, group),
+                    patches,
+                );
             } else {
                 col.resize(self.patch() * pixels, 0.0);
                 self.unfold(input, rows, &mut col);
-                let patches = View::rows(&col, self.patch(), pixels, pixels);
-                multiply(out, plane, accumulate, self.weight(w, group), patches);
+                let patches = View::rows(col.as_slice(), self.patch(), pixels, pixels);
+                multiply_in(
+                    compute,
+                    out,
+                    plane,
+                    accumulate,
+                    self.weight(w, group),
+                    patches,
+                );
             }
         });
     }
 
-    pub(crate) fn input_gradient(&self, w: &[f32], dy: &[f32]) -> Vec<f32> {
+    pub(crate) fn input_gradient(&self, compute: Compute, w: Values<'_>, dy: &[f32]) -> Vec<f32> {
         let plane = self.oh * self.ow;
         let mut dx = vec![0f32; self.n * self.c * self.h * self.w];
         if let Some(winograd) = self.winograd(true) {
@@ -303,7 +325,8 @@ impl Geometry {
             );
             let target = &mut dx[self.input(image, group)];
             if self.pointwise() {
-                multiply(
+                multiply_in(
+                    compute,
                     &mut target[rows.start * self.ow..],
                     plane,
                     false,
@@ -312,7 +335,14 @@ impl Geometry {
                 );
             } else {
                 col.resize(self.patch() * pixels, 0.0);
-                multiply(&mut col, pixels, false, self.weight(w, group).t(), dy);
+                multiply_in(
+                    compute,
+                    &mut col,
+                    pixels,
+                    false,
+                    self.weight(w, group).t(),
+                    dy,
+                );
                 self.fold(&col, rows, target);
             }
         });
@@ -345,7 +375,7 @@ impl Geometry {
                     self.patch(),
                     true,
                     dy,
-                    View::rows(&col, self.patch(), pixels, pixels).t(),
+                    View::rows(col.as_slice(), self.patch(), pixels, pixels).t(),
                 );
             }
         });
@@ -385,7 +415,8 @@ impl CustomOp2 for Conv2d {
     ) -> Result<(CpuStorage, Shape)> {
         let g = Geometry::new(l1.shape(), l2.shape(), self.0)?;
         let mut y = vec![0f32; g.n * g.o * g.oh * g.ow];
-        g.forward(&mut y, false, values(s1, l1)?, values(s2, l2)?);
+        let (x, w) = (values(s1, l1)?, values(s2, l2)?);
+        g.forward(Compute::F32, &mut y, false, x, w.into());
         Ok((CpuStorage::F32(y), (g.n, g.o, g.oh, g.ow).into()))
     }
 
@@ -427,7 +458,8 @@ impl CustomOp2 for InputGradient {
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let g = self.0;
-        let dx = g.input_gradient(values(s1, l1)?, values(s2, l2)?);
+        let (w, dy) = (values(s1, l1)?, values(s2, l2)?);
+        let dx = g.input_gradient(Compute::F32, w.into(), dy);
         Ok((CpuStorage::F32(dx), (g.n, g.c, g.h, g.w).into()))
     }
 }

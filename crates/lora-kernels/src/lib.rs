@@ -5,12 +5,13 @@
 //! backward pass, the gradient of *every* operand, frozen or not. For a network
 //! with 860 million frozen weights that is 3.4 GB and half of the time spent on
 //! numbers nobody reads. The operations here return a gradient only for operands
-//! that are tracked, and run on the [`gemm`] crate.
+//! that are tracked.
 //!
 //! * [`linear`]: `x W^T + b`
 //! * [`conv2d`]: convolution with stride, padding, dilation and groups
 //! * [`linear_added`], [`conv2d_added`]: the same with a frozen weight, which may be stored
-//!   in 16 bits, and with low-rank branches, residual and shift added in place
+//!   in 16 bits, and with low-rank branches, residual and shift added in place; in f32, or with
+//!   operands rounded to bf16 ([`Compute`])
 //! * [`attention`]: scaled dot-product attention that never holds all scores
 //! * [`layer_norm`], [`group_norm`] (SiLU behind it if wanted), [`silu`], [`geglu`]
 //! * [`upsample_nearest2x`]: nearest-neighbour doubling
@@ -18,8 +19,16 @@
 //!
 //! Each takes and returns ordinary candle tensors. On a CPU with f32 tensors the
 //! fast path runs; for every other device or dtype the same function is composed
-//! of candle operations. The environment variable `LORA_KERNELS=plain`, read
-//! once, forces the composed path everywhere; [`plain`] has it by name.
+//! of candle operations, in f32 whatever the [`Compute`].
+//!
+//! Matrix products and attention have AVX-512 kernels for processors with AVX512_BF16, found at
+//! run time. Elsewhere products run on the [`gemm`] crate, those in bf16 on values rounded to
+//! bf16 and widened again. The environment variable `LORA_KERNELS`, read once, forces a path:
+//!
+//! * `plain`: candle's operations everywhere; [`plain`] has them by name
+//! * `generic`: nothing that is compiled for a particular processor here; the gemm crate still
+//!   chooses its own kernels
+//! * anything else, or unset: what the processor has
 //!
 //! ```
 //! use candle_core::{Device, Tensor};
@@ -32,12 +41,14 @@
 //! ```
 
 // The only crate of the family that may contain `unsafe`: calls of the gemm
-// kernel, behind a function that checks the extents first, and one setting of the
-// C allocator.
+// kernels, behind functions that check the extents first, and what programs set at
+// their start.
 #![allow(unsafe_code)]
 
 mod added;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod channels;
 mod checkpoint;
 mod conv2d;
@@ -61,14 +72,42 @@ pub use attention::attention;
 pub use checkpoint::checkpoint;
 pub use conv2d::{Conv2dParams, conv2d};
 pub use linear::linear;
-pub use memory::keep_freed_memory;
+pub use memory::{keep_candle_to_one_thread, keep_freed_memory};
 pub use norm::{group_norm, layer_norm};
 pub use pointwise::{geglu, silu};
 pub use upsample::upsample_nearest2x;
 
-fn plain_forced() -> bool {
-    static PLAIN: OnceLock<bool> = OnceLock::new();
-    *PLAIN.get_or_init(|| std::env::var("LORA_KERNELS").is_ok_and(|v| v == "plain"))
+/// What the products with frozen weights, and those inside attention, are computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Compute {
+    /// f32 throughout.
+    #[default]
+    F32,
+    /// Operands are rounded to bf16 once, sums are f32. Where f32 is as fast (3x3
+    /// convolutions by Winograd's algorithm) it stays f32. Low-rank branches, norms,
+    /// activation functions, softmax and all gradients of trained factors are f32.
+    Bf16,
+}
+
+/// Which implementation runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Path {
+    /// candle's operations.
+    Plain,
+    /// No instruction beyond the target's, except those inside the gemm crate.
+    Generic,
+    /// What the processor has.
+    Native,
+}
+
+/// The path that `LORA_KERNELS` asks for; read once.
+fn path() -> Path {
+    static PATH: OnceLock<Path> = OnceLock::new();
+    *PATH.get_or_init(|| match std::env::var("LORA_KERNELS").as_deref() {
+        Ok("plain") => Path::Plain,
+        Ok("generic") => Path::Generic,
+        _ => Path::Native,
+    })
 }
 
 /// The processor's level that the operations here make use of, in words.
@@ -77,12 +116,16 @@ fn plain_forced() -> bool {
 /// println!("running on {}", lora_kernels::level());
 /// ```
 pub fn level() -> &'static str {
-    if plain_forced() {
-        return "plain operations (LORA_KERNELS=plain)";
+    match path() {
+        Path::Plain => return "plain operations (LORA_KERNELS=plain)",
+        Path::Generic => return "generic kernels (LORA_KERNELS=generic)",
+        Path::Native => {}
     }
     #[cfg(target_arch = "x86_64")]
     {
-        if is_x86_feature_detected!("avx512f") {
+        if avx512::available() {
+            "AVX-512 with BF16"
+        } else if is_x86_feature_detected!("avx512f") {
             "AVX-512"
         } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             "AVX2"
@@ -97,7 +140,7 @@ pub fn level() -> &'static str {
 /// Whether the fast path applies to these operands: all f32, on a CPU, and not
 /// switched off by `LORA_KERNELS=plain`.
 fn fast(tensors: &[&Tensor]) -> bool {
-    !plain_forced()
+    path() != Path::Plain
         && tensors
             .iter()
             .all(|t| t.device().is_cpu() && t.dtype() == DType::F32)

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tenso
 
 use crate::added::{Added, frozen, linear_added};
 use crate::matrix::{View, fill_rows, multiply};
-use crate::{fast, plain, values};
+use crate::{Compute, fast, plain, values};
 
 /// Linear layer: `x` `[.., i]`, `weight` `[o, i]`, `bias` `[o]`; returns `[.., o]`.
 ///
@@ -12,7 +12,7 @@ use crate::{fast, plain, values};
 /// When the shapes do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     if frozen(weight, bias) || weight.dtype() != x.dtype() {
-        return linear_added(x, weight, bias, &Added::default());
+        return linear_added(x, weight, bias, Compute::F32, &Added::default());
     }
     let mut operands = vec![x, weight];
     operands.extend(bias);

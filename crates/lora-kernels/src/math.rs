@@ -3,10 +3,15 @@
 
 use pulp::Arch;
 
+use crate::{Path, path};
+
 /// Runs `body` compiled for the widest vectors of this processor. Everything called
 /// inside must be `#[inline(always)]` to take part.
 pub(crate) fn vectorized<R>(body: impl FnOnce() -> R) -> R {
-    Arch::new().dispatch(body)
+    match path() {
+        Path::Native => Arch::new().dispatch(body),
+        Path::Generic | Path::Plain => body(),
+    }
 }
 
 /// `e^x`, relative error below 2e-7; 0 below -87, finite above 88.

@@ -1,14 +1,73 @@
-//! Strided matrix views and their product: the safe face of the gemm kernel.
+//! Strided matrix views and their product: the safe face of the matrix kernels.
+
+use std::borrow::Cow;
 
 use gemm::Parallelism;
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::Compute;
+#[cfg(target_arch = "x86_64")]
+use crate::{Path, avx512, path};
 
 /// Products with fewer multiplications run on the calling thread.
 const PARALLEL_PRODUCTS: usize = 1 << 20;
 
-/// A read-only matrix inside a slice: element `(i, j)` lies at `i * rows + j * cols`.
+/// The values of an operand, as they are stored.
+#[derive(Clone, Copy)]
+pub(crate) enum Values<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> From<&'a [f32]> for Values<'a> {
+    fn from(values: &'a [f32]) -> Self {
+        Values::F32(values)
+    }
+}
+
+impl<'a> From<&'a [bf16]> for Values<'a> {
+    fn from(values: &'a [bf16]) -> Self {
+        Values::Bf16(values)
+    }
+}
+
+impl<'a> Values<'a> {
+    fn len(self) -> usize {
+        match self {
+            Values::F32(v) => v.len(),
+            Values::Bf16(v) => v.len(),
+        }
+    }
+
+    /// The values from `start` on.
+    pub(crate) fn from(self, start: usize) -> Self {
+        match self {
+            Values::F32(v) => Values::F32(&v[start..]),
+            Values::Bf16(v) => Values::Bf16(&v[start..]),
+        }
+    }
+
+    fn wide(self) -> Cow<'a, [f32]> {
+        match self {
+            Values::F32(v) => Cow::Borrowed(v),
+            Values::Bf16(v) => Cow::Owned(v.iter().map(|v| v.to_f32()).collect()),
+        }
+    }
+
+    fn rounded(self, at: usize) -> f32 {
+        match self {
+            Values::F32(v) => bf16::from_f32(v[at]).to_f32(),
+            Values::Bf16(v) => v[at].to_f32(),
+        }
+    }
+}
+
+/// A read-only matrix inside a slice: element `(i, j)` lies at `i * rows + j * cols`; one of
+/// the strides is 1.
 #[derive(Clone, Copy)]
 pub(crate) struct View<'a> {
-    data: &'a [f32],
+    data: Values<'a>,
     height: usize,
     width: usize,
     row_stride: usize,
@@ -17,7 +76,13 @@ pub(crate) struct View<'a> {
 
 impl<'a> View<'a> {
     /// `height` rows of `width` values, each row `stride` after the one before.
-    pub(crate) fn rows(data: &'a [f32], height: usize, width: usize, stride: usize) -> Self {
+    pub(crate) fn rows(
+        data: impl Into<Values<'a>>,
+        height: usize,
+        width: usize,
+        stride: usize,
+    ) -> Self {
+        let data = data.into();
         let view = View {
             data,
             height,
@@ -43,6 +108,26 @@ impl<'a> View<'a> {
     fn extent(&self) -> usize {
         extent(self.height, self.width, self.row_stride, self.col_stride)
     }
+
+    /// The values rounded to bf16, in f32; they and the view over them lie apart.
+    fn rounded(self) -> (Vec<f32>, impl Fn(&'_ [f32]) -> View<'_>) {
+        let rows = self.col_stride == 1;
+        let (outer, inner, stride) = match rows {
+            true => (self.height, self.width, self.row_stride),
+            false => (self.width, self.height, self.col_stride),
+        };
+        let mut values = vec![0f32; outer * inner];
+        let lines = values.par_chunks_mut(inner.max(1)).enumerate();
+        lines.for_each(|(o, line)| {
+            for (i, value) in line.iter_mut().enumerate() {
+                *value = self.data.rounded(o * stride + i);
+            }
+        });
+        (values, move |values| {
+            let view = View::rows(values, outer, inner, inner);
+            if rows { view } else { view.t() }
+        })
+    }
 }
 
 fn extent(height: usize, width: usize, row_stride: usize, col_stride: usize) -> usize {
@@ -65,27 +150,121 @@ pub(crate) fn multiply(
     a: View<'_>,
     b: View<'_>,
 ) {
-    // Waking other threads costs more than a small product.
-    let small = a.height * a.width * b.width < PARALLEL_PRODUCTS;
-    let parallelism = if small {
-        Parallelism::None
-    } else {
-        Parallelism::Rayon(0)
-    };
-    product(dst, dst_stride, accumulate, a, b, parallelism);
+    multiply_in(Compute::F32, dst, dst_stride, accumulate, a, b);
 }
 
-/// The same on the calling thread, for callers that divide the work themselves.
-pub(crate) fn multiply_here(
+/// The same; under [`Compute::Bf16`] both operands are rounded to bf16 first.
+pub(crate) fn multiply_in(
+    compute: Compute,
     dst: &mut [f32],
     dst_stride: usize,
     accumulate: bool,
     a: View<'_>,
     b: View<'_>,
 ) {
-    product(dst, dst_stride, accumulate, a, b, Parallelism::None);
+    // Waking other threads costs more than a small product.
+    let parallel = a.height * a.width * b.width >= PARALLEL_PRODUCTS;
+    dispatch(compute, dst, dst_stride, accumulate, a, b, parallel);
 }
 
+/// [`multiply_in`] on the calling thread, for callers that divide the work themselves.
+pub(crate) fn multiply_here(
+    compute: Compute,
+    dst: &mut [f32],
+    dst_stride: usize,
+    accumulate: bool,
+    a: View<'_>,
+    b: View<'_>,
+) {
+    dispatch(compute, dst, dst_stride, accumulate, a, b, false);
+}
+
+/// Whether products run on the kernels here; else on those of the gemm crate.
+pub(crate) fn native_products() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return path() == Path::Native && avx512::available();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Whether operands of bf16 need no widening before a product; elsewhere each product widens
+/// them for itself.
+pub(crate) fn reads_narrow(compute: Compute) -> bool {
+    compute == Compute::Bf16 || native_products()
+}
+
+fn dispatch(
+    compute: Compute,
+    dst: &mut [f32],
+    stride: usize,
+    accumulate: bool,
+    a: View<'_>,
+    b: View<'_>,
+    parallel: bool,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if native_products() {
+        return match compute {
+            Compute::F32 => native::<avx512::F32>(dst, stride, accumulate, a, b, parallel),
+            Compute::Bf16 => native::<avx512::Bf16>(dst, stride, accumulate, a, b, parallel),
+        };
+    }
+    let parallelism = match parallel {
+        true => Parallelism::Rayon(0),
+        false => Parallelism::None,
+    };
+    match compute {
+        Compute::F32 => product(dst, stride, accumulate, a, b, parallelism),
+        Compute::Bf16 => {
+            let ((a, view_a), (b, view_b)) = (a.rounded(), b.rounded());
+            product(dst, stride, accumulate, view_a(&a), view_b(&b), parallelism);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn native<S: avx512::Arithmetic>(
+    dst: &mut [f32],
+    stride: usize,
+    accumulate: bool,
+    a: View<'_>,
+    b: View<'_>,
+    parallel: bool,
+) where
+    f32: avx512::Element<S>,
+    bf16: avx512::Element<S>,
+{
+    use avx512::{Operand, multiply};
+    fn left<'a, T>(data: &'a [T], a: View<'_>) -> Operand<'a, T> {
+        Operand {
+            data,
+            outer: a.height,
+            inner: a.width,
+            outer_stride: a.row_stride,
+            inner_stride: a.col_stride,
+        }
+    }
+    fn right<'a, T>(data: &'a [T], b: View<'_>) -> Operand<'a, T> {
+        left(data, b.t())
+    }
+    let add = accumulate;
+    match (a.data, b.data) {
+        (Values::F32(x), Values::F32(y)) => {
+            multiply::<S, _, _>(dst, stride, add, left(x, a), right(y, b), parallel);
+        }
+        (Values::F32(x), Values::Bf16(y)) => {
+            multiply::<S, _, _>(dst, stride, add, left(x, a), right(y, b), parallel);
+        }
+        (Values::Bf16(x), Values::F32(y)) => {
+            multiply::<S, _, _>(dst, stride, add, left(x, a), right(y, b), parallel);
+        }
+        (Values::Bf16(x), Values::Bf16(y)) => {
+            multiply::<S, _, _>(dst, stride, add, left(x, a), right(y, b), parallel);
+        }
+    }
+}
+
+/// The product in f32, whatever the operands are stored in.
 fn product(
     dst: &mut [f32],
     dst_stride: usize,
@@ -107,6 +286,7 @@ fn product(
     if m == 0 || n == 0 {
         return;
     }
+    let (a_values, b_values) = (a.data.wide(), b.data.wide());
     // SAFETY: the three assertions above keep every element that the kernel
     // touches inside the slices; `dst` is borrowed exclusively, so it cannot
     // overlap the operands.
@@ -119,10 +299,10 @@ fn product(
             1,
             dst_stride as isize,
             accumulate,
-            a.data.as_ptr(),
+            a_values.as_ptr(),
             a.col_stride as isize,
             a.row_stride as isize,
-            b.data.as_ptr(),
+            b_values.as_ptr(),
             b.col_stride as isize,
             b.row_stride as isize,
             1.0f32,

@@ -10,8 +10,9 @@
 
 use rayon::prelude::*;
 
+use crate::Compute;
 use crate::math::vectorized;
-use crate::matrix::{View, multiply_here};
+use crate::matrix::{Values, View, multiply_here};
 
 /// Points of a transformed tile.
 const POINTS: usize = 36;
@@ -54,7 +55,7 @@ impl Winograd {
     }
 
     /// Writes the convolution of one image to `y`, or adds it with `accumulate`.
-    pub(crate) fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: &[f32]) {
+    pub(crate) fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
         let tiles = self.tiles();
         let plane = self.h * self.w;
         let mut v = vec![0f32; self.c * POINTS * tiles];
@@ -67,11 +68,16 @@ impl Winograd {
             .for_each(|(number, y)| {
                 let outputs = y.len() / plane;
                 let mut u = vec![0f32; POINTS * outputs * self.c];
-                vectorized(|| self.transform_weight(weight, number * chunk, outputs, &mut u));
+                let first = number * chunk;
+                vectorized(|| match weight {
+                    Values::F32(w) => self.transform_weight(w, first, outputs, &mut u),
+                    Values::Bf16(w) => self.transform_weight(w, first, outputs, &mut u),
+                });
                 let mut m = vec![0f32; outputs * POINTS * tiles];
                 for point in 0..POINTS {
                     let u = &u[point * outputs * self.c..];
                     multiply_here(
+                        Compute::F32,
                         &mut m[point * tiles..],
                         POINTS * tiles,
                         false,
@@ -131,7 +137,13 @@ impl Winograd {
 
     /// The weights of `outputs` output channels from `first` on: `[36][output][channel]`.
     #[inline(always)]
-    fn transform_weight(&self, weight: &[f32], first: usize, outputs: usize, u: &mut [f32]) {
+    fn transform_weight<T: Copy + Into<f32>>(
+        &self,
+        weight: &[T],
+        first: usize,
+        outputs: usize,
+        u: &mut [f32],
+    ) {
         let c = self.c;
         // Taps apart: [output][9][channel].
         let mut taps = vec![0f32; outputs * 9 * c];
@@ -140,7 +152,7 @@ impl Winograd {
                 let kernels = &weight[(channel * self.o + first) * 9..][..outputs * 9];
                 for (output, kernel) in kernels.chunks_exact(9).enumerate() {
                     for (tap, value) in kernel.iter().enumerate() {
-                        taps[(output * 9 + 8 - tap) * c + channel] = *value;
+                        taps[(output * 9 + 8 - tap) * c + channel] = (*value).into();
                     }
                 }
             }
@@ -150,7 +162,7 @@ impl Winograd {
                 let taps = &mut taps[output * 9 * c..][..9 * c];
                 for (channel, kernel) in kernels.chunks_exact(9).enumerate() {
                     for (tap, value) in kernel.iter().enumerate() {
-                        taps[tap * c + channel] = *value;
+                        taps[tap * c + channel] = (*value).into();
                     }
                 }
             }

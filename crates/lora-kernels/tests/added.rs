@@ -2,66 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
-use candle_core::{DType, Device, Result, Tensor, Var};
-use lora_kernels::{Added, Conv2dParams, conv2d_added, linear_added, plain};
+mod common;
 
-fn noise(dims: &[usize], seed: u32) -> Tensor {
-    let mut state = seed.wrapping_mul(2_654_435_761) | 1;
-    let values: Vec<f32> = (0..dims.iter().product())
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 17;
-            state ^= state << 5;
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        })
-        .collect();
-    Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
-}
-
-fn var(dims: &[usize], seed: u32) -> Var {
-    Var::from_tensor(&noise(dims, seed)).unwrap()
-}
-
-fn flat(t: &Tensor) -> Vec<f32> {
-    t.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-fn close(what: &str, a: &Tensor, b: &Tensor) {
-    assert_eq!(a.dims(), b.dims(), "{what}");
-    let (a, b) = (flat(a), flat(b));
-    let scale = b.iter().fold(1e-3f32, |m, v| m.max(v.abs()));
-    for (a, b) in a.iter().zip(&b) {
-        assert!((a - b).abs() <= 2e-5 * scale, "{what}: {a} {b}");
-    }
-}
-
-/// Compares values and gradients of two functions of the same variables.
-fn compare(
-    what: &str,
-    vars: &[Var],
-    fast: &dyn Fn() -> Result<Tensor>,
-    slow: &dyn Fn() -> Result<Tensor>,
-) {
-    let (a, b) = (fast().unwrap(), slow().unwrap());
-    close(what, &a, &b);
-    let weight = noise(a.dims(), 99);
-    let grads = |y: Tensor| {
-        (y * &weight)
-            .unwrap()
-            .sum_all()
-            .unwrap()
-            .backward()
-            .unwrap()
-    };
-    let (ga, gb) = (grads(a), grads(b));
-    for (i, v) in vars.iter().enumerate() {
-        let name = format!("{what}, gradient {i}");
-        match (ga.get(v), gb.get(v)) {
-            (Some(a), Some(b)) => close(&name, a, b),
-            (a, b) => panic!("{name}: {} {}", a.is_some(), b.is_some()),
-        }
-    }
-}
+use candle_core::{DType, Tensor};
+use common::{compare, flat, noise, var};
+use lora_kernels::{Added, Compute, Conv2dParams, conv2d_added, linear_added, plain};
 
 fn halves(weight: &Tensor) -> Vec<(DType, Tensor)> {
     [DType::F32, DType::F16, DType::BF16]
@@ -99,7 +44,7 @@ fn linear_sums() {
             compare(
                 &format!("linear {dtype:?} {rows}x{i}x{o}"),
                 &vars,
-                &|| linear_added(&x, &weight, Some(&bias), &added),
+                &|| linear_added(&x, &weight, Some(&bias), Compute::F32, &added),
                 &|| {
                     let y = plain::linear(&x, &wide, Some(&bias))?;
                     let y = (y + plain::linear(&m, &up, None)?)?;
@@ -111,7 +56,15 @@ fn linear_sums() {
             compare(
                 &format!("transposed {dtype:?}"),
                 std::slice::from_ref(&xt),
-                &|| linear_added(&xt.transpose(1, 2)?, &weight, None, &Added::default()),
+                &|| {
+                    linear_added(
+                        &xt.transpose(1, 2)?,
+                        &weight,
+                        None,
+                        Compute::F32,
+                        &Added::default(),
+                    )
+                },
                 &|| plain::linear(&xt.transpose(1, 2)?.contiguous()?, &wide, None),
             );
         }
@@ -147,7 +100,7 @@ fn convolution_sums() {
             compare(
                 &format!("conv {dtype:?} {n} {i} {o} {k} {stride}"),
                 &[x.clone(), m.clone(), up.clone(), res.clone(), shift.clone()],
-                &|| conv2d_added(&x, &weight, Some(&bias), p, &added),
+                &|| conv2d_added(&x, &weight, Some(&bias), p, Compute::F32, &added),
                 &|| {
                     let y = plain::conv2d(&x, &wide, Some(&bias), p)?;
                     let y = y.broadcast_add(&shift.reshape((n, o, 1, 1))?)?;
@@ -159,7 +112,7 @@ fn convolution_sums() {
             compare(
                 &format!("bare conv {dtype:?}"),
                 std::slice::from_ref(&x),
-                &|| conv2d_added(&x, &weight, None, p, &Added::default()),
+                &|| conv2d_added(&x, &weight, None, p, Compute::F32, &Added::default()),
                 &|| plain::conv2d(&x, &wide, None, p),
             );
         }
@@ -172,8 +125,8 @@ fn a_weight_of_16_bits_gives_the_result_of_the_same_weight_in_f32() {
     for dtype in [DType::F16, DType::BF16] {
         let narrow = noise(&[96, 64], 2).to_dtype(dtype).unwrap();
         let wide = narrow.to_dtype(DType::F32).unwrap();
-        let a = linear_added(&x, &narrow, None, &Added::default()).unwrap();
-        let b = linear_added(&x, &wide, None, &Added::default()).unwrap();
+        let a = linear_added(&x, &narrow, None, Compute::F32, &Added::default()).unwrap();
+        let b = linear_added(&x, &wide, None, Compute::F32, &Added::default()).unwrap();
         assert_eq!(flat(&a), flat(&b));
     }
 }
@@ -194,7 +147,7 @@ fn tracked_weights_still_get_their_gradient() {
     compare(
         "tracked",
         &[x.clone(), w.clone(), m.clone(), up.clone()],
-        &|| linear_added(&x, &w, None, &added),
+        &|| linear_added(&x, &w, None, Compute::F32, &added),
         &|| plain::linear(&x, &w, None)? + plain::linear(&m, &up, None)?,
     );
 }
@@ -219,7 +172,7 @@ fn threads_do_not_change_results() {
                 padding: 1,
                 ..Conv2dParams::default()
             };
-            let y = conv2d_added(&x, &weight, None, p, &added).unwrap();
+            let y = conv2d_added(&x, &weight, None, p, Compute::F32, &added).unwrap();
             let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
             let mut all = flat(&y);
             for v in [&x, &m, &up] {
@@ -239,20 +192,29 @@ fn sizes_that_do_not_fit_are_errors() {
         low_rank: &wrong,
         ..Added::default()
     };
-    assert!(linear_added(&x, &w, None, &added).is_err());
+    assert!(linear_added(&x, &w, None, Compute::F32, &added).is_err());
     let residual = noise(&[2, 5], 5);
     let added = Added {
         residual: Some(&residual),
         ..Added::default()
     };
-    assert!(linear_added(&x, &w, None, &added).is_err());
-    assert!(linear_added(&noise(&[2, 4], 6), &w, None, &Added::default()).is_err());
+    assert!(linear_added(&x, &w, None, Compute::F32, &added).is_err());
+    assert!(
+        linear_added(
+            &noise(&[2, 4], 6),
+            &w,
+            None,
+            Compute::F32,
+            &Added::default()
+        )
+        .is_err()
+    );
     let shift = noise(&[2, 4], 7);
     let added = Added {
         shift: Some(&shift),
         ..Added::default()
     };
-    assert!(linear_added(&x, &w, None, &added).is_err());
+    assert!(linear_added(&x, &w, None, Compute::F32, &added).is_err());
 }
 
 #[test]
@@ -301,14 +263,19 @@ fn large_3x3_convolutions_agree_with_candle() {
         compare(
             &format!("3x3 {n} {c} {o} {h} {w}"),
             &[x.clone(), res.clone()],
-            &|| conv2d_added(&x, &weight, None, p, &added),
+            &|| conv2d_added(&x, &weight, None, p, Compute::F32, &added),
             &|| plain::conv2d(&x, &weight, None, p)? + res.as_tensor(),
         );
         compare(
             &format!("3x3 alone {n} {c} {o} {h} {w}"),
             std::slice::from_ref(&x),
-            &|| conv2d_added(&x, &weight, None, p, &Added::default()),
+            &|| conv2d_added(&x, &weight, None, p, Compute::F32, &Added::default()),
             &|| plain::conv2d(&x, &weight, None, p),
         );
     }
+}
+
+#[test]
+fn generic_kernels() {
+    common::again_with_generic_kernels();
 }

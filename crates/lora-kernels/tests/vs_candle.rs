@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use candle_core::{Device, Result, Tensor, Var};
 use lora_kernels::{
-    Conv2dParams, attention, conv2d, geglu, group_norm, layer_norm, linear, plain, silu,
+    Compute, Conv2dParams, attention, conv2d, geglu, group_norm, layer_norm, linear, plain, silu,
     upsample_nearest2x,
 };
 
@@ -248,7 +250,7 @@ fn attention_agrees_with_candle() {
         compare(
             &what,
             &[&[n, lq, c], &[n, lk, c], &[n, lk, c]],
-            &|t| attention(&t[0], &t[1], &t[2], heads, causal),
+            &|t| attention(&t[0], &t[1], &t[2], heads, causal, Compute::F32),
             &|t| plain::attention(&t[0], &t[1], &t[2], heads, causal),
         );
     }
@@ -269,7 +271,7 @@ fn attention_with_frozen_keys_gives_the_queries_their_gradient() {
             .unwrap()
             .clone()
     };
-    let got = gradient(attention(&q, &k, &v, 2, false).unwrap());
+    let got = gradient(attention(&q, &k, &v, 2, false, Compute::F32).unwrap());
     assert_close(
         "dq",
         &got,
@@ -364,4 +366,9 @@ fn pointwise_operations_agree_with_candle() {
         &|t| geglu(&(&t[0] * 4.0)?),
         &|t| plain::geglu(&(&t[0] * 4.0)?),
     );
+}
+
+#[test]
+fn generic_kernels() {
+    common::again_with_generic_kernels();
 }

@@ -179,10 +179,14 @@ impl EncoderLayer {
             self.k_proj.forward(&normal)?,
             self.v_proj.forward(&normal)?,
         );
-        let x = (self
-            .out_proj
-            .forward(&attention(&q, &k, &v, self.heads, true)?)?
-            + x)?;
+        let x = (self.out_proj.forward(&attention(
+            &q,
+            &k,
+            &v,
+            self.heads,
+            true,
+            self.q_proj.compute(),
+        )?)? + x)?;
         let inner = quick_gelu(&self.fc1.forward(&self.layer_norm2.forward(&x)?)?)?;
         self.fc2.forward(&inner)? + x
     }

@@ -3,7 +3,7 @@
 
 use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
-use lora_core::{Conv2dParams, Layer};
+use lora_core::{Compute, Conv2dParams, Layer};
 
 use crate::VaeConfig;
 use crate::unet::{POINT, Resnet, SAME};
@@ -406,9 +406,14 @@ impl Mid {
             self.to_k.forward(&tokens)?,
             self.to_v.forward(&tokens)?,
         );
-        let y = self
-            .to_out
-            .forward(&lora_kernels::attention(&q, &k, &v, 1, false)?)?;
+        let y = self.to_out.forward(&lora_kernels::attention(
+            &q,
+            &k,
+            &v,
+            1,
+            false,
+            Compute::F32,
+        )?)?;
         let x = (y.transpose(1, 2)?.contiguous()?.reshape((n, c, h, w))? + x)?;
         self.resnets[1].forward(&x, None)
     }

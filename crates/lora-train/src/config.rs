@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
-use lora_core::{AdapterConfig, Dropout, Family, Targets};
+use lora_core::{AdapterConfig, Compute, Dropout, Family, Targets};
 use lora_data::{CaptionConfig, DatasetConfig, Interpolation, Size, SubsetConfig};
 use lora_sd15::{NoiseSchedule, TIMESTEPS, WeightStorage};
 use serde::{Deserialize, Serialize};
@@ -852,9 +852,13 @@ impl TrainConfig {
         }
         if self.mixed_precision != "no" {
             list.push(format!(
-                "mixed_precision {}: the UNet's frozen weights are kept so; everything is computed \
-                 in f32",
-                self.mixed_precision
+                "mixed_precision {}: the UNet's frozen weights are kept so{}; adapters, norms, loss \
+                 and optimizer are computed in f32",
+                self.mixed_precision,
+                match self.compute() {
+                    Compute::Bf16 => ", and their products computed in it",
+                    Compute::F32 => "",
+                }
             ));
         }
         list
@@ -868,6 +872,15 @@ impl TrainConfig {
             "fp16" => WeightStorage::F16,
             _ if self.base_weights.is_empty() => WeightStorage::AsStored,
             _ => WeightStorage::F32,
+        }
+    }
+
+    /// What the UNet's products with frozen weights are computed in: bf16 for
+    /// `mixed_precision` `bf16`, else f32.
+    pub fn compute(&self) -> Compute {
+        match self.mixed_precision.as_str() {
+            "bf16" => Compute::Bf16,
+            _ => Compute::F32,
         }
     }
 

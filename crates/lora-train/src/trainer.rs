@@ -164,6 +164,7 @@ impl Trainer {
         };
         model.set_gradient_checkpointing(config.gradient_checkpointing)?;
         let Parts { unet, text_encoder } = model.parts();
+        unet.set_compute(config.compute())?;
         setup::merge_base_weights(&config, unet, text_encoder, device)?;
         let mut warn = |text: &str| observer.event(&Event::Warning(text));
         let adapters = setup::adapters(&config, unet, text_encoder, streams, &mut warn)?;

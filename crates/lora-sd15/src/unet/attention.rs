@@ -124,7 +124,7 @@ impl Attention {
             self.to_k.forward(context)?,
             self.to_v.forward(context)?,
         );
-        let y = attention(&q, &k, &v, self.heads, false)?;
+        let y = attention(&q, &k, &v, self.heads, false, self.to_q.compute())?;
         self.to_out.forward_added(&y, None, Some(residual))
     }
 
@@ -137,9 +137,12 @@ impl Attention {
 }
 
 impl FeedForward {
-    /// GEGLU: the first half of the projection times gelu (exact form) of the second.
+    /// GEGLU: the first half of the projection times gelu (exact form) of the second. What it
+    /// gives is not kept for the backward pass but computed again.
     fn forward(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        let gated = lora_kernels::geglu(&self.proj.forward(x)?)?;
-        self.out.forward_added(&gated, None, Some(residual))
+        let out = self.out.clone();
+        lora_kernels::checkpoint(&[&self.proj.forward(x)?, residual], move |t| {
+            out.forward_added(&lora_kernels::geglu(&t[0])?, None, Some(&t[1]))
+        })
     }
 }

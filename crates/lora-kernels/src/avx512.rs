@@ -1,0 +1,841 @@
+//! Matrix products with AVX-512, in f32 or with operands rounded to bf16.
+//!
+//! The inner dimension is cut into words of 32 bits: one f32 value, or two bf16 values that
+//! follow one another, which is what `vdpbf16ps` multiplies. The left operand lies row by
+//! row, the right one in panels of 64 columns, `[word][column]`; a tile of 6 rows by 64
+//! columns is summed in registers. A left operand whose rows are stored that way already is
+//! read where it lies. Everything else is laid out (and rounded, to nearest, ties to even)
+//! once per product: for the operand with fewer rows or columns at once, for the other one
+//! block by block, by the thread that multiplies it.
+
+use std::arch::x86_64::*;
+use std::marker::PhantomData;
+
+use half::bf16;
+use rayon::prelude::*;
+
+/// Columns of a panel.
+const PANEL: usize = 64;
+/// Rows of a tile; with four vectors of 16 columns its sums fill 24 registers.
+const TILE: usize = 6;
+/// Most words multiplied before sums are written: a panel's part (64 KB) stays in the
+/// second-level cache.
+const DEPTH: usize = 256;
+/// Rows, or panels, per task.
+const TASK_ROWS: usize = 16 * TILE;
+const TASK_PANELS: usize = 2;
+/// Products with fewer multiplications run on the calling thread.
+const PARALLEL_PRODUCTS: usize = 1 << 20;
+
+/// Whether this processor can do it. BF16 is asked for by the f32 products, too, so that all
+/// functions here are compiled for one set of instructions.
+pub(crate) fn available() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512bf16")
+}
+
+fn check_processor() {
+    assert!(available(), "the processor lacks AVX-512 with BF16");
+}
+
+/// How words are multiplied.
+pub(crate) trait Arithmetic: Copy + Send + Sync + 'static {
+    /// What a word is made of.
+    type Value: Copy;
+    /// Values per word.
+    const VALUES: usize;
+
+    /// `sum + a b`, where words of several values add all their products.
+    ///
+    /// # Safety
+    /// The processor is able.
+    unsafe fn add_product(sum: __m512, a: __m512i, b: __m512i) -> __m512;
+}
+
+/// f32 throughout.
+#[derive(Clone, Copy)]
+pub(crate) struct F32;
+
+/// Operands in bf16, sums in f32.
+#[derive(Clone, Copy)]
+pub(crate) struct Bf16;
+
+impl Arithmetic for F32 {
+    type Value = f32;
+    const VALUES: usize = 1;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn add_product(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
+        _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum)
+    }
+}
+
+impl Arithmetic for Bf16 {
+    type Value = bf16;
+    const VALUES: usize = 2;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn add_product(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
+        // SAFETY: both types are 64 bytes without invalid values.
+        let [a, b] = [a, b].map(|word| unsafe { std::mem::transmute::<__m512i, __m512bh>(word) });
+        _mm512_dpbf16_ps(sum, a, b)
+    }
+}
+
+/// A value that words can be made of.
+pub(crate) trait Element<S: Arithmetic>: Plain + Copy + Send + Sync {
+    /// Whether values are stored as in words.
+    const IN_PLACE: bool;
+
+    /// `n` values in their order as 16 words, zeros behind them.
+    ///
+    /// # Safety
+    /// AVX-512 with BW, VL and BF16; `from` is good for reading `n` values.
+    unsafe fn along(from: *const Self, n: usize) -> __m512i;
+
+    /// 16 words of values of one row, or, where a word has two, of two rows: `n` words, then
+    /// zeros; zeros for the second row where `single`.
+    ///
+    /// # Safety
+    /// As for `along`, for both pointers; the second is not read where `single`.
+    unsafe fn across(first: *const Self, second: *const Self, n: usize, single: bool) -> __m512i;
+}
+
+fn mask16(n: usize) -> __mmask16 {
+    ((1u32 << n.min(16)) - 1) as __mmask16
+}
+
+impl Element<F32> for f32 {
+    const IN_PLACE: bool = true;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn along(from: *const f32, n: usize) -> __m512i {
+        // SAFETY: the mask keeps the reads to `n` values.
+        unsafe { _mm512_maskz_loadu_epi32(mask16(n), from.cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn across(first: *const f32, _: *const f32, n: usize, _: bool) -> __m512i {
+        // SAFETY: the caller's word.
+        unsafe { <f32 as Element<F32>>::along(first, n) }
+    }
+}
+
+impl Element<F32> for bf16 {
+    const IN_PLACE: bool = false;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn along(from: *const bf16, n: usize) -> __m512i {
+        // SAFETY: the mask keeps the reads to `n` values.
+        let narrow = unsafe { _mm256_maskz_loadu_epi16(mask16(n), from.cast()) };
+        _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(narrow))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn across(first: *const bf16, _: *const bf16, n: usize, _: bool) -> __m512i {
+        // SAFETY: the caller's word.
+        unsafe { <bf16 as Element<F32>>::along(first, n) }
+    }
+}
+
+impl Element<Bf16> for f32 {
+    const IN_PLACE: bool = false;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn along(from: *const f32, n: usize) -> __m512i {
+        // SAFETY: masks keep the reads to `n` values; the type is 64 bytes either way.
+        unsafe {
+            let low = _mm512_maskz_loadu_ps(mask16(n), from);
+            let high = _mm512_maskz_loadu_ps(mask16(n.saturating_sub(16)), from.wrapping_add(16));
+            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn across(first: *const f32, second: *const f32, n: usize, single: bool) -> __m512i {
+        // SAFETY: as in `along`.
+        unsafe {
+            let mask = mask16(n);
+            let a = _mm512_maskz_loadu_ps(mask, first);
+            let b = _mm512_maskz_loadu_ps(if single { 0 } else { mask }, second);
+            let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
+            let turns = _mm512_set_epi16(
+                31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                20, 4, 19, 3, 18, 2, 17, 1, 16, 0,
+            );
+            _mm512_permutexvar_epi16(turns, both)
+        }
+    }
+}
+
+impl Element<Bf16> for bf16 {
+    const IN_PLACE: bool = true;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn along(from: *const bf16, n: usize) -> __m512i {
+        let mask = ((1u64 << n.min(32)) - 1) as __mmask32;
+        // SAFETY: the mask keeps the reads to `n` values.
+        unsafe { _mm512_maskz_loadu_epi16(mask, from.cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn across(first: *const bf16, second: *const bf16, n: usize, single: bool) -> __m512i {
+        let mask = mask16(n);
+        // SAFETY: the masks keep the reads to `n` values.
+        unsafe {
+            let a = _mm256_maskz_loadu_epi16(mask, first.cast());
+            let b = _mm256_maskz_loadu_epi16(if single { 0 } else { mask }, second.cast());
+            let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(b));
+            _mm512_or_si512(_mm512_cvtepu16_epi32(a), high)
+        }
+    }
+}
+
+/// An operand: `outer` rows (of the left one) or columns (of the right one) by `inner`
+/// values; element `(o, i)` lies at `o * outer_stride + i * inner_stride`, and one of
+/// the strides is 1.
+#[derive(Clone, Copy)]
+pub(crate) struct Operand<'a, T> {
+    pub(crate) data: &'a [T],
+    pub(crate) outer: usize,
+    pub(crate) inner: usize,
+    pub(crate) outer_stride: usize,
+    pub(crate) inner_stride: usize,
+}
+
+impl<T: Copy> Operand<'_, T> {
+    fn check(&self) {
+        assert!(
+            self.outer_stride == 1 || self.inner_stride == 1,
+            "one dimension must be contiguous"
+        );
+        if self.outer > 0 && self.inner > 0 {
+            let last = (self.outer - 1) * self.outer_stride + (self.inner - 1) * self.inner_stride;
+            assert!(last < self.data.len(), "operand exceeds its slice");
+        }
+    }
+
+    /// Words along the inner dimension.
+    fn words<S: Arithmetic>(&self) -> usize {
+        self.inner.div_ceil(S::VALUES)
+    }
+
+    /// 16 by 16 words from row (or column) `o` and word `w` on, `[o][word]`, or with
+    /// `turned` `[word][o]`; zeros beyond the ends.
+    ///
+    /// # Safety
+    /// AVX-512 with BW, VL and BF16, `check` has passed, `o < outer`, `w < words()`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn block<S: Arithmetic>(&self, o: usize, w: usize, turned: bool) -> [__m512i; 16]
+    where
+        T: Element<S>,
+    {
+        let start = self.data.as_ptr();
+        let mut words = [_mm512_setzero_si512(); 16];
+        if self.inner_stride == 1 {
+            let i = S::VALUES * w;
+            let n = (self.inner - i).min(16 * S::VALUES);
+            let rows = (self.outer - o).min(16);
+            for (r, word) in words.iter_mut().enumerate().take(rows) {
+                // SAFETY: row `o + r` exists and has `n` values from `i` on.
+                *word = unsafe { T::along(start.add((o + r) * self.outer_stride + i), n) };
+            }
+            if turned {
+                words = transposed(words);
+            }
+        } else {
+            let (count, n) = ((self.words::<S>() - w).min(16), (self.outer - o).min(16));
+            for (r, word) in words.iter_mut().enumerate().take(count) {
+                let i = S::VALUES * (w + r);
+                let single = i + 1 == self.inner;
+                // SAFETY: inner rows `i` and, where it is read, `i + 1` exist, and have `n`
+                // values from `o` on.
+                *word = unsafe {
+                    let first = start.add(i * self.inner_stride + o);
+                    T::across(first, first.wrapping_add(self.inner_stride), n, single)
+                };
+            }
+            if !turned {
+                words = transposed(words);
+            }
+        }
+        words
+    }
+
+    /// The left operand's rows `from..to`, `[row][stride]`.
+    ///
+    /// # Safety
+    /// AVX-512 with BW, VL and BF16, `check` has passed.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn rows<S: Arithmetic>(&self, from: usize, to: usize, out: &mut Vec<u32>)
+    where
+        T: Element<S>,
+    {
+        let stride = self.words::<S>().next_multiple_of(16);
+        grow(out, (to - from).next_multiple_of(16) * stride);
+        for o in (from..to).step_by(16) {
+            for w in (0..self.words::<S>()).step_by(16) {
+                // SAFETY: `o` and `w` are inside.
+                let words = unsafe { self.block::<S>(o, w, false) };
+                for (r, word) in words.into_iter().enumerate() {
+                    let at = (o - from + r) * stride + w;
+                    store(&mut out[at..at + 16], word);
+                }
+            }
+        }
+    }
+
+    /// Part of one panel of the right operand, `[word][64]`: `depth` words from `first` on (a
+    /// multiple of 16) of the columns from `column` on.
+    ///
+    /// # Safety
+    /// AVX-512 with BW, VL and BF16, `check` has passed.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn panel<S: Arithmetic>(
+        &self,
+        column: usize,
+        first: usize,
+        depth: usize,
+        out: &mut [u32],
+    ) where
+        T: Element<S>,
+    {
+        let columns = PANEL.min(self.outer - column);
+        for o in (0..columns).step_by(16) {
+            for w in (0..depth).step_by(16) {
+                // SAFETY: column and word are inside.
+                let words = unsafe { self.block::<S>(column + o, first + w, true) };
+                for (r, word) in words.into_iter().enumerate() {
+                    let at = (w + r) * PANEL + o;
+                    store(&mut out[at..at + 16], word);
+                }
+            }
+        }
+    }
+}
+
+/// At least `length` words; what they are does not matter.
+fn grow(out: &mut Vec<u32>, length: usize) {
+    if out.len() < length {
+        out.resize(length, 0);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(out: &mut [u32], word: __m512i) {
+    assert!(out.len() >= 16);
+    // SAFETY: 16 words fit.
+    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), word) }
+}
+
+/// Rows become columns.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transposed(mut w: [__m512i; 16]) -> [__m512i; 16] {
+    for i in (0..16).step_by(2) {
+        let (a, b) = (w[i], w[i + 1]);
+        (w[i], w[i + 1]) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    }
+    let mut v = w;
+    for i in (0..16).step_by(4) {
+        v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
+    }
+    // Now row 4 a + b has columns b, 4 + b, 8 + b, 12 + b of rows 4 a to 4 a + 3.
+    for b in 0..4 {
+        let (r0, r1, r2, r3) = (v[b], v[4 + b], v[8 + b], v[12 + b]);
+        let low = _mm512_shuffle_i32x4::<0x88>(r0, r1);
+        let high = _mm512_shuffle_i32x4::<0xdd>(r0, r1);
+        let low2 = _mm512_shuffle_i32x4::<0x88>(r2, r3);
+        let high2 = _mm512_shuffle_i32x4::<0xdd>(r2, r3);
+        w[b] = _mm512_shuffle_i32x4::<0x88>(low, low2);
+        w[8 + b] = _mm512_shuffle_i32x4::<0xdd>(low, low2);
+        w[4 + b] = _mm512_shuffle_i32x4::<0x88>(high, high2);
+        w[12 + b] = _mm512_shuffle_i32x4::<0xdd>(high, high2);
+    }
+    w
+}
+
+/// A matrix that several threads write to, each its own elements.
+#[derive(Clone, Copy)]
+struct Output {
+    start: *mut f32,
+    stride: usize,
+    columns: usize,
+}
+
+// SAFETY: tasks write disjoint elements.
+unsafe impl Send for Output {}
+// SAFETY: as above.
+unsafe impl Sync for Output {}
+
+/// Left rows ready to be multiplied.
+#[derive(Clone, Copy)]
+pub(crate) struct Left<'a> {
+    /// Words in halves, `[row][stride]`: rows of bf16 need not begin at a word.
+    halves: &'a [u16],
+    stride: usize,
+}
+
+/// `dst = a b`, or `dst += a b` with `accumulate`; `a`'s outer dimension are the rows of
+/// `dst`, `stride` apart, `b`'s its columns. Sums run over the inner dimension in an order
+/// that depends on its length only.
+pub(crate) fn multiply<S: Arithmetic, A: Element<S>, B: Element<S>>(
+    dst: &mut [f32],
+    stride: usize,
+    accumulate: bool,
+    a: Operand<'_, A>,
+    b: Operand<'_, B>,
+    parallel: bool,
+) {
+    let (m, n, k) = (a.outer, b.outer, a.inner);
+    check_processor();
+    assert_eq!(k, b.inner, "inner dimensions differ");
+    a.check();
+    b.check();
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(
+        n <= stride && (m - 1) * stride + n <= dst.len(),
+        "product exceeds its slice"
+    );
+    if k == 0 {
+        if !accumulate {
+            dst.chunks_mut(stride)
+                .take(m)
+                .for_each(|d| d[..n].fill(0.0));
+        }
+        return;
+    }
+    let out = Output {
+        start: dst.as_mut_ptr(),
+        stride,
+        columns: n,
+    };
+    let parallel = parallel && m * n * k >= PARALLEL_PRODUCTS;
+    // SAFETY: the processor is able, both operands are checked, and all elements of the
+    // output are inside `dst`.
+    unsafe {
+        if m >= n {
+            by_rows::<S, A, B>(out, accumulate, a, b, parallel);
+        } else {
+            by_columns::<S, A, B>(out, accumulate, a, b, parallel);
+        }
+    }
+}
+
+/// Calls `body` with a buffer for each number below `n`.
+fn each(n: usize, parallel: bool, body: impl Fn(&mut Vec<u32>, usize) + Sync) {
+    if parallel && n > 1 {
+        let numbers = (0..n).into_par_iter().with_max_len(1);
+        numbers.for_each_init(Vec::new, |buffer, i| body(buffer, i));
+    } else {
+        let mut buffer = Vec::new();
+        (0..n).for_each(|i| body(&mut buffer, i));
+    }
+}
+
+/// The halves of words that `T`s are, in whole or in part.
+fn halves<T: Plain>(values: &[T]) -> &[u16] {
+    let per_value = size_of::<T>() / size_of::<u16>();
+    // SAFETY: a `T` has no padding, and its alignment is at least that of u16.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), per_value * values.len()) }
+}
+
+/// Number types, any bits of which are a row of u16.
+pub(crate) trait Plain {}
+impl Plain for u32 {}
+impl Plain for f32 {}
+impl Plain for bf16 {}
+
+/// Where `a` can be read as it lies.
+fn in_place<'a, S: Arithmetic, T: Element<S>>(a: Operand<'a, T>) -> Option<Left<'a>> {
+    let fits = a.inner_stride == 1 && a.inner.is_multiple_of(S::VALUES);
+    (T::IN_PLACE && fits).then(|| left(a.data, a.outer_stride))
+}
+
+/// Values, row by row, as a left operand.
+pub(crate) fn left<T: Plain>(values: &[T], stride: usize) -> Left<'_> {
+    Left {
+        halves: halves(values),
+        stride: stride * size_of::<T>() / size_of::<u16>(),
+    }
+}
+
+/// What [`Operand::rows`] has written.
+fn packed(rows: &[u32], words: usize) -> Left<'_> {
+    left(rows, words.next_multiple_of(16))
+}
+
+/// Parts of the inner dimension: first word and number of words. All firsts are multiples
+/// of 16.
+fn parts(words: usize) -> impl Iterator<Item = (usize, usize)> {
+    let count = words.div_ceil(DEPTH).max(1);
+    let depth = words.div_ceil(count).next_multiple_of(16);
+    (0..words)
+        .step_by(depth)
+        .map(move |first| (first, depth.min(words - first)))
+}
+
+/// The right operand is laid out at once, rows of the left one are divided.
+///
+/// # Safety
+/// AVX-512 with BW, VL and BF16; operands are checked, `out` has their sizes.
+unsafe fn by_rows<S: Arithmetic, A: Element<S>, B: Element<S>>(
+    out: Output,
+    accumulate: bool,
+    a: Operand<'_, A>,
+    b: Operand<'_, B>,
+    parallel: bool,
+) {
+    let words = b.words::<S>();
+    let length = PANEL * words.next_multiple_of(16);
+    let mut panels = vec![0u32; b.outer.div_ceil(PANEL) * length];
+    // SAFETY: the caller's word, and columns are inside.
+    let lay = |(number, out): (usize, &mut [u32])| unsafe {
+        b.panel::<S>(number * PANEL, 0, words, out);
+    };
+    match parallel {
+        true => panels.par_chunks_mut(length).enumerate().for_each(lay),
+        false => panels.chunks_mut(length).enumerate().for_each(lay),
+    }
+    let own = in_place::<S, A>(a);
+    each(a.outer.div_ceil(TASK_ROWS), parallel, |buffer, task| {
+        let from = task * TASK_ROWS;
+        let rows = TASK_ROWS.min(a.outer - from);
+        let (left, skipped) = match own {
+            Some(left) => (left, from),
+            None => {
+                // SAFETY: the caller's word, and rows are inside.
+                unsafe { a.rows::<S>(from, from + rows, buffer) };
+                (packed(buffer, words), 0)
+            }
+        };
+        for (first, depth) in parts(words) {
+            for (number, panel) in panels.chunks(length).enumerate() {
+                let panel = &panel[first * PANEL..];
+                let add = accumulate || first > 0;
+                // SAFETY: rows and columns are inside.
+                unsafe {
+                    block::<S>(
+                        out,
+                        from,
+                        rows,
+                        number * PANEL,
+                        left,
+                        skipped,
+                        panel,
+                        first,
+                        depth,
+                        add,
+                    );
+                }
+            }
+        }
+    });
+}
+
+/// The left operand is laid out at once, columns of the right one are divided.
+///
+/// # Safety
+/// AVX-512 with BW, VL and BF16; operands are checked, `out` has their sizes.
+unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
+    out: Output,
+    accumulate: bool,
+    a: Operand<'_, A>,
+    b: Operand<'_, B>,
+    parallel: bool,
+) {
+    let words = a.words::<S>();
+    let mut rows = Vec::new();
+    let left = match in_place::<S, A>(a) {
+        Some(left) => left,
+        None => {
+            // SAFETY: the caller's word, and rows are inside.
+            unsafe { a.rows::<S>(0, a.outer, &mut rows) };
+            packed(&rows, words)
+        }
+    };
+    let panels = b.outer.div_ceil(PANEL);
+    let per_task = TASK_PANELS.min(panels.div_ceil(4)).max(1);
+    each(panels.div_ceil(per_task), parallel, |buffer, task| {
+        let numbers = task * per_task..((task + 1) * per_task).min(panels);
+        for (first, depth) in parts(words) {
+            let length = PANEL * depth.next_multiple_of(16);
+            grow(buffer, numbers.len() * length);
+            for (number, out) in numbers.clone().zip(buffer.chunks_mut(length)) {
+                // SAFETY: the caller's word, and columns are inside.
+                unsafe { b.panel::<S>(number * PANEL, first, depth, out) };
+            }
+            let add = accumulate || first > 0;
+            for row in (0..a.outer).step_by(TASK_ROWS) {
+                let rows = TASK_ROWS.min(a.outer - row);
+                for (number, panel) in numbers.clone().zip(buffer.chunks(length)) {
+                    // SAFETY: rows and columns are inside.
+                    unsafe {
+                        block::<S>(
+                            out,
+                            row,
+                            rows,
+                            number * PANEL,
+                            left,
+                            row,
+                            panel,
+                            first,
+                            depth,
+                            add,
+                        );
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// A left operand, laid out; zeros after the last row and value.
+pub(crate) struct Rows {
+    words: Vec<u32>,
+    stride: usize,
+}
+
+impl Rows {
+    pub(crate) fn new<S: Arithmetic, T: Element<S>>(a: Operand<'_, T>) -> Self {
+        check_processor();
+        a.check();
+        let mut words = Vec::new();
+        // SAFETY: the processor is able, the operand is checked.
+        unsafe { a.rows::<S>(0, a.outer, &mut words) };
+        let stride = a.words::<S>().next_multiple_of(16);
+        Self { words, stride }
+    }
+
+    /// From row `row` and word `word` on.
+    pub(crate) fn at(&self, row: usize, word: usize) -> Left<'_> {
+        left(&self.words[row * self.stride + word..], self.stride)
+    }
+}
+
+/// A right operand, laid out; nothing at first.
+pub(crate) struct Panels<S> {
+    values: Vec<u32>,
+    words: usize,
+    columns: usize,
+    /// Words of a panel.
+    length: usize,
+    arithmetic: PhantomData<S>,
+}
+
+impl<S: Arithmetic> Panels<S> {
+    pub(crate) fn new() -> Self {
+        Self {
+            values: Vec::new(),
+            words: 0,
+            columns: 0,
+            length: 0,
+            arithmetic: PhantomData,
+        }
+    }
+
+    /// Takes another operand.
+    pub(crate) fn lay<T: Element<S>>(&mut self, b: Operand<'_, T>) {
+        check_processor();
+        b.check();
+        self.words = b.words::<S>();
+        self.columns = b.outer;
+        self.length = PANEL * self.words.next_multiple_of(16);
+        grow(&mut self.values, b.outer.div_ceil(PANEL) * self.length);
+        let panels = self.values.chunks_mut(self.length.max(1));
+        for (column, out) in (0..b.outer).step_by(PANEL).zip(panels) {
+            // SAFETY: the processor is able, the operand is checked.
+            unsafe { b.panel::<S>(column, 0, self.words, out) };
+        }
+    }
+
+    /// `dst = a b`, or `dst += a b` with `add`: `rows` rows, `stride` apart, of as many
+    /// columns as the panels have.
+    pub(crate) fn multiply(
+        &self,
+        dst: &mut [f32],
+        stride: usize,
+        rows: usize,
+        add: bool,
+        a: Left<'_>,
+    ) {
+        assert!(self.columns <= stride);
+        if rows == 0 || self.columns == 0 {
+            return;
+        }
+        assert!((rows - 1) * stride + self.columns <= dst.len());
+        let out = Output {
+            start: dst.as_mut_ptr(),
+            stride,
+            columns: self.columns,
+        };
+        let panels = self.values.chunks(self.length.max(1));
+        for (column, panel) in (0..self.columns).step_by(PANEL).zip(panels) {
+            // SAFETY: `lay` has looked at the processor; rows and columns are inside.
+            unsafe { block::<S>(out, 0, rows, column, a, 0, panel, 0, self.words, add) };
+        }
+    }
+}
+
+/// Rounds values to bf16.
+pub(crate) fn narrow(values: &[f32], out: &mut [bf16]) {
+    check_processor();
+    // SAFETY: the processor is able.
+    unsafe { narrow_values(values, out) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+fn narrow_values(values: &[f32], out: &mut [bf16]) {
+    for (values, out) in values.chunks(32).zip(out.chunks_mut(32)) {
+        let n = values.len().min(out.len());
+        let mask = ((1u64 << n) - 1) as __mmask32;
+        // SAFETY: `n` values are read and, under the mask, written.
+        unsafe {
+            let words = <f32 as Element<Bf16>>::along(values.as_ptr(), n);
+            _mm512_mask_storeu_epi16(out.as_mut_ptr().cast(), mask, words);
+        }
+    }
+}
+
+/// Multiplies `rows` rows of `left` from `left_row` on by one panel and writes, or adds,
+/// to the output from (`row`, `column`) on.
+///
+/// # Safety
+/// AVX-512 with BW, VL and BF16; `left` has `depth` words from word `first` on in each
+/// row, `panel` has `depth` words, and the output's rows and columns exist.
+#[allow(clippy::too_many_arguments)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn block<S: Arithmetic>(
+    out: Output,
+    row: usize,
+    rows: usize,
+    column: usize,
+    left: Left<'_>,
+    left_row: usize,
+    panel: &[u32],
+    first: usize,
+    depth: usize,
+    add: bool,
+) {
+    let columns = PANEL.min(out.columns - column);
+    let last = mask16((columns - 1) % 16 + 1);
+    assert!((left_row + rows - 1) * left.stride + 2 * (first + depth) <= left.halves.len());
+    assert!(depth * PANEL <= panel.len());
+    let a = &left.halves[left_row * left.stride + 2 * first..];
+    for r in (0..rows).step_by(TILE) {
+        // SAFETY: the assertions above and the caller's word; `tile` touches `TILE` rows
+        // at most, here `rows - r`, and columns under the mask.
+        unsafe {
+            let t = Tile {
+                depth,
+                a: a.as_ptr().add(r * left.stride),
+                a_stride: left.stride,
+                b: panel.as_ptr(),
+                c: out.start.add((row + r) * out.stride + column),
+                c_stride: out.stride,
+                last,
+                add,
+            };
+            t.run::<S>((rows - r).min(TILE), columns.div_ceil(16));
+        }
+    }
+}
+
+/// One small product, sums in registers.
+#[derive(Clone, Copy)]
+struct Tile {
+    depth: usize,
+    /// Words in halves.
+    a: *const u16,
+    a_stride: usize,
+    b: *const u32,
+    c: *mut f32,
+    c_stride: usize,
+    /// Columns of the last vector.
+    last: __mmask16,
+    add: bool,
+}
+
+impl Tile {
+    /// # Safety
+    /// As for `block`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn run<S: Arithmetic>(self, rows: usize, vectors: usize) {
+        // SAFETY: the caller's word.
+        unsafe {
+            match vectors {
+                1 => self.run_rows::<S, 1>(rows),
+                2 => self.run_rows::<S, 2>(rows),
+                3 => self.run_rows::<S, 3>(rows),
+                _ => self.run_rows::<S, 4>(rows),
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn run_rows<S: Arithmetic, const V: usize>(self, rows: usize) {
+        // SAFETY: the caller's word.
+        unsafe {
+            match rows {
+                1 => self.sum::<S, 1, V>(),
+                2 => self.sum::<S, 2, V>(),
+                3 => self.sum::<S, 3, V>(),
+                4 => self.sum::<S, 4, V>(),
+                5 => self.sum::<S, 5, V>(),
+                _ => self.sum::<S, 6, V>(),
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn sum<S: Arithmetic, const R: usize, const V: usize>(self) {
+        // SAFETY: the caller's word.
+        unsafe {
+            let mut sums = [[_mm512_setzero_ps(); V]; R];
+            for w in 0..self.depth {
+                let mut b = [_mm512_setzero_si512(); V];
+                for (v, b) in b.iter_mut().enumerate() {
+                    *b = _mm512_loadu_si512(self.b.add(w * PANEL + 16 * v).cast());
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let word = self.a.add(r * self.a_stride + 2 * w).cast::<i32>();
+                    let a = _mm512_set1_epi32(word.read_unaligned());
+                    for (sum, b) in sums.iter_mut().zip(b) {
+                        *sum = S::add_product(*sum, a, b);
+                    }
+                }
+            }
+            for (r, sums) in sums.into_iter().enumerate() {
+                for (v, mut sum) in sums.into_iter().enumerate() {
+                    let c = self.c.add(r * self.c_stride + 16 * v);
+                    let mask = if v + 1 == V { self.last } else { !0 };
+                    if self.add {
+                        sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, c));
+                    }
+                    _mm512_mask_storeu_ps(c, mask, sum);
+                }
+            }
+        }
+    }
+}

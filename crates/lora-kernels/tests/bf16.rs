@@ -1,0 +1,217 @@
+//! Products of operands rounded to bf16. Where the operands are exact in bf16 the result is
+//! that of f32 but for the order of the sums; where they are not, rounding them is the only
+//! error.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use common::{compare, flat, noise, rounded, var};
+use lora_kernels::{Added, Compute, Conv2dParams, attention, conv2d_added, linear_added, plain};
+
+fn exact(dims: &[usize], seed: u32) -> Var {
+    Var::from_tensor(&rounded(dims, seed)).unwrap()
+}
+
+fn kept(weight: &Tensor) -> [Tensor; 2] {
+    [DType::F32, DType::BF16].map(|dtype| weight.to_dtype(dtype).unwrap())
+}
+
+#[test]
+fn linear_of_exact_operands() {
+    for (batch, rows, i, o) in [
+        (1, 1, 1, 1),
+        (2, 7, 5, 9),
+        (2, 33, 40, 48),
+        (1, 154, 65, 31),
+        (3, 100, 130, 200),
+        (1, 64, 1100, 70),
+        (1, 9, 64, 400),
+    ] {
+        let x = exact(&[batch, rows, i], 1);
+        let (m, up) = (var(&[batch, rows, 3], 2), var(&[o, 3], 3));
+        let res = var(&[batch, rows, o], 4);
+        let bias = noise(&[o], 7);
+        let wide = rounded(&[o, i], 8);
+        for weight in kept(&wide) {
+            let low_rank = [(m.as_tensor().clone(), up.as_tensor().clone())];
+            let added = Added {
+                low_rank: &low_rank,
+                residual: Some(&res),
+                shift: None,
+            };
+            compare(
+                &format!("linear {batch}x{rows}x{i}x{o}"),
+                &[x.clone(), m.clone(), up.clone(), res.clone()],
+                &|| linear_added(&x, &weight, Some(&bias), Compute::Bf16, &added),
+                &|| {
+                    let y = plain::linear(&x, &wide, Some(&bias))?;
+                    (y + plain::linear(&m, &up, None)?)? + res.as_tensor()
+                },
+            );
+            let turned = exact(&[batch, i, rows], 9);
+            compare(
+                "an input that is not contiguous",
+                std::slice::from_ref(&turned),
+                &|| {
+                    let x = turned.transpose(1, 2)?;
+                    linear_added(&x, &weight, None, Compute::Bf16, &Added::default())
+                },
+                &|| plain::linear(&turned.transpose(1, 2)?.contiguous()?, &wide, None),
+            );
+        }
+    }
+}
+
+#[test]
+fn convolution_of_exact_operands() {
+    // The last two are done by Winograd's algorithm.
+    for (n, i, o, k, stride, groups, h, w) in [
+        (2, 5, 7, 3, 1, 1, 9, 6),
+        (1, 4, 3, 3, 2, 1, 8, 6),
+        (2, 6, 10, 1, 1, 1, 5, 5),
+        (1, 64, 96, 1, 1, 1, 16, 15),
+        (1, 6, 4, 3, 1, 2, 7, 7),
+        (2, 70, 65, 3, 1, 1, 8, 8),
+        (1, 33, 40, 3, 1, 1, 35, 29),
+        (2, 32, 32, 3, 1, 1, 32, 32),
+    ] {
+        let p = Conv2dParams {
+            stride,
+            padding: k / 2,
+            groups,
+            ..Conv2dParams::default()
+        };
+        let x = exact(&[n, i, h, w], 1);
+        let bias = noise(&[o], 7);
+        let wide = rounded(&[o, i / groups, k, k], 8);
+        for weight in kept(&wide) {
+            compare(
+                &format!("conv {n} {i} {o} {k} {stride}"),
+                std::slice::from_ref(&x),
+                &|| {
+                    conv2d_added(
+                        &x,
+                        &weight,
+                        Some(&bias),
+                        p,
+                        Compute::Bf16,
+                        &Added::default(),
+                    )
+                },
+                &|| plain::conv2d(&x, &wide, Some(&bias), p),
+            );
+        }
+    }
+}
+
+/// Root of the mean square of the difference, relative to that of `b`.
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    let (a, b) = (flat(a), flat(&b.to_dtype(DType::F32).unwrap()));
+    let square = |v: f32| f64::from(v).powi(2);
+    let error: f64 = a.iter().zip(&b).map(|(a, b)| square(a - b)).sum();
+    (error / b.iter().map(|b| square(*b)).sum::<f64>()).sqrt()
+}
+
+/// Relative error of rounding both factors of each product: each is off by up to 2^-9 of
+/// itself, evenly distributed, so that the root mean square of a product's error is below
+/// 2^-9. It does not grow with the number of products.
+const ROUNDING: f64 = 1.0 / 512.0;
+
+#[test]
+fn other_operands_are_rounded_once() {
+    let (rows, i, o) = (130, 700, 210);
+    let x = var(&[rows, i], 1);
+    let weight = noise(&[o, i], 2);
+    let y = linear_added(&x, &weight, None, Compute::Bf16, &Added::default()).unwrap();
+    let dy = noise(&[rows, o], 3);
+    let grads = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
+    let double = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+    let (x64, w64, dy64) = (double(&x), double(&weight), double(&dy));
+    let forward = distance(&y, &x64.matmul(&w64.t().unwrap()).unwrap());
+    let backward = distance(grads.get(&x).unwrap(), &dy64.matmul(&w64).unwrap());
+    for error in [forward, backward] {
+        assert!(error < 1.5 * ROUNDING, "{error}");
+    }
+}
+
+#[test]
+fn attention_is_off_by_rounding_only() {
+    for (n, heads, lq, lk, width, causal) in [
+        (2, 2, 17, 9, 5, false),
+        (1, 8, 300, 77, 40, false),
+        (1, 2, 150, 150, 16, true),
+        (2, 1, 257, 257, 80, false),
+    ] {
+        let c = heads * width;
+        let (q, k, v) = (
+            var(&[n, lq, c], 1),
+            var(&[n, lk, c], 2),
+            var(&[n, lk, c], 3),
+        );
+        let dy = noise(&[n, lq, c], 4);
+        let run = |y: Result<Tensor>| {
+            let y = y.unwrap();
+            let grads = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
+            let mut all = vec![y];
+            all.extend([&q, &k, &v].map(|t| grads.get(t).unwrap().clone()));
+            all
+        };
+        let narrow = run(attention(&q, &k, &v, heads, causal, Compute::Bf16));
+        let wide = run(plain::attention(&q, &k, &v, heads, causal));
+        for (i, (a, b)) in narrow.iter().zip(&wide).enumerate() {
+            let error = distance(a, b);
+            assert!(
+                error < 6.0 * ROUNDING,
+                "{n} {lq} {lk} {width}, {i}: {error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_change_results() {
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| {
+            let mut all = Vec::new();
+            for (rows, i, o) in [(500, 320, 130), (90, 1100, 600)] {
+                let x = var(&[rows, i], 1);
+                let weight = noise(&[o, i], 2).to_dtype(DType::BF16).unwrap();
+                let added = Added::default();
+                let y = linear_added(&x, &weight, None, Compute::Bf16, &added).unwrap();
+                let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+                all.extend(flat(&y));
+                all.extend(flat(grads.get(&x).unwrap()));
+            }
+            let q = var(&[1, 200, 160], 3);
+            let y = attention(&q, &q, &q, 4, false, Compute::Bf16).unwrap();
+            let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            all.extend(flat(&y));
+            all.extend(flat(grads.get(&q).unwrap()));
+            all
+        })
+    };
+    assert!(run(1) == run(2));
+}
+
+#[test]
+fn infinities_and_empty_operands() {
+    let weight = Tensor::ones((3, 4), DType::BF16, &Device::Cpu).unwrap();
+    let run = |x: &Tensor| linear_added(x, &weight, None, Compute::Bf16, &Added::default());
+    let x = Tensor::new(&[[f32::INFINITY, 1.0, 2.0, 3.0]], &Device::Cpu).unwrap();
+    assert!(flat(&run(&x).unwrap()).iter().all(|y| *y == f32::INFINITY));
+    let x = Tensor::new(&[[f32::NAN, 1.0, 2.0, 3.0]], &Device::Cpu).unwrap();
+    assert!(flat(&run(&x).unwrap()).iter().all(|y| y.is_nan()));
+    let none = Tensor::zeros((0, 4), DType::F32, &Device::Cpu).unwrap();
+    assert_eq!(run(&none).unwrap().dims(), [0, 3]);
+}
+
+#[test]
+fn generic_kernels() {
+    common::again_with_generic_kernels();
+}
