@@ -69,10 +69,10 @@ struct Arguments {
     #[arg(long, default_value_t = 1500)]
     text_steps: u64,
     /// Updates of UNet and text encoder, second time.
-    #[arg(long, default_value_t = 2500)]
+    #[arg(long, default_value_t = 1750)]
     second_steps: u64,
     /// Updates of the decoder.
-    #[arg(long, default_value_t = 1500)]
+    #[arg(long, default_value_t = 500)]
     decoder_steps: u64,
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -303,8 +303,7 @@ impl Pretraining {
         Ok(())
     }
 
-    /// The decoder learns to invert the encoder as it is, for other colours, too: the
-    /// channels are exchanged at random.
+    /// The decoder learns to invert the encoder as it is.
     fn train_decoder(&self, steps: u64) -> Result<()> {
         let encoder = Vae::new(&self.config.vae, self.frozen(Part::Vae))?;
         let vae = Vae::new(&self.config.vae, self.model.var_builder(Part::Vae))?;
@@ -314,18 +313,8 @@ impl Pretraining {
         let mut batches = Batches::new(self, 8);
         while stage.step < stage.total {
             let (_, batch) = batches.at(stage.step);
-            stage.update(&batch, |items, place| {
-                let orders = [
-                    [0, 1, 2],
-                    [1, 2, 0],
-                    [2, 0, 1],
-                    [0, 2, 1],
-                    [2, 1, 0],
-                    [1, 0, 2],
-                ];
-                let order: [u32; 3] = orders[place as usize % orders.len()];
-                let order = Tensor::new(&order, &Device::Cpu)?;
-                let pixels = self.pixels(items)?.index_select(&order, 1)?;
+            stage.update(&batch, |items, _| {
+                let pixels = self.pixels(items)?;
                 let latents = encoder.encode(&pixels)?.mean;
                 Ok((vae.decode(&latents)? - pixels)?.sqr()?.mean_all()?)
             })?;

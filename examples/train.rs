@@ -22,8 +22,9 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
-use lora_examples::{demo_model, demo_pictures, device, peak_memory_mb};
-use lora_sd15::{Grid, Image, StableDiffusion, Txt2Img};
+use lora_examples::portraits::request;
+use lora_examples::{demo_config, demo_model, demo_pictures, device, peak_memory_mb};
+use lora_sd15::{Grid, Image, StableDiffusion};
 use lora_train::gui::{Form, read_config};
 use lora_train::logs::Observers;
 use lora_train::options::{Kind, Settings, Status, all_options};
@@ -254,29 +255,7 @@ fn demonstration(device: &Device) -> Result<(), Box<dyn Error>> {
         demo_pictures().display()
     );
     let output = Path::new("out/demo");
-    let config = TrainConfig {
-        pretrained_model_name_or_path: Some(demo_model()),
-        train_data_dir: Some(demo_pictures()),
-        output_dir: Some(output.into()),
-        output_name: Some("zoe".into()),
-        resolution: "128".into(),
-        min_bucket_reso: 64,
-        max_bucket_reso: 128,
-        network_module: Some("lycoris.kohya".into()),
-        network_args: vec!["algo=loha".into(), "preset=full".into()],
-        network_dim: Some(2),
-        network_alpha: 1.0,
-        optimizer_type: "Prodigy".into(),
-        optimizer_args: vec!["betas=0.9,0.99".into(), "weight_decay=0.01".into()],
-        shuffle_caption: true,
-        keep_tokens: 1,
-        train_batch_size: 4,
-        max_train_epochs: Some(8),
-        save_every_n_epochs: Some(2),
-        seed: Some(1),
-        ..TrainConfig::default()
-    };
-    let Outcome::Finished(file) = train(config, device)? else {
+    let Outcome::Finished(file) = train(demo_config(), device)? else {
         return Ok(());
     };
     let sheet = output.join("before-after.png");
@@ -302,15 +281,7 @@ fn before_and_after(lora: &Path, curve: &Path, device: &Device) -> Result<Image,
     for tag in ["", " <lora:zoe:1>"] {
         let mut row = Vec::new();
         for prompt in prompts {
-            let request = Txt2Img {
-                prompt: format!("{prompt}{tag}"),
-                width: 128,
-                height: 128,
-                steps: 25,
-                guidance_scale: 5.0,
-                seed: 1,
-                ..Txt2Img::default()
-            };
+            let request = request(&format!("{prompt}{tag}"), 1);
             row.extend(sd.txt2img(&request, &mut |_| true)?.into_iter().map(Some));
         }
         cells.push(row);

@@ -118,6 +118,32 @@ pub fn demo_pictures() -> PathBuf {
     repository("assets/demo")
 }
 
+/// The demonstration: a LoHa of dim 2 with Prodigy on twelve pictures, 240 updates.
+pub fn demo_config() -> TrainConfig {
+    TrainConfig {
+        pretrained_model_name_or_path: Some(demo_model()),
+        train_data_dir: Some(demo_pictures()),
+        output_dir: Some("out/demo".into()),
+        output_name: Some("zoe".into()),
+        resolution: "128".into(),
+        min_bucket_reso: 64,
+        max_bucket_reso: 128,
+        network_module: Some("lycoris.kohya".into()),
+        network_args: vec!["algo=loha".into(), "preset=full".into()],
+        network_dim: Some(2),
+        network_alpha: 1.0,
+        optimizer_type: "Prodigy".into(),
+        optimizer_args: vec!["betas=0.9,0.99".into(), "weight_decay=0.01".into()],
+        shuffle_caption: true,
+        keep_tokens: 1,
+        train_batch_size: 4,
+        max_train_epochs: Some(8),
+        save_every_n_epochs: Some(2),
+        seed: Some(1),
+        ..TrainConfig::default()
+    }
+}
+
 /// The programs in the main README, compiled as tests.
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]

@@ -125,20 +125,26 @@ impl Palette {
         }
     }
 
-    /// The largest colour distance (0 to 441) at a cell that makes Zoe Zoe: hair buns, blue
-    /// hair and the purple striped shirt.
-    pub fn distance_to_zoe(&self, picture: &Image) -> f64 {
+    /// Colour distances (0 to 441) at the cells that make Zoe Zoe: hair buns, blue hair and the
+    /// purple striped shirt.
+    fn distances_to_zoe(&self, picture: &Image) -> Vec<f64> {
         let cells = self.zoe.cells.iter();
         cells
             .flat_map(|key| key.x.iter().map(move |x| (*x, key.y, key.colour.0)))
             .map(|(x, y, color)| distance(cell(picture, x, y), color))
-            .fold(0.0, f64::max)
+            .collect()
+    }
+
+    /// Their mean.
+    pub fn mean_distance_to_zoe(&self, picture: &Image) -> f64 {
+        let distances = self.distances_to_zoe(picture);
+        distances.iter().sum::<f64>() / distances.len().max(1) as f64
     }
 
     /// Whether a picture shows Zoe: every key cell within a distance of 90, less than that
     /// between any two of the palette's hair colours and hers.
     pub fn shows_zoe(&self, picture: &Image) -> bool {
-        self.distance_to_zoe(picture) < 90.0
+        self.distances_to_zoe(picture).iter().all(|d| *d < 90.0)
     }
 }
 
