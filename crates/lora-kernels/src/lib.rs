@@ -31,10 +31,9 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 
-// The only crate of the family that may contain `unsafe`: calls of the gemm
-// kernel, behind a function that checks the extents first, and one setting of the
-// C allocator.
-#![allow(unsafe_code)]
+// Two places are exempt: the call of the gemm kernel, behind a function that checks the
+// extents first, and one setting of the C allocator; see docs/unsafe.md.
+#![deny(unsafe_code)]
 
 mod added;
 mod attention;

@@ -86,6 +86,7 @@ pub(crate) fn multiply_here(
     product(dst, dst_stride, accumulate, a, b, Parallelism::None);
 }
 
+#[allow(unsafe_code)]
 fn product(
     dst: &mut [f32],
     dst_stride: usize,

@@ -6,6 +6,7 @@
 ///
 /// For programs, at their start; a library should not decide this. Does nothing
 /// where the allocator is not glibc's.
+#[cfg_attr(all(target_os = "linux", target_env = "gnu"), allow(unsafe_code))]
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: mallopt only changes tuning parameters of the allocator; it is called

@@ -198,43 +198,49 @@ pub(crate) struct Weights<'a> {
 /// state of the same name stays until the new one is complete.
 pub(crate) fn save(path: &Path, state: &RunState, weights: &Weights<'_>) -> Result<()> {
     let partial = beside(path, "partial");
-    if partial.exists() {
-        fs::remove_dir_all(&partial).map_err(Error::io(&partial))?;
-    }
+    remove_folder(&partial)?;
     fs::create_dir_all(&partial).map_err(Error::io(&partial))?;
-    let tensors: BTreeMap<String, Tensor> = weights
-        .params
-        .iter()
-        .map(|(name, var)| (name.clone(), var.as_tensor().clone()))
-        .collect();
-    write_tensors(
-        &partial.join("model.safetensors"),
-        &tensors,
-        &BTreeMap::new(),
-    )?;
-    weights
-        .optimizer
-        .save(partial.join("optimizer.safetensors"))?;
-    if let Some(ema) = &weights.ema {
-        write_tensors(&partial.join("ema.safetensors"), ema, &BTreeMap::new())?;
+    if let Err(error) = write_files(&partial, state, weights) {
+        // A full disk needs the room; the first error is the one to report.
+        remove_folder(&partial).unwrap_or_default();
+        return Err(error);
     }
-    let text = serde_json::to_string_pretty(state).map_err(|e| Error::resume(path, e))?;
-    write_atomically(&partial.join("train_state.json"), |out| {
-        out.write_all(text.as_bytes())
-    })?;
     let old = beside(path, "old");
-    if old.exists() {
-        fs::remove_dir_all(&old).map_err(Error::io(&old))?;
-    }
+    remove_folder(&old)?;
     if path.exists() {
         fs::rename(path, &old).map_err(Error::io(path))?;
     }
     fs::rename(&partial, path).map_err(Error::io(path))?;
     sync_parent(path)?;
-    if old.exists() {
-        fs::remove_dir_all(&old).map_err(Error::io(&old))?;
+    remove_folder(&old)
+}
+
+fn write_files(folder: &Path, state: &RunState, weights: &Weights<'_>) -> Result<()> {
+    let nothing = BTreeMap::new();
+    let tensors: BTreeMap<String, Tensor> = weights
+        .params
+        .iter()
+        .map(|(name, var)| (name.clone(), var.as_tensor().clone()))
+        .collect();
+    write_tensors(&folder.join("model.safetensors"), &tensors, &nothing)?;
+    let optimizer = folder.join("optimizer.safetensors");
+    weights.optimizer.save(optimizer)?;
+    if let Some(ema) = &weights.ema {
+        write_tensors(&folder.join("ema.safetensors"), ema, &nothing)?;
     }
+    let text = serde_json::to_string_pretty(state).map_err(|e| Error::resume(folder, e))?;
+    write_atomically(&folder.join("train_state.json"), |out| {
+        out.write_all(text.as_bytes())
+    })?;
     Ok(())
+}
+
+/// Removes a folder, if there is one.
+fn remove_folder(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
+        _ => Ok(()),
+    }
 }
 
 /// Renames are on the disk when their folder is.
