@@ -244,50 +244,49 @@ fn names_do_not_lead_out_of_the_output_folder() {
 }
 
 #[test]
-fn pictures_that_vanish_end_the_run_with_a_state_to_go_on_from() {
-    let folder = tempfile::tempdir().unwrap();
-    let (here, away) = (folder.path().join("pictures"), folder.path().join("away"));
-    std::fs::create_dir(&here).unwrap();
-    for path in list(&pictures()).iter().filter(|path| path.is_file()) {
-        std::fs::copy(path, here.join(path.file_name().unwrap())).unwrap();
-    }
-    let config = |name: &str| TrainConfig {
-        train_data_dir: Some(folder.path().into()),
-        dataset_config: Some(folder.path().join("data.toml")),
-        save_every_n_steps: None,
-        max_train_steps: 12,
-        ..config(&folder.path().join(name))
-    };
-    let toml = format!(
-        "[[datasets]]\n[[datasets.subsets]]\nimage_dir = {:?}\n",
-        here
-    );
-    std::fs::write(folder.path().join("data.toml"), toml).unwrap();
-    let whole = train(config("whole")).unwrap();
-
-    let mut observer = |event: &Event<'_>| {
-        if matches!(event, Event::Batch(report) if report.step == 2) {
-            std::fs::rename(&here, &away).unwrap();
+fn what_vanishes_ends_the_run_with_a_state_to_go_on_from() {
+    for (cached, vanishing, says) in [(false, "pictures", ".png"), (true, "cut/latent-cache", "cache")] {
+        let folder = tempfile::tempdir().unwrap();
+        let pictures_here = folder.path().join("pictures");
+        std::fs::create_dir(&pictures_here).unwrap();
+        for path in list(&pictures()).iter().filter(|path| path.is_file()) {
+            std::fs::copy(path, pictures_here.join(path.file_name().unwrap())).unwrap();
         }
-    };
-    let mut trainer = Trainer::new(config("cut"), &Device::Cpu, &mut observer).unwrap();
-    let error = trainer
-        .run(&mut observer, &AtomicBool::new(false))
-        .unwrap_err();
-    assert_says(&error.to_string(), &["pictures", ".png"]);
-    drop(trainer);
-    assert_whole(&folder.path().join("cut"));
+        let toml = format!("[[datasets]]\n[[datasets.subsets]]\nimage_dir = {pictures_here:?}\n");
+        std::fs::write(folder.path().join("data.toml"), toml).unwrap();
+        let config = |name: &str| TrainConfig {
+            train_data_dir: None,
+            dataset_config: Some(folder.path().join("data.toml")),
+            // Pictures that always look the same are read once, before training.
+            random_crop: !cached,
+            cache_latents_to_disk: cached,
+            save_every_n_steps: None,
+            max_train_steps: 12,
+            ..config(&folder.path().join(name))
+        };
+        let whole = train(config("whole")).unwrap();
 
-    std::fs::rename(&away, &here).unwrap();
-    let states = list(&folder.path().join("cut"));
-    let state = states
-        .iter()
-        .find(|p| p.to_string_lossy().ends_with("-state"));
-    let resumed = train(TrainConfig {
-        resume: state.cloned(),
-        ..config("resumed")
-    });
-    assert!(tensors(&resumed.unwrap()) == tensors(&whole));
+        let (here, away) = (folder.path().join(vanishing), folder.path().join("away"));
+        let mut observer = |event: &Event<'_>| {
+            if matches!(event, Event::Batch(report) if report.step == 2) {
+                std::fs::rename(&here, &away).unwrap();
+            }
+        };
+        let mut trainer = Trainer::new(config("cut"), &Device::Cpu, &mut observer).unwrap();
+        let error = trainer.run(&mut observer, &AtomicBool::new(false)).unwrap_err();
+        assert_says(&error.to_string(), &[says]);
+        drop(trainer);
+        assert_whole(&folder.path().join("cut"));
+
+        std::fs::rename(&away, &here).unwrap();
+        let states = list(&folder.path().join("cut"));
+        let state = states.iter().find(|p| p.to_string_lossy().ends_with("-state"));
+        let resumed = train(TrainConfig {
+            resume: Some(state.unwrap().clone()),
+            ..config("resumed")
+        });
+        assert!(tensors(&resumed.unwrap()) == tensors(&whole), "{vanishing}");
+    }
 }
 
 /// Files that grow beyond a limit fail to be written, as on a full disk.
@@ -296,7 +295,8 @@ fn pictures_that_vanish_end_the_run_with_a_state_to_go_on_from() {
 fn a_file_that_cannot_grow_leaves_what_was_there() {
     let folder = tempfile::tempdir().unwrap();
     let old = folder.path().join("zoe.safetensors");
-    std::fs::write(&old, "an earlier result").unwrap();
+    std::fs::copy(golden_path("adapters", "file_lora_attn_mlp.safetensors"), &old).unwrap();
+    let before = std::fs::read(&old).unwrap();
     // In blocks of 512 bytes: settings fit, an adapter does not.
     let limited = "trap '' XFSZ; ulimit -f 60; exec \"$@\"";
     let output = child("train", folder.path(), Some(limited))
@@ -305,7 +305,7 @@ fn a_file_that_cannot_grow_leaves_what_was_there() {
     let text = text_of(&output);
     assert!(output.status.success(), "{text}");
     assert_says(&text, &["refused: ", ".safetensors", "too large"]);
-    assert_eq!(std::fs::read(&old).unwrap(), b"an earlier result");
+    assert!(std::fs::read(&old).unwrap() == before);
     let unfinished: Vec<PathBuf> = list(folder.path())
         .into_iter()
         .filter(|p| is_unfinished(p))

@@ -87,6 +87,11 @@ fn random(dims: &[usize], seed: u64) -> Tensor {
 
 /// An adapter on both layers, away from its start.
 fn adapter(model: &mut Model, family: Family, rank: usize, seed: u64) -> AdapterSet {
+    // Blocks of rotations divide the outputs.
+    let rank = match family {
+        Family::Oft | Family::Boft => 4,
+        _ => rank,
+    };
     let config = AdapterConfig {
         family,
         rank,
@@ -146,15 +151,15 @@ fn near(a: &[Vec<f64>], b: &[Vec<f64>]) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn merged_and_taken_out_again_the_weights_are_the_same_bits(
-        family in families(), outputs in 2usize..6, inputs in 2usize..6, rank in 1usize..4,
+        family in families(), outputs in 1usize..3, inputs in 1usize..6, rank in 1usize..4,
         dtype in prop::sample::select(vec![DType::F32, DType::F16, DType::BF16]),
         multipliers in prop::collection::vec(-2.0f64..2.0, 1..4), seed in 0u64..1000,
     ) {
-        let mut model = Model::new(4 * outputs, 4 * inputs, dtype, seed);
+        let mut model = Model::new(8 * outputs, 4 * inputs, dtype, seed);
         let set = adapter(&mut model, family, rank, seed);
         let before = model.bits();
         let mut live = LiveMerge::default();

@@ -235,6 +235,19 @@ fn write_files(folder: &Path, state: &RunState, weights: &Weights<'_>) -> Result
     Ok(())
 }
 
+/// Removes a state folder; when a kill interrupts that, what is left of it does not look
+/// like a state. Returns whether there was one.
+pub(crate) fn remove(path: &Path) -> Result<bool> {
+    let partial = beside(path, "partial");
+    remove_folder(&partial)?;
+    match fs::rename(path, &partial) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        renamed => renamed.map_err(Error::io(path))?,
+    }
+    remove_folder(&partial)?;
+    Ok(true)
+}
+
 /// Removes a folder, if there is one.
 fn remove_folder(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
