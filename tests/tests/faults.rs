@@ -245,7 +245,10 @@ fn names_do_not_lead_out_of_the_output_folder() {
 
 #[test]
 fn what_vanishes_ends_the_run_with_a_state_to_go_on_from() {
-    for (cached, vanishing, says) in [(false, "pictures", ".png"), (true, "cut/latent-cache", "cache")] {
+    for (cached, vanishing, says) in [
+        (false, "pictures", ".png"),
+        (true, "cut/latent-cache", "cache"),
+    ] {
         let folder = tempfile::tempdir().unwrap();
         let pictures_here = folder.path().join("pictures");
         std::fs::create_dir(&pictures_here).unwrap();
@@ -273,14 +276,18 @@ fn what_vanishes_ends_the_run_with_a_state_to_go_on_from() {
             }
         };
         let mut trainer = Trainer::new(config("cut"), &Device::Cpu, &mut observer).unwrap();
-        let error = trainer.run(&mut observer, &AtomicBool::new(false)).unwrap_err();
+        let error = trainer
+            .run(&mut observer, &AtomicBool::new(false))
+            .unwrap_err();
         assert_says(&error.to_string(), &[says]);
         drop(trainer);
         assert_whole(&folder.path().join("cut"));
 
         std::fs::rename(&away, &here).unwrap();
         let states = list(&folder.path().join("cut"));
-        let state = states.iter().find(|p| p.to_string_lossy().ends_with("-state"));
+        let state = states
+            .iter()
+            .find(|p| p.to_string_lossy().ends_with("-state"));
         let resumed = train(TrainConfig {
             resume: Some(state.unwrap().clone()),
             ..config("resumed")
@@ -295,7 +302,11 @@ fn what_vanishes_ends_the_run_with_a_state_to_go_on_from() {
 fn a_file_that_cannot_grow_leaves_what_was_there() {
     let folder = tempfile::tempdir().unwrap();
     let old = folder.path().join("zoe.safetensors");
-    std::fs::copy(golden_path("adapters", "file_lora_attn_mlp.safetensors"), &old).unwrap();
+    std::fs::copy(
+        golden_path("adapters", "file_lora_attn_mlp.safetensors"),
+        &old,
+    )
+    .unwrap();
     let before = std::fs::read(&old).unwrap();
     // In blocks of 512 bytes: settings fit, an adapter does not.
     let limited = "trap '' XFSZ; ulimit -f 60; exec \"$@\"";

@@ -25,6 +25,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::config::TrainConfig;
+use crate::naming::Naming;
 use crate::{Error, Result};
 
 const FORMAT: u32 = 1;
@@ -143,7 +144,12 @@ impl RunState {
         if self.model.is_some() && now.model.is_some() && self.model != now.model {
             differences.push("the checkpoint is not the same".into());
         }
-        if self.step >= total_steps {
+        // A run that ended before its last file was written still has that to do.
+        let written = config.output_dir.as_ref().is_some_and(|folder| {
+            let name = Naming::new(config.output_name.as_deref()).last();
+            folder.join(name).exists()
+        });
+        if self.step > total_steps || self.step == total_steps && written {
             differences.push(format!(
                 "all {total_steps} updates are done; give extend_run and more epochs or steps to go on"
             ));
