@@ -117,7 +117,11 @@ fn train(config: TrainConfig, device: &Device) -> Result<Outcome, Box<dyn Error>
     let outcome = trainer.run(&mut observers, &stop)?;
     match &outcome {
         Outcome::Finished(path) => println!("{}", path.display()),
-        Outcome::Stopped(path) => println!("stopped; what there was is in {}", path.display()),
+        Outcome::Stopped(path) => println!(
+            "stopped; what there was is in {}; go on with --resume {}-state and the same options",
+            path.display(),
+            path.with_extension("").display()
+        ),
     }
     Ok(outcome)
 }

@@ -11,7 +11,8 @@ use candle_core::Device;
 use lora_train::{Event, Outcome, TrainConfig, Trainer};
 
 /// A device by name: `cpu`, `cuda:0`, `metal`, or `auto`, which takes a GPU if the
-/// program was built for one and one answers.
+/// program was built for one and one answers, and otherwise the CPU, with a line that says
+/// why.
 ///
 /// # Errors
 /// When the name is unknown, or the device asked for does not answer.
@@ -24,13 +25,27 @@ pub fn device(name: &str) -> Result<Device, String> {
         ("cpu", _) => Ok(Device::Cpu),
         ("cuda", n) => Device::new_cuda(number(n)?).map_err(|e| format!("device {name}: {e}")),
         ("metal", n) => Device::new_metal(number(n)?).map_err(|e| format!("device {name}: {e}")),
-        ("auto", _) => Ok(Device::new_cuda(0)
-            .or_else(|_| Device::new_metal(0))
-            .unwrap_or(Device::Cpu)),
+        ("auto", _) => Ok(best_device()),
         _ => Err(format!(
             "unknown device {name:?}; known are auto, cpu, cuda:0, metal"
         )),
     }
+}
+
+/// What this program was built for decides what is tried: a program built for CUDA finds
+/// out at run time only that there is none.
+fn best_device() -> Device {
+    let tried = if cfg!(feature = "cuda") {
+        Device::new_cuda(0)
+    } else if cfg!(feature = "metal") {
+        Device::new_metal(0)
+    } else {
+        return Device::Cpu;
+    };
+    tried.unwrap_or_else(|error| {
+        eprintln!("no GPU answers ({error}); using the CPU");
+        Device::Cpu
+    })
 }
 
 /// Prints what happens while training, one line per epoch.
@@ -148,3 +163,19 @@ pub fn demo_config() -> TrainConfig {
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]
 pub struct ReadmeDoctests;
+
+#[cfg(test)]
+mod tests {
+    use super::device;
+
+    #[test]
+    fn devices_by_name() {
+        assert!(device("auto").is_ok() && device("cpu").is_ok_and(|d| d.is_cpu()));
+        for (name, says) in [("gpu", "cuda:0"), ("cuda:x", "a number")] {
+            assert!(device(name).is_err_and(|e| e.contains(says)), "{name}");
+        }
+        if cfg!(not(feature = "cuda")) {
+            assert!(device("cuda:0").is_err_and(|e| e.contains("cuda:0")));
+        }
+    }
+}

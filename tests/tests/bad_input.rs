@@ -558,3 +558,75 @@ fn adapters_are_not_changed_by_a_failed_attachment() {
     .unwrap();
     assert_eq!(attached, 0);
 }
+
+/// Time grows with the length of a text, not with its square: texts come out of pictures.
+#[test]
+fn long_texts_take_no_long_time() {
+    use lora_data::{CaptionConfig, CaptionTime, Place, Purpose, Streams, process_caption};
+    use lora_sd15::prompt::*;
+    use lora_sd15::{Infotext, Tokenizer};
+    let parts = [
+        "(",
+        ")",
+        "[",
+        "]",
+        "()",
+        "a",
+        "[a:b:0.5]",
+        "[a|",
+        "[a:",
+        "<lora:a:1>",
+        "<lora:",
+        "AND ",
+        "{a|b}",
+        "{",
+        "|",
+        ",",
+        "\\",
+        "BREAK ",
+        "(a:1.2)",
+        "a: 1, ",
+        "\"",
+        "--n ",
+        "\u{301}",
+        "ab ",
+        "\n",
+    ];
+    let tokenizer = Tokenizer::new();
+    let config = CaptionConfig {
+        enable_wildcard: true,
+        shuffle_caption: true,
+        caption_tag_dropout_rate: 0.1,
+        ..CaptionConfig::default()
+    };
+    let count = StepCount {
+        steps: 20,
+        before: None,
+    };
+    let mut slow = Vec::new();
+    for part in parts {
+        let text = part.repeat(50_000 / part.len());
+        let mut time = |name: &str, work: &mut dyn FnMut()| {
+            let start = std::time::Instant::now();
+            work();
+            if start.elapsed() > std::time::Duration::from_secs(60) {
+                slow.push(format!("{name} of {part:?}: {:?}", start.elapsed()));
+            }
+        };
+        time("tokenizer", &mut || drop(tokenizer.encode(&text)));
+        time("tags", &mut || drop(extract_tags(&text)));
+        time("AND", &mut || drop(split_composition(&text)));
+        time("schedule", &mut || drop(schedule_prompt(&text, count)));
+        time("attention", &mut || drop(parse_attention(&text)));
+        time("chunks", &mut || drop(chunk_prompt(&tokenizer, &text, 20)));
+        time("infotext", &mut || drop(Infotext::parse(&text)));
+        time("sample prompt", &mut || {
+            drop(lora_train::line_options(&text))
+        });
+        time("caption", &mut || {
+            let mut stream = Streams::new(42).stream(Purpose::CAPTION, Place::item(0));
+            process_caption(&text, &config, CaptionTime::default(), &mut stream);
+        });
+    }
+    assert!(slow.is_empty(), "{slow:#?}");
+}

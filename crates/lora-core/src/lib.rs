@@ -29,6 +29,9 @@
 //! are those of kohya's sd-scripts: prefix and diffusers path with underscores. The
 //! base weight is never written to except by [`AdapterSet::merge`].
 
+// Mapping files and giving their pages back; see docs/unsafe.md.
+#![deny(unsafe_code)]
+
 mod adapter;
 pub mod algebra;
 mod blocks;

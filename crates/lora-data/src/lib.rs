@@ -50,6 +50,8 @@
 //! another size without buckets are resized instead of refused; validation images are
 //! never trained; caches notice every change.
 
+#![forbid(unsafe_code)]
+
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 mod readme {}

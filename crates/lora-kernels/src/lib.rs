@@ -40,14 +40,14 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 
-// The only crate of the family that may contain `unsafe`: calls of the gemm
-// kernels, behind functions that check the extents first, and what programs set at
-// their start.
-#![allow(unsafe_code)]
+// Exempt are the kernels themselves, the call of the gemm crate's, and settings at a program's
+// start; see docs/unsafe.md.
+#![deny(unsafe_code)]
 
 mod added;
 mod attention;
 #[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
 mod avx512;
 mod channels;
 mod checkpoint;

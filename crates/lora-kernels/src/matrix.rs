@@ -265,6 +265,7 @@ fn native<S: avx512::Arithmetic>(
 }
 
 /// The product in f32, whatever the operands are stored in.
+#[allow(unsafe_code)]
 fn product(
     dst: &mut [f32],
     dst_stride: usize,

@@ -6,6 +6,7 @@
 ///
 /// For programs, at their start; a library should not decide this. Does nothing
 /// where the allocator is not glibc's.
+#[cfg_attr(all(target_os = "linux", target_env = "gnu"), allow(unsafe_code))]
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: mallopt only changes tuning parameters of the allocator; it is called
@@ -27,6 +28,7 @@ pub fn keep_freed_memory() {
 ///
 /// For programs, as the first thing they do: it sets an environment variable, and does so
 /// only while the process has no other thread and where it can find that out (Linux).
+#[allow(unsafe_code)]
 pub fn keep_candle_to_one_thread() {
     const NAME: &str = "CANDLE_NUM_THREADS";
     let threads = std::fs::read_dir("/proc/self/task").map(Iterator::count);

@@ -6,6 +6,11 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::{Error, Result};
 
+/// No PNG packs its pixels closer than this: deflate's limit is 1032.
+const MOST_PACKED: u64 = 1100;
+/// Pixels of 1 GiB: more is a damaged or hostile header.
+const MOST_BYTES: u64 = 1 << 30;
+
 /// An RGB picture, 8 bits per channel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
@@ -113,15 +118,20 @@ impl Image {
     pub fn open_png_with_text(path: impl AsRef<Path>) -> Result<(Self, Option<String>)> {
         let path = path.as_ref();
         let file = std::fs::File::open(path).map_err(Error::io(path))?;
+        let length = file.metadata().map_err(Error::io(path))?.len();
         let bad = |what: String| Error::Picture {
             what: format!("{}: {what}", path.display()),
         };
         let mut decoder = png::Decoder::new(std::io::BufReader::new(file));
         decoder.set_transformations(png::Transformations::normalize_to_color8());
         let mut reader = decoder.read_info().map_err(|e| bad(e.to_string()))?;
-        let Some(size) = reader.output_buffer_size() else {
-            return Err(bad("too large".into()));
-        };
+        let size = reader.output_buffer_size().unwrap_or(usize::MAX);
+        if size as u64 > length.saturating_mul(MOST_PACKED).min(MOST_BYTES) {
+            let (width, height) = (reader.info().width, reader.info().height);
+            return Err(bad(format!(
+                "a file of {length} bytes cannot hold {width} x {height} pixels, or they are too many"
+            )));
+        }
         let mut bytes = vec![0; size];
         let frame = reader
             .next_frame(&mut bytes)

@@ -20,6 +20,8 @@
 //! # Ok::<(), lora_sd15::Error>(())
 //! ```
 
+#![forbid(unsafe_code)]
+
 mod brownian;
 mod checkpoint;
 mod config;

@@ -4,7 +4,8 @@
 //! letters, single digits and runs of other characters, and each piece merged from
 //! its bytes upwards. Underscores split words; letter case does not matter.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
 use std::sync::OnceLock;
 
 use regex::Regex;
@@ -126,8 +127,12 @@ pub fn chunk_ids(ids: &[u32], chunks: usize, start: u32, end: u32) -> Vec<Vec<u3
         .collect()
 }
 
-/// Merges one piece's bytes, best rank first, and appends its ids.
+/// Merges one piece's bytes, best rank first and from the left, and appends its ids. A
+/// pair's rank is above those of its halves, so a queue of pairs gives the same as passes
+/// over the whole, in time that long pieces can afford.
 fn merge(tables: &Tables, piece: &str, out: &mut Vec<u32>) {
+    /// In the place of an id that was merged into the one before it.
+    const GONE: u32 = u32::MAX;
     let mut ids: Vec<u32> = piece
         .bytes()
         .map(|b| tables.bytes[usize::from(b)])
@@ -135,23 +140,30 @@ fn merge(tables: &Tables, piece: &str, out: &mut Vec<u32>) {
     if let Some(last) = ids.last_mut() {
         *last += WORD_END;
     }
-    while let Some((rank, pair)) = ids
-        .windows(2)
-        .filter_map(|w| Some((*tables.ranks.get(&(w[0], w[1]))?, (w[0], w[1]))))
-        .min()
-    {
-        let mut merged = Vec::with_capacity(ids.len());
-        let mut rest = ids.as_slice();
-        while let [first, tail @ ..] = rest {
-            if tail.first().is_some_and(|second| (*first, *second) == pair) {
-                merged.push(FIRST_MERGE + rank);
-                rest = &tail[1..];
-            } else {
-                merged.push(*first);
-                rest = tail;
-            }
+    let count = ids.len();
+    // The ids that are left, as a list; `count` is after the last.
+    let mut next: Vec<usize> = (1..=count).collect();
+    let mut before: Vec<usize> = (0..count).map(|i| i.wrapping_sub(1)).collect();
+    let mut queue = BinaryHeap::new();
+    let pair = |ids: &[u32], next: &[usize], at: usize| {
+        let (left, right) = (*ids.get(at)?, *ids.get(*next.get(at)?)?);
+        let rank = *tables.ranks.get(&(left, right))?;
+        Some(Reverse((rank, at, left, right)))
+    };
+    queue.extend((0..count).filter_map(|at| pair(&ids, &next, at)));
+    while let Some(Reverse((rank, at, left, right))) = queue.pop() {
+        let second = next[at];
+        if ids[at] != left || ids.get(second) != Some(&right) {
+            continue;
         }
-        ids = merged;
+        ids[at] = FIRST_MERGE + rank;
+        ids[second] = GONE;
+        next[at] = next[second];
+        if let Some(back) = before.get_mut(next[at]) {
+            *back = at;
+        }
+        queue.extend(pair(&ids, &next, before[at]));
+        queue.extend(pair(&ids, &next, at));
     }
-    out.extend(ids);
+    out.extend(ids.into_iter().filter(|id| *id != GONE));
 }

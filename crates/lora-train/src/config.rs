@@ -662,6 +662,20 @@ impl TrainConfig {
                 return Err(Error::Missing { name, what });
             }
         }
+        for (option, name) in [
+            ("output_name", &self.output_name),
+            ("log_prefix", &self.log_prefix),
+            ("log_tracker_name", &self.log_tracker_name),
+        ] {
+            // They become parts of file names: a config must not write elsewhere.
+            let name = name.as_deref().unwrap_or("-");
+            if name.contains(['/', '\\', '\0']) || name == ".." {
+                return bad(format!("{option}: {name:?} is no plain name"));
+            }
+        }
+        if self.output_name.as_deref() == Some("") {
+            return bad("output_name is empty; leave it out or give a name");
+        }
         let sources = [
             self.train_data_dir.is_some(),
             self.dataset_config.is_some(),

@@ -52,6 +52,19 @@ pub enum Error {
         /// The pictures of the last batch.
         images: String,
     },
+    /// Another run is writing files of the same name into the same folder.
+    #[error(
+        "{}: another run{process} is writing {name} there; wait for it, or give this one another output_name or output_dir",
+        path.display()
+    )]
+    Busy {
+        /// The output folder.
+        path: PathBuf,
+        /// The output name.
+        name: String,
+        /// The process that holds it, in brackets, or nothing.
+        process: String,
+    },
     /// A state folder does not fit the run, or is damaged.
     #[error("cannot go on from {}: {what}", path.display())]
     Resume {

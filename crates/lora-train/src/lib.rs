@@ -7,10 +7,13 @@
 //! * [`Trainer`]: all of it wired, telling an [`Observer`] what happens
 //! * [`metadata`], [`Naming`]: what result files say and are called
 
+#![forbid(unsafe_code)]
+
 mod config;
 mod error;
 pub mod gui;
 mod latents;
+mod lock;
 pub mod logs;
 mod loss;
 pub mod metadata;

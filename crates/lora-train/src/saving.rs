@@ -72,7 +72,7 @@ impl Trainer {
         if self.config.save_state {
             self.save_state(&self.naming.step_state(step), observer)?;
             if let Some(old) = outdated(self.config.save_last_n_steps_state.or(keep)) {
-                self.remove(&self.naming.step_state(old), observer)?;
+                self.remove_state(&self.naming.step_state(old), observer)?;
             }
         }
         Ok(())
@@ -118,7 +118,7 @@ impl Trainer {
         if self.config.save_state {
             self.save_state(&self.naming.epoch_state(epoch), observer)?;
             if let Some(old) = outdated(self.config.save_last_n_epochs_state.or(keep)) {
-                self.remove(&self.naming.epoch_state(old), observer)?;
+                self.remove_state(&self.naming.epoch_state(old), observer)?;
             }
         }
         Ok(())
@@ -216,18 +216,22 @@ impl Trainer {
         Ok(())
     }
 
-    /// Removes an old file or state folder of this run.
+    /// Removes an old file of this run.
     fn remove(&self, name: &str, observer: &mut dyn Observer) -> Result<()> {
         let path = self.folder().join(name);
-        let removed = if path.is_dir() {
-            std::fs::remove_dir_all(&path)
-        } else {
-            std::fs::remove_file(&path)
-        };
-        match removed {
+        match std::fs::remove_file(&path) {
             Ok(()) => observer.event(&Event::Removed(&path)),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
             Err(e) => return Err(Error::io(path)(e)),
+        }
+        Ok(())
+    }
+
+    /// Removes an old state of this run.
+    fn remove_state(&self, name: &str, observer: &mut dyn Observer) -> Result<()> {
+        let path = self.folder().join(name);
+        if state::remove(&path)? {
+            observer.event(&Event::Removed(&path));
         }
         Ok(())
     }

@@ -16,14 +16,6 @@ use crate::config::{Steps, TrainConfig};
 use crate::samples::{SamplePrompt, read_sample_prompts};
 use crate::{Error, Plan, Result};
 
-/// Creates the output folder and proves that files can be written there.
-pub(crate) fn check_output(folder: &Path) -> Result<()> {
-    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    let probe = folder.join(format!(".probe-{}.tmp", std::process::id()));
-    std::fs::write(&probe, b"probe").map_err(Error::io(folder))?;
-    std::fs::remove_file(&probe).map_err(Error::io(&probe))
-}
-
 /// Lists pictures and captions; also returns what the dataset config noticed.
 pub(crate) fn dataset(config: &TrainConfig) -> Result<(Dataset, Vec<Finding>)> {
     let run = DataConfig {

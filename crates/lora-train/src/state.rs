@@ -25,6 +25,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::config::TrainConfig;
+use crate::naming::Naming;
 use crate::{Error, Result};
 
 const FORMAT: u32 = 1;
@@ -143,7 +144,12 @@ impl RunState {
         if self.model.is_some() && now.model.is_some() && self.model != now.model {
             differences.push("the checkpoint is not the same".into());
         }
-        if self.step >= total_steps {
+        // A run that ended before its last file was written still has that to do.
+        let written = config.output_dir.as_ref().is_some_and(|folder| {
+            let name = Naming::new(config.output_name.as_deref()).last();
+            folder.join(name).exists()
+        });
+        if self.step > total_steps || self.step == total_steps && written {
             differences.push(format!(
                 "all {total_steps} updates are done; give extend_run and more epochs or steps to go on"
             ));
@@ -198,43 +204,62 @@ pub(crate) struct Weights<'a> {
 /// state of the same name stays until the new one is complete.
 pub(crate) fn save(path: &Path, state: &RunState, weights: &Weights<'_>) -> Result<()> {
     let partial = beside(path, "partial");
-    if partial.exists() {
-        fs::remove_dir_all(&partial).map_err(Error::io(&partial))?;
-    }
+    remove_folder(&partial)?;
     fs::create_dir_all(&partial).map_err(Error::io(&partial))?;
-    let tensors: BTreeMap<String, Tensor> = weights
-        .params
-        .iter()
-        .map(|(name, var)| (name.clone(), var.as_tensor().clone()))
-        .collect();
-    write_tensors(
-        &partial.join("model.safetensors"),
-        &tensors,
-        &BTreeMap::new(),
-    )?;
-    weights
-        .optimizer
-        .save(partial.join("optimizer.safetensors"))?;
-    if let Some(ema) = &weights.ema {
-        write_tensors(&partial.join("ema.safetensors"), ema, &BTreeMap::new())?;
+    if let Err(error) = write_files(&partial, state, weights) {
+        // A full disk needs the room; the first error is the one to report.
+        remove_folder(&partial).unwrap_or_default();
+        return Err(error);
     }
-    let text = serde_json::to_string_pretty(state).map_err(|e| Error::resume(path, e))?;
-    write_atomically(&partial.join("train_state.json"), |out| {
-        out.write_all(text.as_bytes())
-    })?;
     let old = beside(path, "old");
-    if old.exists() {
-        fs::remove_dir_all(&old).map_err(Error::io(&old))?;
-    }
+    remove_folder(&old)?;
     if path.exists() {
         fs::rename(path, &old).map_err(Error::io(path))?;
     }
     fs::rename(&partial, path).map_err(Error::io(path))?;
     sync_parent(path)?;
-    if old.exists() {
-        fs::remove_dir_all(&old).map_err(Error::io(&old))?;
+    remove_folder(&old)
+}
+
+fn write_files(folder: &Path, state: &RunState, weights: &Weights<'_>) -> Result<()> {
+    let nothing = BTreeMap::new();
+    let tensors: BTreeMap<String, Tensor> = weights
+        .params
+        .iter()
+        .map(|(name, var)| (name.clone(), var.as_tensor().clone()))
+        .collect();
+    write_tensors(&folder.join("model.safetensors"), &tensors, &nothing)?;
+    let optimizer = folder.join("optimizer.safetensors");
+    weights.optimizer.save(optimizer)?;
+    if let Some(ema) = &weights.ema {
+        write_tensors(&folder.join("ema.safetensors"), ema, &nothing)?;
     }
+    let text = serde_json::to_string_pretty(state).map_err(|e| Error::resume(folder, e))?;
+    write_atomically(&folder.join("train_state.json"), |out| {
+        out.write_all(text.as_bytes())
+    })?;
     Ok(())
+}
+
+/// Removes a state folder; when a kill interrupts that, what is left of it does not look
+/// like a state. Returns whether there was one.
+pub(crate) fn remove(path: &Path) -> Result<bool> {
+    let partial = beside(path, "partial");
+    remove_folder(&partial)?;
+    match fs::rename(path, &partial) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        renamed => renamed.map_err(Error::io(path))?,
+    }
+    remove_folder(&partial)?;
+    Ok(true)
+}
+
+/// Removes a folder, if there is one.
+fn remove_folder(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
+        _ => Ok(()),
+    }
 }
 
 /// Renames are on the disk when their folder is.

@@ -15,6 +15,7 @@ use rand::Rng;
 
 use crate::config::TrainConfig;
 use crate::latents::LatentSource;
+use crate::lock::RunLock;
 use crate::metadata::{Metadata, training_metadata, unix_time};
 use crate::model::{Model, Parts, Sd15};
 use crate::naming::Naming;
@@ -85,6 +86,8 @@ pub struct Trainer {
     pub(crate) good: RunState,
     /// The state folder that the run went on from.
     resumed: Option<PathBuf>,
+    /// Keeps other runs away from this one's files.
+    _lock: RunLock,
 }
 
 impl Trainer {
@@ -93,8 +96,8 @@ impl Trainer {
     /// `resume`, everything is put back as it was.
     ///
     /// # Errors
-    /// The first thing that is wrong; nothing was written by then but a probe file in
-    /// the output folder.
+    /// The first thing that is wrong; nothing was written by then. [`Error::Busy`] when
+    /// another run writes the same files.
     pub fn new(config: TrainConfig, device: &Device, observer: &mut dyn Observer) -> Result<Self> {
         Self::build(config, None, device, observer)
     }
@@ -136,7 +139,7 @@ impl Trainer {
         config.learning_rate.get_or_insert(rate);
         let rank = config.network_rank();
         config.network_dim.get_or_insert(rank);
-        setup::check_output(config.output_dir())?;
+        let lock = RunLock::take(config.output_dir(), config.name())?;
         let samples = setup::samples(&config)?;
         let (dataset, noticed) = setup::dataset(&config)?;
         let dataset = Arc::new(dataset);
@@ -237,6 +240,7 @@ impl Trainer {
             average: LossAverage::default(),
             watch: Watch::default(),
             resumed: None,
+            _lock: lock,
             config,
             plan,
             dataset,

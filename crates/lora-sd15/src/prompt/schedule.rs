@@ -258,7 +258,11 @@ impl<'a> Parser<'a> {
     /// A number with blanks around it and `]` behind; returns it and the end of the `]`.
     fn number(&self, i: usize) -> Option<(&'a str, usize)> {
         let rest = self.0.get(i..)?;
-        let end = rest.find(']')?;
+        // What no number has in it ends the search: brackets may be many, and far away.
+        let other = |c: char| !(c.is_whitespace() || c.is_ascii_digit() || "+-.eE".contains(c));
+        let end = rest
+            .find(other)
+            .filter(|end| self.at(i + end) == Some(']'))?;
         let number = rest.get(..end)?.trim();
         let digits = number.strip_prefix(['+', '-']).unwrap_or(number);
         let starts = digits.starts_with(|c: char| c.is_ascii_digit())

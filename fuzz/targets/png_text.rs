@@ -1,0 +1,13 @@
+//! A PNG with its text chunks.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use lora_sd15::{Image, Infotext};
+
+fuzz_target!(|bytes: &[u8]| {
+    let path = lora_fuzz::file("picture.png", bytes);
+    if let Ok((image, text)) = Image::open_png_with_text(&path) {
+        assert_eq!(image.rgb.len(), 3 * image.width * image.height);
+        Infotext::parse(&text.unwrap_or_default());
+    }
+});
