@@ -47,11 +47,13 @@ fn config(output: &Path) -> TrainConfig {
     }
 }
 
-fn train(config: TrainConfig) -> lora_train::Result<PathBuf> {
+fn train(config: TrainConfig) -> Result<PathBuf, String> {
     let mut observer = |_: &Event<'_>| {};
-    let mut trainer = Trainer::new(config, &Device::Cpu, &mut observer)?;
-    match trainer.run(&mut observer, &AtomicBool::new(false))? {
-        Outcome::Finished(path) | Outcome::Stopped(path) => Ok(path),
+    let trainer = Trainer::new(config, &Device::Cpu, &mut observer);
+    let mut trainer = trainer.map_err(|error| error.to_string())?;
+    match trainer.run(&mut observer, &AtomicBool::new(false)) {
+        Ok(Outcome::Finished(path) | Outcome::Stopped(path)) => Ok(path),
+        Err(error) => Err(error.to_string()),
     }
 }
 
@@ -141,7 +143,9 @@ fn child_process() {
                 cache_latents_to_disk: true,
                 ..config(&folder)
             };
-            Trainer::new(config, &Device::Cpu, &mut |_: &Event<'_>| {}).map(|_| ())
+            Trainer::new(config, &Device::Cpu, &mut |_: &Event<'_>| {})
+                .map(|_| ())
+                .map_err(|error| error.to_string())
         }
         "merge" => loop {
             merge(&folder, "merged.safetensors");
@@ -207,7 +211,7 @@ fn two_runs_never_write_the_same_files() {
     let config = config(&folder.path().join("out"));
     let mut observer = |_: &Event<'_>| {};
     let first = Trainer::new(config.clone(), &Device::Cpu, &mut observer).unwrap();
-    let message = train(config.clone()).unwrap_err().to_string();
+    let message = train(config.clone()).unwrap_err();
     let process = format!("process {}", std::process::id());
     assert_says(&message, &["out", "zoe", &process, "output_name"]);
     // Another name in the same folder is no conflict.
@@ -238,7 +242,7 @@ fn names_do_not_lead_out_of_the_output_folder() {
             output_name: Some(name.into()),
             ..config(&folder.path().join("out"))
         };
-        assert_says(&train(config).unwrap_err().to_string(), &["output_name"]);
+        assert_says(&train(config).unwrap_err(), &["output_name"]);
     }
     assert_eq!(list(folder.path()), [] as [PathBuf; 0]);
 }

@@ -56,10 +56,7 @@ impl Model {
             let base = layer.base();
             [Some(&base.weight), base.bias.as_ref()]
         });
-        weights
-            .flatten()
-            .map(|tensor| lora_tests::values(tensor))
-            .collect()
+        weights.flatten().map(lora_tests::values).collect()
     }
 }
 
