@@ -151,7 +151,8 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     trainer.train_text(arguments.text_steps, &latents)?;
     trainer.train_unet(("second", 5e-4, 32, arguments.second_steps), &latents)?;
-    trainer.train_decoder(arguments.decoder_steps)
+    trainer.train_decoder(arguments.decoder_steps)?;
+    Ok(trainer.model.save(&arguments.output, DType::F16)?)
 }
 
 /// The drawings with shuffled tags, 10 % of them and of whole captions left out.
@@ -466,8 +467,8 @@ impl<'a> Batches<'a> {
             self.order = batches.into_iter().flat_map(|b| b.items).collect();
             self.epoch = epoch;
         }
-        let batches = self.order.chunks(self.size);
-        let batch = batches.skip(step as usize % per_epoch).next();
+        let mut batches = self.order.chunks(self.size);
+        let batch = batches.nth(step as usize % per_epoch);
         (epoch, batch.unwrap_or_default().to_vec())
     }
 }
