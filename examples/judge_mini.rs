@@ -11,8 +11,10 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use clap::Parser;
-use lora_examples::demo_model;
-use lora_examples::portraits::{draw, held_out, hits, judge, round_trip, variety};
+use lora_examples::portraits::{
+    draw, held_out, held_out_pictures, hits, judge, round_trip, variety,
+};
+use lora_examples::{demo_model, demo_pictures};
 use lora_sd15::{Grid, StableDiffusion};
 
 #[derive(Parser)]
@@ -44,10 +46,15 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn report(sd: &mut StableDiffusion, arguments: &Arguments) -> Result<(), Box<dyn Error>> {
-    println!(
-        "VAE: {:.1} dB over the demonstration's pictures",
-        round_trip(sd)?
-    );
+    for (what, folder) in [
+        ("portraits it has not seen", held_out_pictures()),
+        (
+            "the demonstration's pictures",
+            demo_pictures().join("10_zoe"),
+        ),
+    ] {
+        println!("VAE: {:.1} dB over {what}", round_trip(sd, &folder)?);
+    }
     let mut captions = held_out()?;
     captions.truncate(arguments.prompts);
     let (figures, mut pictures) = judge(sd, &captions)?;

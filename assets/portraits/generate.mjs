@@ -3,6 +3,7 @@
 //   npm install            (development only: Node 20 or newer)
 //   node generate.mjs pretraining FOLDER [COUNT]   12,000 portraits with captions
 //   node generate.mjs held-out FILE                200 captions with their attributes
+//   node generate.mjs held-out-pictures FOLDER     portraits for the first 16 of them
 //   node generate.mjs zoe FOLDER                   the twelve pictures of the demonstration
 //
 // Portraits are a pure function of (purpose, number). Designs: @dicebear/pixel-art, CC0 1.0.
@@ -150,9 +151,15 @@ if (what === 'pretraining' && target) {
     prompt: shuffled(stream(`held-out order ${i}`), tags(a)).join(', '), ...a,
   }));
   fs.writeFileSync(target, `[\n${rows.map((r) => JSON.stringify(r)).join(',\n')}\n]\n`);
+} else if (what === 'held-out-pictures' && target) {
+  fs.mkdirSync(target, { recursive: true });
+  heldOut().slice(0, 16).forEach((a, i) => {
+    const name = path.join(target, `${String(i).padStart(2, '0')}.png`);
+    fs.writeFileSync(name, draw(stream(`held-out picture ${i}`), a));
+  });
 } else if (what === 'zoe' && target) {
   zoe(target);
 } else {
-  console.error('usage: node generate.mjs pretraining|held-out|zoe TARGET [COUNT]');
+  console.error('usage: node generate.mjs pretraining|held-out|held-out-pictures|zoe TARGET [COUNT]');
   process.exit(2);
 }

@@ -6,11 +6,12 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::path::{Path, PathBuf};
 
 use lora_sd15::{Image, StableDiffusion, Txt2Img};
 use serde::Deserialize;
 
-use crate::{demo_pictures, repository};
+use crate::repository;
 
 /// Cells along each side.
 const CELLS: usize = 16;
@@ -229,15 +230,14 @@ pub fn judge(
     Ok((figures, pictures))
 }
 
-/// Peak signal-to-noise ratio in dB of encoding and decoding the demonstration's pictures,
-/// which pretraining has not seen.
+/// Peak signal-to-noise ratio in dB of encoding and decoding the PNGs of a folder.
 ///
 /// # Errors
 /// When a picture cannot be read.
-pub fn round_trip(sd: &StableDiffusion) -> Result<f64, Box<dyn Error>> {
+pub fn round_trip(sd: &StableDiffusion, folder: &Path) -> Result<f64, Box<dyn Error>> {
     let mut error = 0.0;
     let mut count = 0.0;
-    for entry in std::fs::read_dir(demo_pictures().join("10_zoe"))? {
+    for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
         if path.extension().is_some_and(|e| e == "png") {
             let picture = Image::open_png(&path)?;
@@ -249,6 +249,11 @@ pub fn round_trip(sd: &StableDiffusion) -> Result<f64, Box<dyn Error>> {
         }
     }
     Ok(10.0 * (255.0 * 255.0 * count / error).log10())
+}
+
+/// The folder of portraits that pretraining did not see.
+pub fn held_out_pictures() -> PathBuf {
+    repository("assets/portraits/held_out")
 }
 
 /// Mean absolute difference (0 to 255) of all pairs of pictures.
@@ -321,6 +326,7 @@ fn majority<T: Copy + Ord>(values: impl Iterator<Item = T>) -> Option<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::demo_pictures;
 
     #[test]
     fn the_judge_reads_what_the_captions_of_the_drawings_say() {
