@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::path::{Path, PathBuf};
 
+use crate::portraits;
 use clap::Parser;
 use lora_core::format::{FileReport, sha256_of_file};
 use lora_sd15::prompt::extract_tags;
@@ -169,13 +170,11 @@ impl Arguments {
     /// # Errors
     /// For values that cannot be understood and pictures without text.
     pub fn job(&self) -> Outcome<Txt2Img> {
-        let side = if self.model.is_some() { 512 } else { 128 };
-        let mut job = match &self.from {
-            Some(path) => Txt2Img::from_infotext(&picture_text(path)?)?,
-            None => Txt2Img {
-                prompt: "zoe, smile".into(),
-                width: side,
-                height: side,
+        let mut job = match (&self.from, &self.model) {
+            (Some(path), _) => Txt2Img::from_infotext(&picture_text(path)?)?,
+            // The bundled miniature's size and guidance.
+            (None, None) => portraits::request("portrait, smile", 1),
+            (None, Some(_)) => Txt2Img {
                 seed: 1,
                 sampler: SamplerKind::EulerAncestral,
                 ..Txt2Img::default()

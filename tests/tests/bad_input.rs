@@ -85,7 +85,7 @@ fn pictures_that_do_not_decode_are_named_and_skipped() {
     });
     assert_says(&message, &["broken.png"]);
 
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/demo/10_zoe/zoe_1.png");
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/demo/10_zoe/zoe_01.png");
     std::fs::copy(demo, img.join("good.png")).unwrap();
     let mut warnings = Vec::new();
     let mut observer = |event: &Event<'_>| {
@@ -110,7 +110,7 @@ fn captions_that_are_not_text() {
     let dir = folder();
     let img = dir.path().join("img/1_x");
     std::fs::create_dir_all(&img).unwrap();
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/demo/10_zoe/zoe_1.png");
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/demo/10_zoe/zoe_01.png");
     std::fs::copy(demo, img.join("a.png")).unwrap();
     std::fs::write(img.join("a.txt"), [0xff, 0xfe, 0x41, 0x00]).unwrap();
     let message = refusal(TrainConfig {
