@@ -60,7 +60,7 @@ struct Margins {
 const MARGINS: Margins = Margins {
     psnr: 29.0,
     background: 0.9,
-    hair: 0.7,
+    hair: 0.5,
     hat: 0.8,
     glasses: 0.8,
 };
@@ -103,7 +103,7 @@ const FAMILIES: [(&str, &[&str], usize, f64); 9] = [
     ("lokr", &["algo=lokr", "factor=4"], 4, 1e-2),
     ("ia3", &["algo=ia3"], 1, 5e-2),
     ("glora", &["algo=glora"], 4, 5e-3),
-    ("boft", &["algo=boft"], 4, 1e-2),
+    ("boft", &["algo=boft"], 8, 1e-2),
     ("full", &["algo=full"], 4, 1e-3),
 ];
 
