@@ -127,7 +127,7 @@ fn intermediate_files_settings_and_metadata_are_written() {
         save_every_n_epochs: Some(1),
         save_last_n_epochs: Some(1),
         save_every_n_steps: Some(15),
-        train_batch_size: 6,
+        train_batch_size: 12,
         gradient_accumulation_steps: 2,
         save_precision: Some("fp16".into()),
         metadata_author: Some("me".into()),
@@ -139,7 +139,7 @@ fn intermediate_files_settings_and_metadata_are_written() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
-    // 60 pictures a pass in batches of 6, two of them per update: 5 updates an epoch.
+    // 120 pictures a pass in batches of 12, two of them per update: 5 updates an epoch.
     assert_eq!(
         names,
         [
@@ -161,21 +161,21 @@ fn intermediate_files_settings_and_metadata_are_written() {
     for (key, value) in [
         ("ss_steps", "15"),
         ("ss_epoch", "3"),
-        ("ss_num_train_images", "60"),
+        ("ss_num_train_images", "120"),
         (
             "ss_optimizer",
             "torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.9, 0.99))",
         ),
         (
             "ss_dataset_dirs",
-            r#"{"10_zoe":{"img_count":6,"n_repeats":10}}"#,
+            r#"{"10_zoe":{"img_count":12,"n_repeats":10}}"#,
         ),
         ("ss_base_model_version", "sd_v1"),
         ("modelspec.author", "me"),
     ] {
         assert_eq!(metadata.get(key).map(String::as_str), Some(value), "{key}");
     }
-    assert!(metadata["ss_tag_frequency"].contains(r#""purple hair":6"#));
+    assert!(metadata["ss_tag_frequency"].contains(r#""portrait":12"#));
 
     // The settings file is a config file that means the same.
     let settings = Settings::from_toml(&folder.path().join("zoe.toml")).unwrap();
@@ -438,7 +438,7 @@ fn a_run_shows_samples_validation_and_logs() {
             count("sample"),
             count("finished")
         ),
-        (28, 2, 6, 1)
+        (54, 2, 6, 1)
     );
     // Both forms of the settings are read back.
     let again = lora_train::gui::read_config(&out.join("zoe.toml")).unwrap();
