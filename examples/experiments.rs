@@ -25,7 +25,10 @@ use lora_train::{Event, Outcome, TrainConfig, Trainer};
 
 type Done<T> = Result<T, Box<dyn Error>>;
 
-const EXPERIMENTS: [(&str, fn() -> Done<()>); 6] = [
+/// A name and what it runs.
+type Experiment = (&'static str, fn() -> Done<()>);
+
+const EXPERIMENTS: [Experiment; 6] = [
     ("betas", betas),
     ("dims", dims),
     ("epochs", epochs),
@@ -136,9 +139,10 @@ fn pictures() -> Done<()> {
 
 fn captions() -> Done<()> {
     // Pictures number 1 and 9 have the same background.
-    let blue = |number: usize| number % 8 == 0;
+    let blue = |number: usize| number.is_multiple_of(8);
     let all = |_: usize| true;
-    let variants: [(&str, fn(usize) -> bool, bool); 4] = [
+    type Variant = (&'static str, fn(usize) -> bool, bool);
+    let variants: [Variant; 4] = [
         ("backgrounds vary, tagged", all, true),
         ("backgrounds vary, not tagged", all, false),
         ("one background, tagged", blue, true),
