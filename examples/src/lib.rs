@@ -164,6 +164,11 @@ pub fn demo_config() -> TrainConfig {
 #[doc = include_str!("../../README.md")]
 pub struct ReadmeDoctests;
 
+/// The programs in the book, compiled as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/in-your-program.md")]
+pub struct BookDoctests;
+
 #[cfg(test)]
 mod tests {
     use super::device;
