@@ -14,8 +14,8 @@ use std::marker::PhantomData;
 use half::bf16;
 use rayon::prelude::*;
 
-/// Columns of a panel.
-const PANEL: usize = 64;
+use crate::matrix::PANEL;
+
 /// Rows of a tile; with four vectors of 16 columns its sums fill 24 registers.
 const TILE: usize = 6;
 /// Most words multiplied before sums are written: a panel's part (64 KB) stays in the
@@ -286,6 +286,21 @@ impl<T: Copy> Operand<'_, T> {
     {
         let stride = self.words::<S>().next_multiple_of(16);
         grow(out, (to - from).next_multiple_of(16) * stride);
+        if self.inner_stride == 1 {
+            for (row, out) in (from..to).zip(out.chunks_exact_mut(stride.max(1))) {
+                for (w, out) in out.chunks_exact_mut(16).enumerate() {
+                    let i = 16 * S::VALUES * w;
+                    let n = (self.inner - i).min(16 * S::VALUES);
+                    // SAFETY: the row exists and has `n` values from `i` on.
+                    let words = unsafe {
+                        let start = self.data.as_ptr().add(row * self.outer_stride + i);
+                        T::along(start, n)
+                    };
+                    store(out, words);
+                }
+            }
+            return;
+        }
         for o in (from..to).step_by(16) {
             for w in (0..self.words::<S>()).step_by(16) {
                 // SAFETY: `o` and `w` are inside.
@@ -433,7 +448,9 @@ pub(crate) fn multiply<S: Arithmetic, A: Element<S>, B: Element<S>>(
     // SAFETY: the processor is able, both operands are checked, and all elements of the
     // output are inside `dst`.
     unsafe {
-        if m >= n {
+        if let Some(panel) = panel_in_place::<S, B>(b) {
+            by_panel::<S, A>(out, accumulate, a, panel, parallel);
+        } else if m >= n {
             by_rows::<S, A, B>(out, accumulate, a, b, parallel);
         } else {
             by_columns::<S, A, B>(out, accumulate, a, b, parallel);
@@ -492,6 +509,51 @@ fn parts(words: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..words)
         .step_by(depth)
         .map(move |first| (first, depth.min(words - first)))
+}
+
+/// `b` as a panel, where it is one as it lies.
+fn panel_in_place<'a, S: Arithmetic, T: Element<S>>(b: Operand<'a, T>) -> Option<&'a [u32]> {
+    let fits = b.outer <= PANEL && b.outer_stride == 1 && b.inner_stride == PANEL;
+    let whole = b.data.len() >= b.inner * PANEL;
+    if !(T::IN_PLACE && S::VALUES == 1 && fits && whole) {
+        return None;
+    }
+    // SAFETY: words of one value are stored as that value, of 32 bits.
+    Some(unsafe { std::slice::from_raw_parts(b.data.as_ptr().cast(), b.inner * PANEL) })
+}
+
+/// The right operand is one panel, rows of the left one are divided.
+///
+/// # Safety
+/// AVX-512 with BW, VL and BF16; the operand is checked, `panel` has its words, `out` the
+/// sizes of both.
+unsafe fn by_panel<S: Arithmetic, A: Element<S>>(
+    out: Output,
+    accumulate: bool,
+    a: Operand<'_, A>,
+    panel: &[u32],
+    parallel: bool,
+) {
+    let words = a.words::<S>();
+    let own = in_place::<S, A>(a);
+    each(a.outer.div_ceil(TASK_ROWS), parallel, |buffer, task| {
+        let from = task * TASK_ROWS;
+        let rows = TASK_ROWS.min(a.outer - from);
+        let (left, skipped) = match own {
+            Some(left) => (left, from),
+            None => {
+                // SAFETY: the caller's word, and rows are inside.
+                unsafe { a.rows::<S>(from, from + rows, buffer) };
+                (packed(buffer, words), 0)
+            }
+        };
+        for (first, depth) in parts(words) {
+            let part = &panel[first * PANEL..];
+            let add = accumulate || first > 0;
+            // SAFETY: rows and columns are inside.
+            unsafe { block::<S>(out, from, rows, 0, left, skipped, part, first, depth, add) };
+        }
+    });
 }
 
 /// The right operand is laid out at once, rows of the left one are divided.

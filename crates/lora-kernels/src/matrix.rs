@@ -10,6 +10,10 @@ use crate::Compute;
 #[cfg(target_arch = "x86_64")]
 use crate::{Path, avx512, path};
 
+/// A right operand of f32 with at most this many columns, whose rows are this far apart, is
+/// read where it lies.
+pub(crate) const PANEL: usize = 64;
+
 /// Products with fewer multiplications run on the calling thread.
 const PARALLEL_PRODUCTS: usize = 1 << 20;
 

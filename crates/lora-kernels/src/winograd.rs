@@ -1,10 +1,10 @@
 //! 3x3 convolutions of stride 1 by Winograd's algorithm F(4x4, 3x3) (Lavin and Gray 2015):
 //! 36 products per 16 outputs and channel pair instead of 144.
 //!
-//! Per image: 6x6 input tiles are transformed to `v[channel][36][tile]`; then, for a chunk
-//! of output channels at a time, weights are transformed to `u[36][output][channel]`, the 36
-//! products `m = u v` computed and transformed back to 4x4 output tiles. Transformed weights
-//! are four times as large as the weights, so they are never kept.
+//! Per image: 6x6 input tiles are transformed to `v[36][panel][channel][64]`; then, for a
+//! chunk of output channels at a time, weights are transformed to `u[output][36][channel]`,
+//! the 36 products `m = u v` computed, each by one thread, and transformed back to 4x4 output
+//! tiles. Transformed weights are four times as large as the weights, so they are never kept.
 //!
 //! The result differs from direct summation by rounding (a few 1e-6 of the output's size).
 
@@ -12,13 +12,16 @@ use rayon::prelude::*;
 
 use crate::Compute;
 use crate::math::vectorized;
-use crate::matrix::{Values, View, multiply_here};
+use crate::matrix::{PANEL, Values, View, multiply_here};
 
 /// Points of a transformed tile.
 const POINTS: usize = 36;
 /// Fewer tiles or channels do not pay for transforming the weights.
 const MIN_TILES: usize = 64;
 const MIN_CHANNELS: usize = 32;
+/// Most output channels at a time, and those whose weights one task transforms.
+const MAX_CHUNK: usize = 160;
+const WEIGHTS: usize = 8;
 
 /// One convolution, `[c, h, w]` to `[o, h, w]`, padded by one zero on each side.
 #[derive(Clone, Copy)]
@@ -49,45 +52,89 @@ impl Winograd {
         self.rows() * self.columns()
     }
 
-    /// Output channels per task; depends on sizes only.
+    /// Output channels at a time.
     fn chunk(&self) -> usize {
-        self.o.div_ceil(8).next_multiple_of(8).clamp(32, 160)
+        self.o.div_ceil(self.o.div_ceil(MAX_CHUNK))
     }
 
     /// Writes the convolution of one image to `y`, or adds it with `accumulate`.
     pub(crate) fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
-        let tiles = self.tiles();
+        let (tiles, panels) = (self.tiles(), self.tiles().div_ceil(PANEL));
         let plane = self.h * self.w;
-        let mut v = vec![0f32; self.c * POINTS * tiles];
-        v.par_chunks_mut(POINTS * tiles)
-            .zip(x.par_chunks(plane))
-            .for_each(|(v, x)| vectorized(|| self.transform_input(x, v)));
+        let v = self.transform_inputs(x);
         let chunk = self.chunk();
-        y.par_chunks_mut(chunk * plane)
-            .enumerate()
-            .for_each(|(number, y)| {
-                let outputs = y.len() / plane;
-                let mut u = vec![0f32; POINTS * outputs * self.c];
-                let first = number * chunk;
-                vectorized(|| match weight {
-                    Values::F32(w) => self.transform_weight(w, first, outputs, &mut u),
-                    Values::Bf16(w) => self.transform_weight(w, first, outputs, &mut u),
+        let (mut u, mut m) = (Vec::new(), Vec::new());
+        for (number, y) in y.chunks_mut(chunk * plane).enumerate() {
+            let outputs = y.len() / plane;
+            u.resize(outputs * POINTS * self.c, 0f32);
+            u.par_chunks_mut(WEIGHTS * POINTS * self.c)
+                .enumerate()
+                .for_each(|(part, u)| {
+                    let first = number * chunk + part * WEIGHTS;
+                    vectorized(|| match weight {
+                        Values::F32(w) => self.transform_weight(w, first, u),
+                        Values::Bf16(w) => self.transform_weight(w, first, u),
+                    });
                 });
-                let mut m = vec![0f32; outputs * POINTS * tiles];
-                for point in 0..POINTS {
-                    let u = &u[point * outputs * self.c..];
-                    multiply_here(
-                        Compute::F32,
-                        &mut m[point * tiles..],
-                        POINTS * tiles,
-                        false,
-                        View::rows(u, outputs, self.c, self.c),
-                        View::rows(&v[point * tiles..], self.c, tiles, POINTS * tiles),
-                    );
-                }
-                let pairs = y.chunks_mut(plane).zip(m.chunks(POINTS * tiles));
-                vectorized(|| pairs.for_each(|(y, m)| self.transform_output(m, y, accumulate)));
+            m.resize(POINTS * outputs * tiles, 0f32);
+            m.par_chunks_mut(outputs * tiles)
+                .zip(v.par_chunks(panels * self.c * PANEL))
+                .enumerate()
+                .for_each(|(point, (m, v))| {
+                    for (panel, v) in v.chunks_exact(self.c * PANEL).enumerate() {
+                        let tile = panel * PANEL;
+                        multiply_here(
+                            Compute::F32,
+                            &mut m[tile..],
+                            tiles,
+                            false,
+                            View::rows(&u[point * self.c..], outputs, self.c, POINTS * self.c),
+                            View::rows(v, self.c, PANEL.min(tiles - tile), PANEL),
+                        );
+                    }
+                });
+            y.par_chunks_mut(plane).enumerate().for_each(|(output, y)| {
+                let points = |point: usize| &m[(point * outputs + output) * tiles..][..tiles];
+                vectorized(|| self.transform_output(points, y, accumulate));
             });
+        }
+    }
+
+    /// The channels `[c, h, w]` to `[36][panel][c][64]`, where panels are of 64 tiles: as the
+    /// products read them.
+    #[allow(unsafe_code)]
+    fn transform_inputs(&self, x: &[f32]) -> Vec<f32> {
+        /// Where each channel writes its own lines.
+        struct Lines(*mut f32);
+        // SAFETY: no two channels write the same line.
+        unsafe impl Sync for Lines {}
+        impl Lines {
+            fn line(&self, number: usize) -> *mut f32 {
+                self.0.wrapping_add(number * PANEL)
+            }
+        }
+
+        let (tiles, panels) = (self.tiles(), self.tiles().div_ceil(PANEL));
+        let mut v = vec![0f32; POINTS * panels * self.c * PANEL];
+        let lines = Lines(v.as_mut_ptr());
+        let channels = x.par_chunks(self.h * self.w).enumerate().take(self.c);
+        channels.for_each_init(
+            || vec![0f32; POINTS * tiles],
+            |points, (channel, x)| {
+                vectorized(|| self.transform_input(x, points));
+                for (point, values) in points.chunks_exact(tiles).enumerate() {
+                    for (panel, values) in values.chunks(PANEL).enumerate() {
+                        let line = lines.line((point * panels + panel) * self.c + channel);
+                        // SAFETY: there are 36 times `panels` times `c` lines of 64 values; this
+                        // one is written for this channel only.
+                        unsafe {
+                            std::ptr::copy_nonoverlapping(values.as_ptr(), line, values.len());
+                        }
+                    }
+                }
+            },
+        );
+        v
     }
 
     /// One channel `[h, w]` to `[36][tile]`.
@@ -135,16 +182,12 @@ impl Winograd {
         }
     }
 
-    /// The weights of `outputs` output channels from `first` on: `[36][output][channel]`.
+    /// The weights of output channels from `first` on, as many as there is room for:
+    /// `[output][36][channel]`.
     #[inline(always)]
-    fn transform_weight<T: Copy + Into<f32>>(
-        &self,
-        weight: &[T],
-        first: usize,
-        outputs: usize,
-        u: &mut [f32],
-    ) {
+    fn transform_weight<T: Copy + Into<f32>>(&self, weight: &[T], first: usize, u: &mut [f32]) {
         let c = self.c;
+        let outputs = u.len() / (POINTS * c);
         // Taps apart: [output][9][channel].
         let mut taps = vec![0f32; outputs * 9 * c];
         if self.transposed {
@@ -182,7 +225,7 @@ impl Winograd {
                 let (a, rest) = row.split_at(c);
                 let (b, d) = rest.split_at(c);
                 for k in 0..6 {
-                    let at = ((r * 6 + k) * outputs + output) * c;
+                    let at = (output * POINTS + r * 6 + k) * c;
                     for (((u, a), b), d) in u[at..at + c].iter_mut().zip(a).zip(b).zip(d) {
                         *u = weight_points([*a, *b, *d])[k];
                     }
@@ -191,16 +234,21 @@ impl Winograd {
         }
     }
 
-    /// One output channel's `[36][tile]` to `[h, w]`.
+    /// One output channel's 36 points, each of all tiles, to `[h, w]`.
     #[inline(always)]
-    fn transform_output(&self, m: &[f32], y: &mut [f32], accumulate: bool) {
-        let (columns, tiles) = (self.columns(), self.tiles());
+    fn transform_output<'m>(
+        &self,
+        points: impl Fn(usize) -> &'m [f32],
+        y: &mut [f32],
+        accumulate: bool,
+    ) {
+        let columns = self.columns();
         // Four lines by six points, then one line of outputs by their place in a tile.
         let mut lines = vec![0f32; 24 * columns];
         let mut line = vec![0f32; 4 * columns];
         for row in 0..self.rows() {
             for k in 0..6 {
-                let point = |r: usize| &m[(r * 6 + k) * tiles + row * columns..][..columns];
+                let point = |r: usize| &points(r * 6 + k)[row * columns..][..columns];
                 let [m0, m1, m2, m3, m4, m5] = [0, 1, 2, 3, 4, 5].map(point);
                 for j in 0..columns {
                     let out = output_points([m0[j], m1[j], m2[j], m3[j], m4[j], m5[j]]);
