@@ -26,18 +26,29 @@ struct Cover {
 
 /// The target must not be larger than the source on either side.
 pub(super) fn shrink<const C: usize>(source: &[u8], from: Size, to: Size) -> Vec<u8> {
-    let halves = from.width == 2 * to.width && from.height == 2 * to.height;
     // The loops are compiled for the widest registers that the processor has.
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            if halves {
-                shrink_with::<C>(source, from, to, |mean| (mean + 0.5) as u8)
-            } else {
-                shrink_with::<C>(source, from, to, half_to_even)
-            }
-        },
-    )
+    pulp::Arch::new().dispatch(Shrink::<C> { source, from, to })
+}
+
+/// A call of [`shrink_with`].
+struct Shrink<'a, const C: usize> {
+    source: &'a [u8],
+    from: Size,
+    to: Size,
+}
+
+impl<const C: usize> pulp::NullaryFnOnce for Shrink<'_, C> {
+    type Output = Vec<u8>;
+
+    #[inline(always)]
+    fn call(self) -> Vec<u8> {
+        let Self { source, from, to } = self;
+        if from.width == 2 * to.width && from.height == 2 * to.height {
+            shrink_with::<C>(source, from, to, |mean| (mean + 0.5) as u8)
+        } else {
+            shrink_with::<C>(source, from, to, half_to_even)
+        }
+    }
 }
 
 /// `round_ties_even` for values from 0 to 255, which has no instruction on every processor:
@@ -59,10 +70,10 @@ fn shrink_with<const C: usize>(
     let stride = from.width as usize * C;
     let mut target = vec![0; to.width as usize * to.height as usize * C];
     let mut whole = vec![0u16; stride];
-    let mut sum = vec![0f32; stride];
+    let mut sum = vec![0f32; stride + LANES];
     let rows = target.chunks_exact_mut(to.width as usize * C);
     for (cover, row) in covers(from.height, to.height).iter().zip(rows) {
-        sum_rows(source, stride, cover, &mut whole, &mut sum);
+        sum_rows(source, stride, cover, &mut whole, &mut sum[..stride]);
         for (column, pixel) in columns.iter().zip(row.as_chunks_mut::<C>().0) {
             let norm = cover.norm * column.norm;
             *pixel = sum_columns::<C>(&sum, column).map(|v| round(v * norm));
@@ -142,24 +153,34 @@ fn sum_whole_rows<'a>(rows: impl Iterator<Item = &'a [u8]>, whole: &mut [u16]) {
     }
 }
 
-/// The weighted sum of the pixels of `cover` in one summed row.
+/// A pixel is read together with what follows it, up to this many values: one addition of
+/// a register, whatever the number of channels.
+const LANES: usize = 4;
+
+/// The weighted sum of the pixels of `cover` in one summed row, behind which `LANES` more
+/// values can be read.
 #[inline(always)]
 fn sum_columns<const C: usize>(row: &[f32], cover: &Cover) -> [f32; C] {
-    let pixels = row.as_chunks::<C>().0;
-    let mut sum = [0f32; C];
-    for pixel in &pixels[cover.whole.0..cover.whole.1] {
-        for (total, value) in sum.iter_mut().zip(pixel) {
-            *total += value;
-        }
-    }
-    for (x, weight) in [cover.first, cover.last] {
-        if weight > 0.0 {
-            for (total, value) in sum.iter_mut().zip(&pixels[x]) {
+    let mut sum = [0f32; LANES];
+    let mut add = |weight: f32, values: &[f32]| {
+        if let Some(values) = values.first_chunk::<LANES>() {
+            for (total, value) in sum.iter_mut().zip(values) {
                 *total += weight * value;
             }
         }
+    };
+    let (start, end) = cover.whole;
+    let (mut rest, mut left) = (&row[start * C..], end - start);
+    while left > 0 {
+        add(1.0, rest);
+        (rest, left) = (&rest[C..], left - 1);
     }
-    sum
+    for (x, weight) in [cover.first, cover.last] {
+        if weight > 0.0 {
+            add(weight, &row[x * C..]);
+        }
+    }
+    std::array::from_fn(|channel| sum[channel])
 }
 
 #[cfg(test)]
