@@ -2,25 +2,27 @@
 //! the tables of `docs/experiments.md`.
 //!
 //! ```text
-//! cargo run --release --example experiments                # all: about half an hour on two cores
+//! cargo run --release --example experiments                # all: most of an hour on two cores
 //! cargo run --release --example experiments -- betas dims  # some
 //! ```
 //!
 //! Every run has the same seed, 120 updates of 4 pictures and Prodigy, unless the table says
-//! otherwise. Three numbers judge a file: *hits*, pictures of 40 that show Zoe; *obedience*,
-//! pictures of 24 with the background asked for; *drift*, how much pictures without her name
-//! changed (mean difference per channel, of 255).
+//! otherwise. Three numbers judge a file: *hits*, pictures of 24 that show Zoe; *obedience*,
+//! pictures of 16 with the background asked for; *drift*, how much 8 pictures without her name
+//! changed (mean difference per channel, of 255). Where three of the pictures are held back,
+//! *validation* is their loss at the end.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
 
 use candle_core::{DType, Device};
 use lora_core::format::TensorFile;
 use lora_examples::portraits::{Palette, draw, hits};
 use lora_examples::{demo_config, demo_model, demo_pictures};
-use lora_sd15::StableDiffusion;
+use lora_sd15::{Image, StableDiffusion};
+use lora_train::logs::{Curve, draw_curves};
 use lora_train::{Event, Outcome, TrainConfig, Trainer};
 
 type Done<T> = Result<T, Box<dyn Error>>;
@@ -28,13 +30,14 @@ type Done<T> = Result<T, Box<dyn Error>>;
 /// A name and what it runs.
 type Experiment = (&'static str, fn() -> Done<()>);
 
-const EXPERIMENTS: [Experiment; 6] = [
+const EXPERIMENTS: [Experiment; 7] = [
     ("betas", betas),
     ("dims", dims),
     ("epochs", epochs),
     ("repeats", repeats),
     ("pictures", pictures),
     ("captions", captions),
+    ("precision", precision),
 ];
 
 fn main() -> Done<()> {
@@ -51,7 +54,7 @@ fn main() -> Done<()> {
         if wanted.is_empty() || wanted.iter().any(|w| w == name) {
             println!("\n## {name}\n");
             println!(
-                "| run | parameters | loss | hits of 40 | obedience of 24 | drift | seconds |"
+                "| run | parameters | loss | validation | hits of 24 | obedience of 16 | drift |"
             );
             println!("|---|---|---|---|---|---|---|");
             experiment()?;
@@ -91,17 +94,48 @@ fn epochs() -> Done<()> {
     let mut config = config("epochs");
     config.max_train_steps = 300;
     config.save_every_n_steps = Some(30);
-    let (file, loss, seconds) = train(config)?;
-    for step in (30..300).step_by(30) {
-        let name = format!("epochs-step{step:08}.safetensors");
-        report(
-            &format!("after {step} updates"),
-            &file.with_file_name(name),
-            None,
-            0.0,
-        )?;
+    config.validation_split = Some(0.25);
+    config.validate_every_n_steps = Some(30);
+    let trained = train(config)?;
+    let mut curves = [
+        Curve::new("hits", [0, 114, 178], vec![]),
+        Curve::new("obedience", [213, 94, 0], vec![]),
+        Curve::new("drift / 50", [0, 158, 115], vec![]),
+    ];
+    for (number, step) in (30..=300).step_by(30).enumerate() {
+        let name = match step {
+            300 => "epochs.safetensors".into(),
+            _ => format!("epochs-step{step:08}.safetensors"),
+        };
+        let at_step = Trained {
+            file: trained.file.with_file_name(name),
+            loss: mean(&trained.losses[step - 30..step]),
+            validations: trained
+                .validations
+                .iter()
+                .take(number + 1)
+                .copied()
+                .collect(),
+            losses: vec![],
+        };
+        let figures = report(&format!("after {step} updates"), &at_step)?;
+        for (curve, figure) in curves.iter_mut().zip(figures) {
+            curve.points.push((step as f64, figure));
+        }
     }
-    report("after 300 updates", &file, Some(loss), seconds)
+    let plot = draw_curves("shares by updates", &curves);
+    plot.save_png(folder().join("epochs.png"), None)?;
+    Ok(())
+}
+
+/// The same run with products in f32 and in bf16.
+fn precision() -> Done<()> {
+    for precision in ["no", "bf16"] {
+        let mut config = config(&format!("precision-{precision}"));
+        config.mixed_precision = precision.into();
+        run(&format!("mixed_precision = {precision}"), config)?;
+    }
+    Ok(())
 }
 
 /// The same number of updates from many repeats in few epochs, and the other way round.
@@ -197,6 +231,7 @@ fn family(algo: &str, dim: usize, more: &[String]) -> TrainConfig {
         config.network_args.push(format!("conv_dim={dim}"));
     }
     config.network_dim = Some(dim);
+    config.validation_split = Some(0.25);
     config
 }
 
@@ -224,47 +259,75 @@ fn copy(
 }
 
 fn run(what: &str, config: TrainConfig) -> Done<()> {
-    let (file, loss, seconds) = train(config)?;
-    report(what, &file, Some(loss), seconds)
+    report(what, &train(config)?)?;
+    Ok(())
 }
 
-/// File, mean loss of the last 40 batches, seconds.
-fn train(config: TrainConfig) -> Done<(PathBuf, f64, f64)> {
-    let started = Instant::now();
-    let mut losses = Vec::new();
-    let mut observer = |event: &Event<'_>| {
-        if let Event::Batch(batch) = event {
-            losses.push(batch.loss);
-        }
+/// What a run gave.
+struct Trained {
+    file: PathBuf,
+    /// Mean over the last 40 batches.
+    loss: f64,
+    losses: Vec<f64>,
+    validations: Vec<f64>,
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
+fn train(config: TrainConfig) -> Done<Trained> {
+    let (mut losses, mut validations) = (Vec::new(), Vec::new());
+    let mut observer = |event: &Event<'_>| match event {
+        Event::Batch(batch) => losses.push(batch.loss),
+        Event::Validated(report) => validations.push(report.loss),
+        _ => {}
     };
     let mut trainer = Trainer::new(config, &Device::Cpu, &mut observer)?;
     let outcome = trainer.run(&mut observer, &AtomicBool::new(false))?;
     drop(trainer);
     let (Outcome::Finished(file) | Outcome::Stopped(file)) = outcome;
-    let last = losses.iter().rev().take(40);
-    let mean = last.clone().sum::<f64>() / last.count().max(1) as f64;
-    Ok((file, mean, started.elapsed().as_secs_f64()))
+    Ok(Trained {
+        file,
+        loss: mean(&losses[losses.len().saturating_sub(40)..]),
+        losses,
+        validations,
+    })
 }
 
-fn report(what: &str, file: &Path, loss: Option<f64>, seconds: f64) -> Done<()> {
+const PLAIN: &str = "portrait, brown hair, short hair, tan skin, red shirt, smile, blue background";
+
+/// What the model draws without a LoRA.
+fn before() -> Done<&'static [Image]> {
+    static PICTURES: OnceLock<Vec<Image>> = OnceLock::new();
+    if let Some(pictures) = PICTURES.get() {
+        return Ok(pictures);
+    }
+    let mut sd = StableDiffusion::load(demo_model(), DType::F32, &Device::Cpu)?;
+    let pictures: Done<Vec<Image>> = (0..8).map(|seed| draw(&mut sd, PLAIN, seed)).collect();
+    let pictures = pictures?;
+    Ok(PICTURES.get_or_init(|| pictures))
+}
+
+/// Prints a row; returns hits and obedience as shares, and a 50th of the drift.
+fn report(what: &str, trained: &Trained) -> Done<[f64; 3]> {
+    let file = &trained.file;
     let palette = Palette::bundled()?;
     let mut sd = StableDiffusion::load(demo_model(), DType::F32, &Device::Cpu)?;
     sd.load_adapter("zoe", file)?;
-    let found = hits(&mut sd, "zoe, portrait <lora:zoe:1>", 40)?;
+    let found = hits(&mut sd, "zoe, portrait <lora:zoe:1>", 24)?;
     let colours = [
         "blue", "green", "yellow", "pink", "purple", "grey", "white", "orange",
     ];
     let mut obeyed = 0;
-    for seed in 0..24u64 {
+    for seed in 0..16u64 {
         let colour = colours[seed as usize % colours.len()];
         let prompt = format!("zoe, portrait, {colour} background <lora:zoe:1>");
         obeyed += usize::from(palette.read(&draw(&mut sd, &prompt, seed)?).background == colour);
     }
-    let plain = "portrait, brown hair, short hair, tan skin, red shirt, smile, blue background";
     let mut drift = 0.0;
-    for seed in 0..8 {
-        let before = draw(&mut sd, plain, seed)?;
-        let after = draw(&mut sd, &format!("{plain} <lora:zoe:1>"), seed)?;
+    for (seed, before) in before()?.iter().enumerate() {
+        let after = draw(&mut sd, &format!("{PLAIN} <lora:zoe:1>"), seed as u64)?;
         let pairs = before.rgb.iter().zip(&after.rgb);
         let sum: f64 = pairs.map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
         drift += sum / before.rgb.len() as f64 / 8.0;
@@ -281,7 +344,11 @@ fn report(what: &str, file: &Path, loss: Option<f64>, seconds: f64) -> Done<()> 
                 .map(|shape| shape.iter().product::<usize>())
         })
         .sum();
-    let loss = loss.map(|l| format!("{l:.4}")).unwrap_or_default();
-    println!("| {what} | {parameters} | {loss} | {found} | {obeyed} | {drift:.1} | {seconds:.0} |");
-    Ok(())
+    let loss = trained.loss;
+    let validation = trained.validations.last().map(|v| format!("{v:.4}"));
+    let validation = validation.unwrap_or_default();
+    println!(
+        "| {what} | {parameters} | {loss:.4} | {validation} | {found} | {obeyed} | {drift:.1} |"
+    );
+    Ok([found as f64 / 24.0, obeyed as f64 / 16.0, drift / 50.0])
 }

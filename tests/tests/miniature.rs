@@ -156,3 +156,46 @@ fn a_loha_of_dim_2_brings_the_pictures_nearer_to_the_character() {
     );
     assert!(after < 0.7 * before, "{before:.0} -> {after:.0}");
 }
+
+/// The child's part of the test below.
+#[test]
+fn trains_in_a_child_process() {
+    let Ok(folder) = std::env::var("THREADS_CHILD") else {
+        return;
+    };
+    for precision in ["no", "bf16"] {
+        train(TrainConfig {
+            mixed_precision: precision.into(),
+            network_args: vec!["algo=locon".into(), "preset=full".into()],
+            network_dim: Some(4),
+            ..config(Path::new(&folder), precision, 3)
+        });
+    }
+}
+
+#[test]
+fn one_thread_and_two_give_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let outputs = ["1", "2"].map(|threads| {
+        let output = folder.path().join(threads);
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["trains_in_a_child_process", "--exact", "--quiet"])
+            .env("THREADS_CHILD", &output)
+            .env("RAYON_NUM_THREADS", threads)
+            .stdout(std::process::Stdio::null())
+            .status()
+            .unwrap();
+        assert!(status.success());
+        output
+    });
+    for file in ["no.safetensors", "bf16.safetensors"] {
+        // All but the header, which has the time in it.
+        let [one, two] = outputs.each_ref().map(|output| {
+            let bytes = std::fs::read(output.join(file)).unwrap();
+            let header = u64::from_le_bytes(*bytes.first_chunk().unwrap());
+            bytes[8 + header as usize..].to_vec()
+        });
+        assert!(one.len() > 100_000);
+        assert!(one == two, "{file} depends on the number of threads");
+    }
+}
