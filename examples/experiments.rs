@@ -41,6 +41,7 @@ const EXPERIMENTS: [Experiment; 7] = [
 ];
 
 fn main() -> Done<()> {
+    lora_kernels::keep_candle_to_one_thread();
     lora_kernels::keep_freed_memory();
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     if let Some(unknown) = wanted

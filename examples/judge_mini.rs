@@ -35,6 +35,7 @@ struct Arguments {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
+    lora_kernels::keep_candle_to_one_thread();
     lora_kernels::keep_freed_memory();
     let arguments = Arguments::parse();
     let model = arguments.model.clone().unwrap_or_else(demo_model);

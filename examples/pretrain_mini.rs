@@ -115,6 +115,7 @@ fn main() {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
+    lora_kernels::keep_candle_to_one_thread();
     lora_kernels::keep_freed_memory();
     let workers = match arguments.workers {
         Some(n) => n.max(1),
