@@ -134,9 +134,9 @@ impl Loaded {
     ) -> Outcome<Self> {
         let started = Instant::now();
         let (model, vae) = (&files.0, files.1.as_deref());
-        let mut info = ModelInfo::of(model, vae);
         let mut sd = arguments.load(model, vae, device)?;
         arguments.prepare(&mut sd, cells)?;
+        let mut info = ModelInfo::of(model, vae);
         eprintln!(
             "{} read in {:.1} s",
             model.display(),

@@ -594,7 +594,7 @@ fn open(path: &Path) -> Outcome<Image> {
     })
 }
 
-/// What the text of a picture says about the model: computed beside the loading, since
+/// What the text of a picture says about the model: computed beside the drawing, since
 /// hashing gigabytes takes seconds.
 #[derive(Debug)]
 pub enum ModelInfo {
