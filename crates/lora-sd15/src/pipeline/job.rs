@@ -442,7 +442,7 @@ impl Txt2Img {
                 upscaler: Upscaler::from_name(upscaler)?,
             });
         } else if text.get("Denoising strength").is_some() {
-            let what = "the picture was drawn from another picture (img2img): give that one and its options by hand";
+            let what = "the picture was drawn from another picture (img2img), which is needed to draw it again";
             return Err(Error::Picture { what: what.into() });
         }
         Ok(job)
