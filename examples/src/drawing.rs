@@ -14,7 +14,7 @@ use lora_kernels::Compute;
 use lora_sd15::prompt::{Styles, extract_tags};
 use lora_sd15::sampler::{Prediction, SigmaSchedule};
 use lora_sd15::{
-    AdapterMode, Axis, Cell, Checkpoint, Emphasis, Hires, Image, Img2Img, Infotext, Inpaint,
+    AdapterMode, Axis, Cell, Checkpoint, Emphasis, Image, Img2Img, Infotext, Inpaint,
     MaskedContent, NoiseSource, ResizeMode, SamplerKind, StableDiffusion, Sweep, Txt2Img, Upscaler,
     Variation, WeightStorage, find_adapter, find_model,
 };
@@ -62,8 +62,8 @@ pub struct Arguments {
     #[arg(long)]
     pub rng: Option<String>,
     /// Seed of the variation; -1 takes any.
-    #[arg(long, default_value = "0", value_parser = seed, allow_hyphen_values = true)]
-    pub variation_seed: u64,
+    #[arg(long, value_parser = seed, allow_hyphen_values = true)]
+    pub variation_seed: Option<u64>,
     /// How much of the variation is mixed in, 0 to 1.
     #[arg(long)]
     pub variation_strength: Option<f64>,
@@ -86,10 +86,10 @@ pub struct Arguments {
     #[arg(long)]
     pub height: Option<usize>,
     /// Pictures drawn together.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, conflicts_with = "x")]
     pub batch_size: usize,
     /// Batches.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, conflicts_with = "x")]
     pub batch_count: u64,
     /// Sampler as in A1111, such as "Euler a", "DPM++ 2M" or "DPM++ 2M Karras".
     #[arg(long)]
@@ -128,11 +128,11 @@ pub struct Arguments {
     #[arg(long, value_name = "WxH", conflicts_with = "hires_scale")]
     pub hires_resize: Option<String>,
     /// Steps of the second pass; 0 is as many as in the first.
-    #[arg(long, default_value_t = 0)]
-    pub hires_steps: usize,
-    /// How the first picture is enlarged, as in A1111.
-    #[arg(long, default_value = "Latent")]
-    pub hires_upscaler: String,
+    #[arg(long)]
+    pub hires_steps: Option<usize>,
+    /// How the first picture is enlarged, as in A1111; Latent if not given.
+    #[arg(long)]
+    pub hires_upscaler: Option<String>,
     /// How much is drawn anew from a picture or in the second pass, 0 to 1.
     #[arg(long)]
     pub strength: Option<f64>,
@@ -155,13 +155,13 @@ pub struct Arguments {
     #[arg(long, requires = "init")]
     pub mask: Option<PathBuf>,
     /// Softening of the mask's edge in pixels.
-    #[arg(long)]
+    #[arg(long, requires = "mask")]
     pub mask_blur: Option<f64>,
     /// Paints where the mask is black.
     #[arg(long, requires = "mask")]
     pub invert_mask: bool,
     /// What is under the mask at first: fill, original, latent-noise, latent-nothing.
-    #[arg(long)]
+    #[arg(long, requires = "mask")]
     pub masked_content: Option<String>,
     /// Paints the masked area alone at full size, with this many pixels around it.
     #[arg(long, requires = "mask")]
@@ -302,26 +302,43 @@ impl Arguments {
         if let Some(name) = &self.emphasis {
             job.emphasis = Emphasis::from_name(name)?;
         }
-        if let Some(strength) = self.variation_strength {
-            let seed = self.variation_seed;
-            job.variation = Some(Variation { seed, strength });
+        if self.variation_strength.is_some() || self.variation_seed.is_some() {
+            let recalled = job.variation;
+            let strength = self.variation_strength.or(recalled.map(|v| v.strength));
+            job.variation = Some(Variation {
+                seed: self
+                    .variation_seed
+                    .or(recalled.map(|v| v.seed))
+                    .unwrap_or(0),
+                strength: strength.ok_or("--variation-seed: give --variation-strength, too")?,
+            });
         }
         if let Some(text) = &self.seed_resize_from {
             job.seed_resize = Some(size("--seed-resize-from", text)?);
         }
         if self.hires_scale.is_some() || self.hires_resize.is_some() {
+            let hires = job.hires.get_or_insert_default();
+            set(&mut hires.scale, &self.hires_scale);
             let resize = self.hires_resize.as_deref();
-            job.hires = Some(Hires {
-                scale: self.hires_scale.unwrap_or(2.0),
-                size: resize
-                    .map(|text| size("--hires-resize", text))
-                    .transpose()?,
-                steps: self.hires_steps,
-                strength: self.strength.unwrap_or(0.7),
-                upscaler: Upscaler::from_name(&self.hires_upscaler)?,
-            });
-        } else if let (Some(hires), Some(strength)) = (&mut job.hires, self.strength) {
-            hires.strength = strength;
+            hires.size = resize
+                .map(|text| size("--hires-resize", text))
+                .transpose()?;
+        }
+        match &mut job.hires {
+            Some(hires) => {
+                set(&mut hires.steps, &self.hires_steps);
+                set(&mut hires.strength, &self.strength);
+                if let Some(name) = &self.hires_upscaler {
+                    hires.upscaler = Upscaler::from_name(name)?;
+                }
+            }
+            None if self.hires_steps.is_some() || self.hires_upscaler.is_some() => {
+                return Err("there is no second pass: give --hires-scale or --hires-resize".into());
+            }
+            None if self.strength.is_some() && self.init.is_none() => {
+                return Err("--strength needs --init, --hires-scale or --hires-resize".into());
+            }
+            None => {}
         }
         job.validate()?;
         Ok(job)

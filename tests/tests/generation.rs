@@ -176,7 +176,7 @@ fn padding_appends_empty_chunks_to_the_shorter_prompt() {
         ..job("zoe BREAK a red hat")
     };
     let padded = draw(&mut sd, &long("lowres", true));
-    assert_eq!(padded, draw(&mut sd, &long("lowres BREAK", false)));
+    assert_eq!(padded, draw(&mut sd, &long("lowres BREAK BREAK", false)));
     assert_ne!(padded, draw(&mut sd, &long("lowres", false)));
 }
 
