@@ -6,6 +6,7 @@
 //! ```
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_transformers::models::stable_diffusion::unet_2d::{
     UNet2DConditionModel, UNet2DConditionModelConfig,
 };
@@ -19,19 +20,25 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let multiplier: f64 = arguments.next().map_or(Ok(1.0), |m| m.parse())?;
     let device = Device::Cpu;
 
-    // SD1.5 in diffusers' layout, and the adapter for it in any layout.
+    // SD1.5's UNet in diffusers' layout, and an adapter for it in any layout.
     let file = candle_core::safetensors::load(unet, &device)?;
-    let base = candle_nn::VarBuilder::from_tensors(file, DType::F32, &device);
-    let vb = AdapterSet::load(adapter, &device)?.merged(base, Component::Unet, multiplier);
+    let base = VarBuilder::from_tensors(file, DType::F32, &device);
+    let adapter = AdapterSet::load(adapter, &device)?;
+    let styled = adapter.merged(base.clone(), Component::Unet, multiplier);
 
-    // From here on nothing knows of adapters.
-    let config = UNet2DConditionModelConfig {
-        cross_attention_dim: 768,
-        ..Default::default()
-    };
-    let unet = UNet2DConditionModel::new(vb, 4, 4, false, config)?;
+    // The application's own code knows nothing of adapters.
     let latents = Tensor::randn(0f32, 1., (1, 4, 64, 64), &device)?;
     let context = Tensor::zeros((1, 77, 768), DType::F32, &device)?;
-    println!("{:?}", unet.forward(&latents, 500.0, &context)?.shape());
+    let noise = |weights: VarBuilder<'_>| {
+        let config = UNet2DConditionModelConfig {
+            cross_attention_dim: 768,
+            ..Default::default()
+        };
+        let unet = UNet2DConditionModel::new(weights, 4, 4, false, config)?;
+        unet.forward(&latents, 500.0, &context)
+    };
+    let change = (noise(styled)? - noise(base)?)?;
+    let mean = change.abs()?.mean_all()?.to_scalar::<f32>()?;
+    println!("the adapter changes the predicted noise by {mean:.4} on average");
     Ok(())
 }

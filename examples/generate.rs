@@ -14,102 +14,147 @@
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use candle_core::DType;
+use candle_core::Device;
 use clap::Parser;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use lora_examples::drawing::{Arguments, ModelInfo, hashes};
-use lora_examples::{demo_model, device, peak_memory_mb};
-use lora_sd15::{Checkpoint, Image, Img2Img, StableDiffusion, Step, Sweep, Txt2Img};
+use lora_examples::{device, peak_memory_mb};
+use lora_sd15::{Cell, Image, Infotext, StableDiffusion, Step, Sweep};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
 fn main() {
-    if let Err(error) = run(&Arguments::parse()) {
+    if let Err(error) = run(Arguments::parse()) {
         eprintln!("error: {error}");
         std::process::exit(1);
     }
 }
 
-fn run(arguments: &Arguments) -> Outcome<()> {
+fn run(mut arguments: Arguments) -> Outcome<()> {
     lora_kernels::keep_candle_to_one_thread();
     lora_kernels::keep_freed_memory();
     let device = device(&arguments.device)?;
-    let dtype = match arguments.dtype.as_str() {
-        "f32" => DType::F32,
-        "bf16" => DType::BF16,
-        "f16" => DType::F16,
-        other => return Err(format!("--dtype {other}: expected f32, bf16 or f16").into()),
-    };
-    let job = arguments.job()?;
-    let picture = arguments.from_picture(&job)?;
-    let axes = arguments.axes()?;
-    let sweep = (!axes.is_empty())
-        .then(|| Sweep::new(job.clone(), axes))
-        .transpose()?;
-    let jobs: Vec<Txt2Img> = match &sweep {
-        Some(sweep) => sweep.jobs().to_vec(),
-        None => (0..arguments.batch_count).map(|i| batch(&job, i)).collect(),
-    };
+    let text = arguments.recall()?;
+    let job = arguments.job(text.as_ref())?;
+    let picture = arguments.from_picture(&job, text.as_ref())?;
+    let (sweep, cells) = arguments.cells(&job)?;
+    let files = cells.iter().map(|cell| arguments.files(cell));
+    let files = files.collect::<Outcome<Vec<_>>>()?;
     std::fs::create_dir_all(&arguments.output)
         .map_err(|e| format!("{}: {e}", arguments.output.display()))?;
+    let saved = stop_on_ctrl_c(arguments.output.clone())?;
 
-    let model = arguments.model.clone().unwrap_or_else(demo_model);
-    let info = ModelInfo::of(&model, arguments.vae.as_deref());
-    let mut checkpoint = Checkpoint::open(&model)?;
-    if let Some(vae) = &arguments.vae {
-        checkpoint = checkpoint.with_vae(vae)?;
-    }
-    let mut sd = StableDiffusion::from_checkpoint(&checkpoint, dtype, &device)?;
-    arguments.prepare(&mut sd, &jobs)?;
-    let info = info.finish();
-
-    let mut progress = Progress::new(jobs.len())?;
-    let mut drawn = Vec::new();
-    for job in &jobs {
-        let request = picture.as_ref().map(|picture| Img2Img {
-            job: job.clone(),
-            ..picture.clone()
-        });
+    let mut progress = Progress::new(cells.len())?;
+    let mut drawn: Vec<(usize, Image)> = Vec::new();
+    let mut loaded: Option<Loaded> = None;
+    let in_order = || (0..cells.len()).collect();
+    for index in sweep.as_ref().map_or_else(in_order, Sweep::drawing_order) {
+        let (cell, files) = (&cells[index], &files[index]);
+        let model = match loaded.take().filter(|model| model.files == *files) {
+            Some(model) => loaded.insert(model),
+            None => loaded.insert(Loaded::new(
+                &arguments,
+                files,
+                &device,
+                &cells,
+                text.as_ref(),
+            )?),
+        };
+        let request = picture.as_ref().map(|picture| cell.from_picture(picture));
         let images = match &request {
-            Some(request) => sd.img2img(request, &mut |step| progress.step(&step))?,
-            None => sd.txt2img(job, &mut |step| progress.step(&step))?,
+            Some(request) => model
+                .sd
+                .img2img(request, &mut |step| progress.step(&step))?,
+            None => model
+                .sd
+                .txt2img(&cell.job, &mut |step| progress.step(&step))?,
         };
         let mut extra = request.map_or_else(Vec::new, |request| request.parameters());
-        extra.extend(hashes(&sd, job));
-        for (i, image) in images.iter().enumerate() {
-            let path = free_name(
-                &arguments.output,
-                &job.seed.wrapping_add(i as u64).to_string(),
-            );
-            image.save_png(&path, Some(&job.infotext(i, &info, &extra)))?;
+        extra.extend(hashes(&model.sd, &cell.job));
+        extra.extend(arguments.own_parameters());
+        for (i, image) in images.into_iter().enumerate() {
+            let seed = cell.job.seed.wrapping_add(i as u64);
+            let path = free_name(&arguments.output, &seed.to_string());
+            let parameters = cell.job.infotext(i, model.info.get(), &extra);
+            let mut saved = saved.lock().unwrap_or_else(PoisonError::into_inner);
+            image.save_png(&path, Some(&parameters))?;
             if let Some(caption) = &arguments.caption {
                 std::fs::write(path.with_extension("txt"), caption)?;
             }
+            *saved += 1;
             println!("{}", path.display());
+            if sweep.is_some() {
+                drawn.push((index, image));
+            }
         }
-        drawn.extend(images);
         progress.picture();
     }
     if let Some(sweep) = &sweep {
-        save_grids(sweep, &drawn, &arguments.output)?;
+        drawn.sort_by_key(|(index, _)| *index);
+        let pictures: Vec<Image> = drawn.into_iter().map(|(_, image)| image).collect();
+        save_grids(sweep, &pictures, &arguments.output)?;
     }
     progress.finish();
     Ok(())
 }
 
-/// The job of batch `index`: seeds count on.
-fn batch(job: &Txt2Img, index: u64) -> Txt2Img {
-    let mut job = job.clone();
-    let before = index * job.batch_size as u64;
-    match &mut job.variation {
-        Some(variation) if variation.strength > 0.0 => {
-            variation.seed = variation.seed.wrapping_add(before);
+/// Ends the program at Ctrl-C, but not while a picture is written: who writes holds the
+/// number of finished ones.
+fn stop_on_ctrl_c(folder: PathBuf) -> Outcome<Arc<Mutex<usize>>> {
+    let saved = Arc::new(Mutex::new(0));
+    let seen = saved.clone();
+    ctrlc::set_handler(move || {
+        let saved = seen.lock().unwrap_or_else(PoisonError::into_inner);
+        eprintln!(
+            "\nstopped; finished pictures in {}: {saved}",
+            folder.display()
+        );
+        std::process::exit(130);
+    })?;
+    Ok(saved)
+}
+
+/// The networks of one checkpoint and VAE.
+struct Loaded {
+    files: (PathBuf, Option<PathBuf>),
+    sd: StableDiffusion,
+    info: ModelInfo,
+}
+
+impl Loaded {
+    fn new(
+        arguments: &Arguments,
+        files: &(PathBuf, Option<PathBuf>),
+        device: &Device,
+        cells: &[Cell],
+        text: Option<&Infotext>,
+    ) -> Outcome<Self> {
+        let started = Instant::now();
+        let (model, vae) = (&files.0, files.1.as_deref());
+        let mut sd = arguments.load(model, vae, device)?;
+        arguments.prepare(&mut sd, cells)?;
+        let mut info = ModelInfo::of(model, vae);
+        eprintln!(
+            "{} read in {:.1} s",
+            model.display(),
+            started.elapsed().as_secs_f64()
+        );
+        if let (Some(text), Some(cell)) = (text, cells.first()) {
+            let mut now = info.get().to_vec();
+            now.extend(hashes(&sd, &cell.job));
+            for difference in text.mismatches(&now) {
+                eprintln!("warning: {difference}; the pictures will differ");
+            }
         }
-        _ => job.seed = job.seed.wrapping_add(before),
+        Ok(Self {
+            files: files.clone(),
+            sd,
+            info,
+        })
     }
-    job
 }
 
 fn save_grids(sweep: &Sweep, drawn: &[Image], folder: &Path) -> Outcome<()> {

@@ -1,17 +1,22 @@
 //! The options of `examples/generate.rs` and what they stand for.
 
+use std::collections::BTreeSet;
 use std::error::Error;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::{Path, PathBuf};
 
-use crate::portraits;
+use crate::{demo_model, portraits};
+use candle_core::{DType, Device};
 use clap::Parser;
+use lora_core::Adaptable;
 use lora_core::format::{FileReport, sha256_of_file};
-use lora_sd15::prompt::extract_tags;
+use lora_kernels::Compute;
+use lora_sd15::prompt::{Styles, extract_tags};
 use lora_sd15::sampler::{Prediction, SigmaSchedule};
 use lora_sd15::{
-    AdapterMode, Axis, Emphasis, Hires, Image, Img2Img, Infotext, Inpaint, MaskedContent,
-    NoiseSource, ResizeMode, SamplerKind, StableDiffusion, Txt2Img, Upscaler, Variation,
-    find_adapter,
+    AdapterMode, Axis, Cell, Checkpoint, Emphasis, Image, Img2Img, Infotext, Inpaint,
+    MaskedContent, NoiseSource, ResizeMode, SamplerKind, StableDiffusion, Sweep, Txt2Img, Upscaler,
+    Variation, WeightStorage, find_adapter, find_model,
 };
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
@@ -44,15 +49,21 @@ pub struct Arguments {
     /// What to avoid.
     #[arg(long)]
     pub negative: Option<String>,
-    /// Seed of the first picture.
+    /// Name of a style of the styles file to put around the prompt; may be given often.
     #[arg(long)]
+    pub style: Vec<String>,
+    /// A1111's styles: a CSV file with the columns name, prompt and negative_prompt.
+    #[arg(long, default_value = "styles.csv")]
+    pub styles_file: PathBuf,
+    /// Seed of the first picture; -1 takes any.
+    #[arg(long, value_parser = seed, allow_hyphen_values = true)]
     pub seed: Option<u64>,
     /// Which generator the seed is for: gpu (A1111's default, nv is the same) or cpu.
     #[arg(long)]
     pub rng: Option<String>,
-    /// Seed of the variation.
-    #[arg(long, default_value_t = 0)]
-    pub variation_seed: u64,
+    /// Seed of the variation; -1 takes any.
+    #[arg(long, value_parser = seed, allow_hyphen_values = true)]
+    pub variation_seed: Option<u64>,
     /// How much of the variation is mixed in, 0 to 1.
     #[arg(long)]
     pub variation_strength: Option<f64>,
@@ -75,10 +86,10 @@ pub struct Arguments {
     #[arg(long)]
     pub height: Option<usize>,
     /// Pictures drawn together.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, conflicts_with = "x")]
     pub batch_size: usize,
     /// Batches.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, conflicts_with = "x")]
     pub batch_count: u64,
     /// Sampler as in A1111, such as "Euler a", "DPM++ 2M" or "DPM++ 2M Karras".
     #[arg(long)]
@@ -98,6 +109,12 @@ pub struct Arguments {
     /// Below this noise level every second step leaves the negative prompt out.
     #[arg(long)]
     pub ngms: Option<f64>,
+    /// Scales the first noise as SDXL's own programs do: A1111's "SGM noise multiplier".
+    #[arg(long)]
+    pub sgm_noise: bool,
+    /// Lengthens the shorter one of prompt and negative prompt by empty chunks.
+    #[arg(long)]
+    pub pad_prompts: bool,
     /// What the model predicts: epsilon or v.
     #[arg(long)]
     pub prediction: Option<String>,
@@ -107,12 +124,15 @@ pub struct Arguments {
     /// Draws again at this many times the size.
     #[arg(long)]
     pub hires_scale: Option<f64>,
+    /// Draws again at this size; a side of 0 keeps the ratio.
+    #[arg(long, value_name = "WxH", conflicts_with = "hires_scale")]
+    pub hires_resize: Option<String>,
     /// Steps of the second pass; 0 is as many as in the first.
-    #[arg(long, default_value_t = 0)]
-    pub hires_steps: usize,
-    /// How the first picture is enlarged, as in A1111.
-    #[arg(long, default_value = "Latent")]
-    pub hires_upscaler: String,
+    #[arg(long)]
+    pub hires_steps: Option<usize>,
+    /// How the first picture is enlarged, as in A1111; Latent if not given.
+    #[arg(long)]
+    pub hires_upscaler: Option<String>,
     /// How much is drawn anew from a picture or in the second pass, 0 to 1.
     #[arg(long)]
     pub strength: Option<f64>,
@@ -120,20 +140,29 @@ pub struct Arguments {
     #[arg(long)]
     pub init: Option<PathBuf>,
     /// How it is brought to size: stretch, crop, fill or latent.
-    #[arg(long, default_value = "stretch")]
-    pub resize: String,
+    #[arg(long)]
+    pub resize: Option<String>,
+    /// Makes all steps when drawing from a picture, not the share --strength of them.
+    #[arg(long)]
+    pub exactly_steps: bool,
+    /// Factor on the noise when drawing from a picture.
+    #[arg(long)]
+    pub noise_multiplier: Option<f64>,
+    /// Noise added besides when drawing from a picture.
+    #[arg(long)]
+    pub extra_noise: Option<f64>,
     /// Picture that is white where to paint anew.
     #[arg(long, requires = "init")]
     pub mask: Option<PathBuf>,
     /// Softening of the mask's edge in pixels.
-    #[arg(long, default_value_t = 4.0)]
-    pub mask_blur: f64,
+    #[arg(long, requires = "mask")]
+    pub mask_blur: Option<f64>,
     /// Paints where the mask is black.
     #[arg(long, requires = "mask")]
     pub invert_mask: bool,
     /// What is under the mask at first: fill, original, latent-noise, latent-nothing.
-    #[arg(long, default_value = "original")]
-    pub masked_content: String,
+    #[arg(long, requires = "mask")]
+    pub masked_content: Option<String>,
     /// Paints the masked area alone at full size, with this many pixels around it.
     #[arg(long, requires = "mask")]
     pub only_masked: Option<usize>,
@@ -141,8 +170,9 @@ pub struct Arguments {
     /// train from.
     #[arg(long)]
     pub caption: Option<String>,
-    /// Option to vary to the right, such as `Steps=10,20` or `LoRA weight=0.5-1 [3]`.
-    #[arg(long, conflicts_with = "init")]
+    /// Option to vary to the right, such as `Steps=10,20` or `LoRA weight=0.5-1 [3]`;
+    /// `Checkpoint name=` and `VAE=` take files beside the model's.
+    #[arg(long)]
     pub x: Option<String>,
     /// Option to vary downwards.
     #[arg(long, requires = "x")]
@@ -153,9 +183,13 @@ pub struct Arguments {
     /// Decodes pictures in tiles of this many pixels: less memory.
     #[arg(long)]
     pub vae_tile: Option<usize>,
-    /// f32, bf16 or f16 for the UNet.
-    #[arg(long, default_value = "f32")]
-    pub dtype: String,
+    /// What products are computed in on the CPU: f32, or bf16, which is faster and rounds.
+    #[arg(long)]
+    pub compute: Option<String>,
+    /// f32, bf16 or f16 for the UNet on a GPU. On the CPU, weights stay as the file has them
+    /// and are computed with in f32.
+    #[arg(long)]
+    pub dtype: Option<String>,
     /// Folder for the pictures.
     #[arg(long, default_value = "out/images")]
     pub output: PathBuf,
@@ -165,13 +199,73 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// The job: that of `--from`, or the defaults, with what was given.
+    /// Fills in how the picture of `--from` was computed, where the command line does not
+    /// say; returns its text.
     ///
     /// # Errors
-    /// For values that cannot be understood and pictures without text.
-    pub fn job(&self) -> Outcome<Txt2Img> {
-        let mut job = match (&self.from, &self.model) {
-            (Some(path), _) => Txt2Img::from_infotext(&picture_text(path)?)?,
+    /// When it cannot be read or has no text.
+    pub fn recall(&mut self) -> Outcome<Option<Infotext>> {
+        let Some(path) = &self.from else {
+            return Ok(None);
+        };
+        let mut text = picture_text(path)?;
+        let mut take = |key| text.parameters.remove(key);
+        let (compute, dtype) = (take(COMPUTE), take(DTYPE));
+        let (tile, prediction) = (take(VAE_TILE), take(PREDICTION));
+        self.compute = self.compute.take().or(compute);
+        self.dtype = self.dtype.take().or(dtype);
+        self.prediction = self.prediction.take().or(prediction);
+        if let (None, Some(tile)) = (self.vae_tile, tile) {
+            let wrong = |_| format!("{VAE_TILE} in the picture's text is {tile}, not a number");
+            self.vae_tile = Some(tile.parse().map_err(wrong)?);
+        }
+        self.merge_adapters |= take(ADAPTERS).is_some_and(|mode| mode == "merged");
+        self.zero_terminal_snr |= text
+            .parameters
+            .get(NOISE_SCHEDULE)
+            .is_some_and(|name| name == ZERO_SNR);
+        if self.zero_terminal_snr {
+            text.parameters.remove(NOISE_SCHEDULE);
+        }
+        for key in Txt2Img::unread(&text) {
+            let value = text.get(key).unwrap_or_default();
+            eprintln!("warning: not understood in the picture's text: {key}: {value}");
+        }
+        Ok(Some(text))
+    }
+
+    /// What of the command line a picture's text must hold to be drawn again, beyond the
+    /// web UI's parameters.
+    pub fn own_parameters(&self) -> Vec<(&'static str, String)> {
+        let mut list = Vec::new();
+        for (key, value, default) in [
+            (COMPUTE, &self.compute, "f32"),
+            (DTYPE, &self.dtype, "f32"),
+            (PREDICTION, &self.prediction, ""),
+        ] {
+            let given = value.clone().filter(|v| v != default);
+            list.extend(given.map(|v| (key, v)));
+        }
+        list.extend(self.vae_tile.map(|pixels| (VAE_TILE, pixels.to_string())));
+        for (key, value, on) in [
+            (ADAPTERS, "merged", self.merge_adapters),
+            (NOISE_SCHEDULE, ZERO_SNR, self.zero_terminal_snr),
+        ] {
+            if on {
+                list.push((key, value.to_string()));
+            }
+        }
+        list
+    }
+
+    /// The job: that of a picture's text, or the defaults, with what was given.
+    ///
+    /// # Errors
+    /// For values that cannot be understood.
+    pub fn job(&self, text: Option<&Infotext>) -> Outcome<Txt2Img> {
+        let mut job = match (text, &self.model) {
+            (Some(text), _) if self.init.is_some() => self.picture_again(text)?.job,
+            (Some(text), _) => Txt2Img::from_infotext(text)?,
             // The bundled miniature's size and guidance.
             (None, None) => portraits::request("portrait, smile", 1),
             (None, Some(_)) => Txt2Img {
@@ -191,13 +285,11 @@ impl Arguments {
         set(&mut job.eta_delta, &self.ensd);
         set(&mut job.skip_negative_below, &self.ngms);
         job.batch_size = self.batch_size;
+        job.sgm_noise |= self.sgm_noise;
+        job.pad |= self.pad_prompts;
         job.options.eta = self.eta.or(job.options.eta);
         if let Some(rng) = &self.rng {
-            job.noise = match rng.to_lowercase().as_str() {
-                "gpu" | "nv" => NoiseSource::Philox,
-                "cpu" => NoiseSource::Cpu,
-                _ => return Err(format!("--rng {rng}: expected gpu, nv or cpu").into()),
-            };
+            job.noise = NoiseSource::from_name(rng)?;
         }
         if let Some(name) = &self.sampler {
             (job.sampler, job.schedule) = SamplerKind::from_name(name)?;
@@ -210,24 +302,43 @@ impl Arguments {
         if let Some(name) = &self.emphasis {
             job.emphasis = Emphasis::from_name(name)?;
         }
-        if let Some(strength) = self.variation_strength {
-            let seed = self.variation_seed;
-            job.variation = Some(Variation { seed, strength });
-        }
-        if let Some(size) = &self.seed_resize_from {
-            let sides = size.split_once('x');
-            let sides = sides.and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
-            let wrong = || format!("--seed-resize-from {size}: expected WIDTHxHEIGHT");
-            job.seed_resize = Some(sides.ok_or_else(wrong)?);
-        }
-        if let Some(scale) = self.hires_scale {
-            job.hires = Some(Hires {
-                scale,
-                size: None,
-                steps: self.hires_steps,
-                strength: self.strength.unwrap_or(0.7),
-                upscaler: Upscaler::from_name(&self.hires_upscaler)?,
+        if self.variation_strength.is_some() || self.variation_seed.is_some() {
+            let recalled = job.variation;
+            let strength = self.variation_strength.or(recalled.map(|v| v.strength));
+            job.variation = Some(Variation {
+                seed: self
+                    .variation_seed
+                    .or(recalled.map(|v| v.seed))
+                    .unwrap_or(0),
+                strength: strength.ok_or("--variation-seed: give --variation-strength, too")?,
             });
+        }
+        if let Some(text) = &self.seed_resize_from {
+            job.seed_resize = Some(size("--seed-resize-from", text)?);
+        }
+        if self.hires_scale.is_some() || self.hires_resize.is_some() {
+            let hires = job.hires.get_or_insert_default();
+            set(&mut hires.scale, &self.hires_scale);
+            let resize = self.hires_resize.as_deref();
+            hires.size = resize
+                .map(|text| size("--hires-resize", text))
+                .transpose()?;
+        }
+        match &mut job.hires {
+            Some(hires) => {
+                set(&mut hires.steps, &self.hires_steps);
+                set(&mut hires.strength, &self.strength);
+                if let Some(name) = &self.hires_upscaler {
+                    hires.upscaler = Upscaler::from_name(name)?;
+                }
+            }
+            None if self.hires_steps.is_some() || self.hires_upscaler.is_some() => {
+                return Err("there is no second pass: give --hires-scale or --hires-resize".into());
+            }
+            None if self.strength.is_some() && self.init.is_none() => {
+                return Err("--strength needs --init, --hires-scale or --hires-resize".into());
+            }
+            None => {}
         }
         job.validate()?;
         Ok(job)
@@ -237,42 +348,167 @@ impl Arguments {
     ///
     /// # Errors
     /// For pictures that cannot be read and values that cannot be understood.
-    pub fn from_picture(&self, job: &Txt2Img) -> Outcome<Option<Img2Img>> {
+    pub fn from_picture(&self, job: &Txt2Img, text: Option<&Infotext>) -> Outcome<Option<Img2Img>> {
         let Some(init) = &self.init else {
+            for (option, given) in [
+                ("--resize", self.resize.is_some()),
+                ("--exactly-steps", self.exactly_steps),
+                ("--noise-multiplier", self.noise_multiplier.is_some()),
+                ("--extra-noise", self.extra_noise.is_some()),
+            ] {
+                if given {
+                    return Err(
+                        format!("{option} is about drawing from a picture: give --init").into(),
+                    );
+                }
+            }
             return Ok(None);
         };
-        let mut request = Img2Img::new(job.clone(), open(init)?);
-        request.strength = self.strength.unwrap_or(request.strength);
-        request.resize = ResizeMode::from_name(&self.resize)?;
-        if let Some(mask) = &self.mask {
-            request.inpaint = Some(Inpaint {
-                mask: open(mask)?,
-                invert: self.invert_mask,
-                blur: self.mask_blur,
-                content: MaskedContent::from_name(&self.masked_content)?,
-                only_masked: self.only_masked,
-            });
+        let mut request = match text {
+            Some(text) => self.picture_again(text)?,
+            None => Img2Img::new(job.clone(), open(init)?),
+        };
+        request.job = job.clone();
+        set(&mut request.strength, &self.strength);
+        set(&mut request.noise_multiplier, &self.noise_multiplier);
+        set(&mut request.extra_noise, &self.extra_noise);
+        request.exactly_steps |= self.exactly_steps;
+        if let Some(name) = &self.resize {
+            request.resize = ResizeMode::from_name(name)?;
+        }
+        if let (None, Some(mask)) = (&request.inpaint, &self.mask) {
+            request.inpaint = Some(Inpaint::new(open(mask)?));
+        }
+        if let Some(inpaint) = &mut request.inpaint {
+            inpaint.invert |= self.invert_mask;
+            set(&mut inpaint.blur, &self.mask_blur);
+            inpaint.only_masked = self.only_masked.or(inpaint.only_masked);
+            if let Some(name) = &self.masked_content {
+                inpaint.content = MaskedContent::from_name(name)?;
+            }
         }
         request.validate()?;
         Ok(Some(request))
     }
 
-    /// The axes of a grid.
+    /// The job of drawing from a picture that a picture's text describes.
+    fn picture_again(&self, text: &Infotext) -> Outcome<Img2Img> {
+        let init = self.init.as_deref().ok_or("--init is needed")?;
+        let mask = self.mask.as_deref().map(open).transpose()?;
+        Ok(Img2Img::from_infotext(text, open(init)?, mask)?)
+    }
+
+    /// All pictures to draw: a sweep's, if an axis is given, or batches whose seeds count on.
     ///
     /// # Errors
-    /// As [`Axis::parse`].
-    pub fn axes(&self) -> Outcome<Vec<Axis>> {
-        let given = [&self.x, &self.y, &self.z].into_iter().flatten();
-        Ok(given
+    /// For axes and styles that are not known.
+    pub fn cells(&self, job: &Txt2Img) -> Outcome<(Option<Sweep>, Vec<Cell>)> {
+        let axes = [&self.x, &self.y, &self.z].into_iter().flatten();
+        let axes: Vec<Axis> = axes
             .map(|text| Axis::parse(text))
-            .collect::<Result<_, _>>()?)
+            .collect::<Result<_, _>>()?;
+        let sweep = match (axes.is_empty(), &self.init) {
+            (true, _) => None,
+            (false, None) => Some(Sweep::new(job.clone(), axes)?),
+            (false, Some(_)) => Some(Sweep::from_picture(job.clone(), axes)?),
+        };
+        let mut cells = match &sweep {
+            Some(sweep) => sweep.cells().to_vec(),
+            None => (0..self.batch_count).map(|i| batch(job, i)).collect(),
+        };
+        let styled = |cell: &Cell| !(self.style.is_empty() && cell.styles.is_empty());
+        if cells.iter().any(styled) {
+            let styles = Styles::open(&self.styles_file)?;
+            for Cell {
+                job, styles: more, ..
+            } in &mut cells
+            {
+                for name in self.style.iter().chain(more.iter()) {
+                    styles.apply(name, &mut job.prompt, &mut job.negative)?;
+                }
+            }
+        }
+        Ok((sweep, cells))
+    }
+
+    /// The files that a cell is drawn with: checkpoint and VAE.
+    ///
+    /// # Errors
+    /// For names that are not found beside the checkpoint.
+    pub fn files(&self, cell: &Cell) -> Outcome<(PathBuf, Option<PathBuf>)> {
+        let model = self.model.clone().unwrap_or_else(demo_model);
+        let beside = |path: &Path| match path.parent() {
+            Some(folder) if folder.as_os_str().is_empty() => PathBuf::from("."),
+            Some(folder) => folder.to_path_buf(),
+            None => PathBuf::from("."),
+        };
+        let folder = beside(&model);
+        let model = match &cell.model {
+            Some(name) => find_model(&folder, "checkpoint", name)?,
+            None => model,
+        };
+        let vae = match cell.vae.as_deref() {
+            None => self.vae.clone(),
+            Some("Automatic" | "None") => None,
+            Some(name) => {
+                let folder = self.vae.as_deref().map_or(folder, beside);
+                Some(find_model(&folder, "VAE", name)?)
+            }
+        };
+        Ok((model, vae))
+    }
+
+    /// Loads the networks. On the CPU, weights stay as the file has them.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::verify`], and for a dtype that is not known.
+    pub fn load(
+        &self,
+        model: &Path,
+        vae: Option<&Path>,
+        device: &Device,
+    ) -> Outcome<StableDiffusion> {
+        let dtype = match self.dtype.as_deref().unwrap_or("f32") {
+            "f32" => DType::F32,
+            "bf16" => DType::BF16,
+            "f16" => DType::F16,
+            other => return Err(format!("--dtype {other}: expected f32, bf16 or f16").into()),
+        };
+        let compute = match self.compute.as_deref().unwrap_or("f32") {
+            "f32" => Compute::F32,
+            "bf16" if device.is_cpu() && dtype == DType::F32 => Compute::Bf16,
+            "bf16" => {
+                return Err("--compute bf16 is for the CPU and f32; on a GPU give --dtype".into());
+            }
+            other => return Err(format!("--compute {other}: expected f32 or bf16").into()),
+        };
+        let mut checkpoint = Checkpoint::open(model)?;
+        if let Some(vae) = vae {
+            checkpoint = checkpoint.with_vae(vae)?;
+        }
+        if !device.is_cpu() || dtype != DType::F32 {
+            return Ok(StableDiffusion::from_checkpoint(
+                &checkpoint,
+                dtype,
+                device,
+            )?);
+        }
+        let (unet, others) = match compute {
+            // Merging into 16 bits would round.
+            _ if self.merge_adapters => (WeightStorage::F32, WeightStorage::F32),
+            Compute::Bf16 => (WeightStorage::Bf16, WeightStorage::AsStored),
+            Compute::F32 => (WeightStorage::AsStored, WeightStorage::AsStored),
+        };
+        let mut sd = StableDiffusion::from_checkpoint_stored(&checkpoint, unet, others, device)?;
+        sd.unet.set_compute(compute)?;
+        Ok(sd)
     }
 
     /// Sets up the pipeline: prediction, tiles, embeddings, and the adapters of prompts.
     ///
     /// # Errors
     /// For adapters that are not there and files that cannot be read.
-    pub fn prepare(&self, sd: &mut StableDiffusion, jobs: &[Txt2Img]) -> Outcome<()> {
+    pub fn prepare(&self, sd: &mut StableDiffusion, cells: &[Cell]) -> Outcome<()> {
         if let Some(name) = &self.prediction {
             sd.prediction = Prediction::from_name(name)?;
         }
@@ -290,8 +526,8 @@ impl Arguments {
                 sd.load_embedding(file)?;
             }
         }
-        for job in jobs {
-            for tag in extract_tags(&job.prompt).1 {
+        for cell in cells {
+            for tag in extract_tags(&cell.job.prompt).1 {
                 if !sd.has_adapter(&tag.name) {
                     let path = find_adapter(&self.lora_dir, &tag.name)?;
                     for finding in FileReport::open(&path)?.errors() {
@@ -303,6 +539,47 @@ impl Arguments {
         }
         Ok(())
     }
+}
+
+// Parameters of our own, for what the web UI does not have or does not write.
+const COMPUTE: &str = "Compute";
+const DTYPE: &str = "UNet dtype";
+const VAE_TILE: &str = "VAE tile";
+const PREDICTION: &str = "Prediction";
+const ADAPTERS: &str = "Adapters";
+// As the web UI writes it.
+const NOISE_SCHEDULE: &str = "Noise Schedule";
+const ZERO_SNR: &str = "Zero Terminal SNR";
+
+/// The job of batch `index`: seeds count on.
+fn batch(job: &Txt2Img, index: u64) -> Cell {
+    let mut job = job.clone();
+    let before = index * job.batch_size as u64;
+    match &mut job.variation {
+        Some(variation) if variation.strength > 0.0 => {
+            variation.seed = variation.seed.wrapping_add(before);
+        }
+        _ => job.seed = job.seed.wrapping_add(before),
+    }
+    Cell {
+        job,
+        ..Cell::default()
+    }
+}
+
+/// A seed; -1 is any of 32 bits.
+fn seed(text: &str) -> Result<u64, String> {
+    if text == "-1" {
+        return Ok(RandomState::new().build_hasher().finish() >> 32);
+    }
+    text.parse()
+        .map_err(|_| "expected a number from 0, or -1 for any".into())
+}
+
+fn size(option: &str, text: &str) -> Result<(usize, usize), String> {
+    let sides = text.split_once('x');
+    let sides = sides.and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
+    sides.ok_or_else(|| format!("{option} {text}: expected WIDTHxHEIGHT"))
 }
 
 fn set<T: Clone>(place: &mut T, value: &Option<T>) {
@@ -334,11 +611,14 @@ fn open(path: &Path) -> Outcome<Image> {
     })
 }
 
-/// What the text of a picture says about the model: computed beside the loading, since
+/// What the text of a picture says about the model: computed beside the drawing, since
 /// hashing gigabytes takes seconds.
 #[derive(Debug)]
-pub struct ModelInfo {
-    list: std::thread::JoinHandle<Vec<(&'static str, String)>>,
+pub enum ModelInfo {
+    /// Being computed.
+    Running(std::thread::JoinHandle<Vec<(&'static str, String)>>),
+    /// The parameters.
+    Known(Vec<(&'static str, String)>),
 }
 
 impl ModelInfo {
@@ -364,21 +644,30 @@ impl ModelInfo {
             }
             list
         });
-        Self { list }
+        Self::Running(list)
     }
 
-    /// The parameters.
-    pub fn finish(self) -> Vec<(&'static str, String)> {
-        self.list.join().unwrap_or_default()
+    /// The parameters, waited for.
+    pub fn get(&mut self) -> &[(&'static str, String)] {
+        if let Self::Running(_) = self
+            && let Self::Running(list) = std::mem::replace(self, Self::Known(Vec::new()))
+        {
+            *self = Self::Known(list.join().unwrap_or_default());
+        }
+        match self {
+            Self::Known(list) => list,
+            Self::Running(_) => &[],
+        }
     }
 }
 
 /// What the text of a picture says about the adapters and embeddings of its prompts.
 pub fn hashes(sd: &StableDiffusion, job: &Txt2Img) -> Vec<(&'static str, String)> {
     let (prompt, tags, _) = extract_tags(&job.prompt);
-    let loras: Vec<String> = tags
+    let names: BTreeSet<&str> = tags.iter().map(|tag| tag.name.as_str()).collect();
+    let loras: Vec<String> = names
         .iter()
-        .filter_map(|tag| Some(format!("{}: {}", tag.name, sd.adapter_hash(&tag.name)?)))
+        .filter_map(|name| Some(format!("{name}: {}", sd.adapter_hash(name)?)))
         .collect();
     let words = sd.embeddings.names();
     let words: Vec<String> = words

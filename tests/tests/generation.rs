@@ -101,6 +101,8 @@ fn all_options_survive_the_text() {
         comma_backtrack: 0,
         emphasis: lora_sd15::Emphasis::NoNorm,
         noise: lora_sd15::NoiseSource::Cpu,
+        sgm_noise: true,
+        pad: true,
         hires: Some(Hires {
             steps: 3,
             strength: 0.55,
@@ -120,6 +122,62 @@ fn all_options_survive_the_text() {
         Txt2Img::from_infotext(&Infotext::parse(&text)).unwrap(),
         job
     );
+}
+
+#[test]
+fn drawing_from_a_picture_is_drawn_again_from_its_text() {
+    let mut sd = model();
+    let picture = draw(&mut sd, &job("a house"));
+    let request = Img2Img {
+        strength: 0.6,
+        resize: ResizeMode::Crop,
+        exactly_steps: true,
+        noise_multiplier: 0.9,
+        extra_noise: 0.1,
+        inpaint: Some(Inpaint {
+            invert: true,
+            blur: 2.5,
+            content: MaskedContent::LatentNoise,
+            only_masked: Some(16),
+            ..Inpaint::new(Image::plain(64, 64, [255; 3]))
+        }),
+        ..Img2Img::new(job("a boat"), picture.clone())
+    };
+    let text = Infotext::parse(&request.job.infotext(0, &[], &request.parameters()));
+    assert_eq!(Txt2Img::unread(&text), [""; 0]);
+    let mask = request.inpaint.as_ref().map(|inpaint| inpaint.mask.clone());
+    let again = Img2Img::from_infotext(&text, picture.clone(), mask).unwrap();
+    assert_eq!(again, request);
+    let error = Img2Img::from_infotext(&text, picture, None).unwrap_err();
+    assert!(error.to_string().contains("mask"), "{error}");
+}
+
+#[test]
+fn texts_of_what_is_not_here_are_refused_by_name() {
+    for (feature, shown) in [
+        ("Token merging ratio: 0.5", "Token merging ratio"),
+        ("ControlNet 1: \"Module: canny\"", "ControlNet 1"),
+        ("Pad conds v0: True", "Pad conds v0"),
+        ("Hires upscaler: 4x-UltraSharp", "Latent (antialiased)"),
+        ("SGM noise multiplier: 2", "SGM noise multiplier"),
+    ] {
+        let text = format!("zoe\nSteps: 20, Sampler: Euler, Seed: 1, {feature}");
+        let error = Txt2Img::from_infotext(&Infotext::parse(&text)).unwrap_err();
+        assert!(error.to_string().contains(shown), "{error}");
+    }
+}
+
+#[test]
+fn padding_appends_empty_chunks_to_the_shorter_prompt() {
+    let mut sd = model();
+    let long = |negative: &str, pad| Txt2Img {
+        negative: negative.into(),
+        pad,
+        ..job("zoe BREAK a red hat")
+    };
+    let padded = draw(&mut sd, &long("lowres", true));
+    assert_eq!(padded, draw(&mut sd, &long("lowres BREAK BREAK", false)));
+    assert_ne!(padded, draw(&mut sd, &long("lowres", false)));
 }
 
 #[test]
@@ -221,6 +279,9 @@ fn adapters_beside_and_merged_draw_the_same() {
     let nothing = "zoe<lora:one:1:lbw=0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0>";
     assert_eq!(draw(&mut sd, &job(nothing)), plain);
     assert_ne!(draw(&mut sd, &job("zoe<lora:one:0.4:dyn=1>")), more);
+    // A name given twice adds up, block weights and all.
+    let twice = format!("{nothing}<lora:one:0.4>");
+    assert_eq!(draw(&mut sd, &job(&twice)), more);
     let error = sd
         .txt2img(&job("<lora:one:much>"), &mut |_| true)
         .unwrap_err();
@@ -391,6 +452,48 @@ fn inpainting_leaves_the_rest_alone() {
     };
     let error = sd.img2img(&other, &mut |_| true).unwrap_err().to_string();
     assert!(error.contains("32x64"), "{error}");
+}
+
+/// The miniature with the nine input channels of inpainting models; those for mask and
+/// picture are multiplied with `weight`.
+fn inpainting_model(weight: f64) -> StableDiffusion {
+    let folder = tempfile::tempdir().unwrap();
+    let file = golden_path("sd15", "mini_ldm.safetensors");
+    let mut tensors = candle_core::safetensors::load(&file, &CPU).unwrap();
+    let key = "model.diffusion_model.input_blocks.0.0.weight";
+    let four = &tensors[key];
+    let more = (four.narrow(1, 0, 1).unwrap().repeat((1, 5, 1, 1)).unwrap() * weight).unwrap();
+    let nine = Tensor::cat(&[four, &more], 1).unwrap();
+    tensors.insert(key.into(), nine);
+    let path = folder.path().join("nine.safetensors");
+    candle_core::safetensors::save(&tensors, &path).unwrap();
+    std::fs::copy(file.with_extension("json"), folder.path().join("nine.json")).unwrap();
+    StableDiffusion::load(&path, DType::F32, &CPU).unwrap()
+}
+
+#[test]
+fn inpainting_models_are_shown_mask_and_picture() {
+    let picture = draw(&mut model(), &job("a house"));
+    let mut half = Image::plain(64, 64, [0; 3]);
+    half.paste(&Image::plain(32, 64, [255; 3]), 0, 0);
+    let painted = |sd: &mut StableDiffusion| {
+        let request = Img2Img {
+            strength: 1.0,
+            inpaint: Some(Inpaint::new(half.clone())),
+            ..Img2Img::new(job("a boat"), picture.clone())
+        };
+        sd.img2img(&request, &mut |_| true).unwrap().remove(0)
+    };
+    let (mut four, mut blind, mut nine) = (model(), inpainting_model(0.0), inpainting_model(0.5));
+    let close = |a: &Image, b: &Image| a.rgb.iter().zip(&b.rgb).all(|(a, b)| a.abs_diff(*b) <= 1);
+    // Weights of zero see nothing more than the ordinary model; others do.
+    let whole = |sd: &mut StableDiffusion| draw(sd, &job("a boat"));
+    let both: [&dyn Fn(&mut StableDiffusion) -> Image; 2] = [&painted, &whole];
+    for draws in both {
+        assert!(close(&draws(&mut four), &draws(&mut blind)));
+        assert!(!close(&draws(&mut four), &draws(&mut nine)));
+    }
+    assert_eq!(painted(&mut nine).pixel(60, 8), picture.pixel(60, 8));
 }
 
 #[test]

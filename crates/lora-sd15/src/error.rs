@@ -100,6 +100,12 @@ pub enum Error {
         /// The syntax, and what to do.
         what: String,
     },
+    /// A list of styles that cannot be read.
+    #[error("styles: {what}")]
+    Styles {
+        /// What is wrong.
+        what: String,
+    },
     /// An embedding that cannot be used.
     #[error("embedding {name:?}: {what}")]
     Embedding {

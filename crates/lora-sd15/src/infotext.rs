@@ -101,10 +101,59 @@ impl Infotext {
         }
     }
 
+    /// What the picture was drawn with according to its text and is not what it would be
+    /// drawn with now: model, VAE, adapters and embeddings by their hashes. `now` are the
+    /// same parameters as a picture drawn now would get.
+    ///
+    /// ```
+    /// use lora_sd15::Infotext;
+    /// let text = Infotext::parse("zoe\nSteps: 20, Model hash: 6ce0161689, Lora hashes: \"zoe: 1234, hat: 5678\"");
+    /// let now = [("Model hash", "6ce0161689".to_string()), ("Lora hashes", "hat: 5678, zoe: 4321".into())];
+    /// assert_eq!(text.mismatches(&now), ["zoe: the picture's has the hash 1234, this one 4321"]);
+    /// ```
+    pub fn mismatches(&self, now: &[(&str, String)]) -> Vec<String> {
+        let current = |key: &str| now.iter().find(|(k, _)| *k == key).map(|(_, v)| v.as_str());
+        let mut list = Vec::new();
+        for (what, key) in [("model", "Model hash"), ("VAE", "VAE hash")] {
+            match (self.get(key), current(key)) {
+                (Some(then), Some(now)) => list.extend(differing(what, then, now)),
+                (Some(then), None) => {
+                    list.push(format!("{what}: the picture's has the hash {then}, this one none"));
+                }
+                (None, Some(now)) if key == "VAE hash" => list.push(format!(
+                    "{what}: the picture was drawn without one of its own, this one has the hash {now}"
+                )),
+                (None, _) => {}
+            }
+        }
+        for key in ["Lora hashes", "TI hashes"] {
+            let now = current(key).unwrap_or_default();
+            for (name, then) in pairs(self.get(key).unwrap_or_default()) {
+                let same = pairs(now).find(|(n, _)| *n == name);
+                list.extend(same.and_then(|(_, now)| differing(name, then, now)));
+            }
+        }
+        list
+    }
+
     /// One parameter.
     pub fn get(&self, key: &str) -> Option<&str> {
         self.parameters.get(key).map(String::as_str)
     }
+}
+
+/// A message when neither hash is the beginning of the other.
+fn differing(what: &str, then: &str, now: &str) -> Option<String> {
+    let same = then.starts_with(now) || now.starts_with(then);
+    (!same).then(|| format!("{what}: the picture's has the hash {then}, this one {now}"))
+}
+
+/// `name: hash, name: hash`.
+fn pairs(list: &str) -> impl Iterator<Item = (&str, &str)> {
+    let pair = |item| str::rsplit_once(item, ':');
+    list.split(',')
+        .filter_map(pair)
+        .map(|(name, hash)| (name.trim(), hash.trim()))
 }
 
 /// JSON strings are read; others stay as they are.

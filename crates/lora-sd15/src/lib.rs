@@ -54,13 +54,13 @@ pub use infotext::{Infotext, infotext};
 pub use noise::{BatchNoise, NoiseRequest};
 pub use pipeline::{
     AdapterMode, Emphasis, Hires, Img2Img, Inpaint, MaskedContent, OnStep, StableDiffusion, Step,
-    Txt2Img, Upscaler, Variation, find_adapter, img2img_steps,
+    Txt2Img, Upscaler, Variation, find_adapter, find_model, img2img_steps,
 };
 pub use resample::{Filter, ResizeMode};
 pub use rng::{NoiseGenerator, NoiseSource, philox_words};
 pub use sampler::SamplerKind;
 pub use schedule::{NoiseSchedule, TIMESTEPS};
-pub use sweep::{Axis, Sweep};
+pub use sweep::{Axis, Cell, Sweep};
 pub use text_encoder::{TextEncoder, weigh, weigh_restoring_mean};
 pub use tokenizer::Tokenizer;
 pub use trainable::TrainableModel;

@@ -186,6 +186,12 @@ impl ResizeMode {
         ("latent", ResizeMode::Latent),
     ];
 
+    /// The name.
+    pub fn name(self) -> &'static str {
+        let found = Self::ALL.iter().find(|(_, mode)| *mode == self);
+        found.map_or("stretch", |(name, _)| name)
+    }
+
     /// By name, or by the web UI's number.
     ///
     /// # Errors

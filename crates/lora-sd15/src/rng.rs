@@ -1,6 +1,8 @@
 //! torch's normal random numbers, so that a seed gives the picture that other tools
 //! draw with it.
 
+use crate::{Error, Result};
+
 /// Which generator a seed refers to: A1111's "RNG" setting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum NoiseSource {
@@ -9,6 +11,24 @@ pub enum NoiseSource {
     Philox,
     /// torch's CPU generator, mt19937: A1111's "CPU", diffusers' examples.
     Cpu,
+}
+
+impl NoiseSource {
+    /// By the web UI's name, in any letter case.
+    ///
+    /// # Errors
+    /// [`Error::UnknownName`].
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name.to_uppercase().as_str() {
+            "GPU" | "NV" => Ok(Self::Philox),
+            "CPU" => Ok(Self::Cpu),
+            _ => Err(Error::UnknownName {
+                what: "RNG",
+                name: name.to_string(),
+                known: "GPU, NV, CPU".into(),
+            }),
+        }
+    }
 }
 
 /// A generator of standard normal numbers, one per image.

@@ -5,7 +5,9 @@ use std::sync::OnceLock;
 use regex::Regex;
 
 use crate::sampler::{SamplerKind, SigmaSchedule};
-use crate::{Emphasis, Error, Grid, Image, Result, Txt2Img, Upscaler, Variation};
+use crate::{
+    Emphasis, Error, Grid, Image, Img2Img, NoiseSource, Result, Txt2Img, Upscaler, Variation,
+};
 
 /// What an axis changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,14 +33,27 @@ enum Varied {
     SigmaMin,
     SigmaMax,
     Rho,
+    ChurnMin,
+    ChurnMax,
+    ChurnNoise,
     Emphasis,
+    SkipNegative,
+    NoiseSource,
+    SgmNoise,
+    Order,
     HiresScale,
     HiresSteps,
-    HiresStrength,
+    Strength,
     HiresUpscaler,
+    NoiseMultiplier,
+    ExtraNoise,
+    Model,
+    Vae,
+    Styles,
+    Nothing,
 }
 
-const OPTIONS: [(&str, Varied); 26] = [
+const OPTIONS: [(&str, Varied); 39] = [
     ("Seed", Varied::Seed),
     ("Steps", Varied::Steps),
     ("CFG Scale", Varied::Guidance),
@@ -60,11 +75,24 @@ const OPTIONS: [(&str, Varied); 26] = [
     ("Schedule min sigma", Varied::SigmaMin),
     ("Schedule max sigma", Varied::SigmaMax),
     ("Schedule rho", Varied::Rho),
+    ("Sigma min", Varied::ChurnMin),
+    ("Sigma max", Varied::ChurnMax),
+    ("Sigma noise", Varied::ChurnNoise),
     ("Emphasis", Varied::Emphasis),
+    ("Negative Guidance minimum sigma", Varied::SkipNegative),
+    ("RNG source", Varied::NoiseSource),
+    ("SGM noise multiplier", Varied::SgmNoise),
+    ("Prompt order", Varied::Order),
     ("Hires scale", Varied::HiresScale),
     ("Hires steps", Varied::HiresSteps),
-    ("Denoising", Varied::HiresStrength),
+    ("Denoising", Varied::Strength),
     ("Hires upscaler", Varied::HiresUpscaler),
+    ("Initial noise multiplier", Varied::NoiseMultiplier),
+    ("Extra noise", Varied::ExtraNoise),
+    ("Checkpoint name", Varied::Model),
+    ("VAE", Varied::Vae),
+    ("Styles", Varied::Styles),
+    ("Nothing", Varied::Nothing),
 ];
 
 /// One option and the values it takes.
@@ -100,6 +128,12 @@ impl Axis {
                 _ => values.push(value),
             }
         }
+        if *option == Varied::Order {
+            values = orders(&values)?;
+        }
+        if *option == Varied::Nothing {
+            values = vec![String::new()];
+        }
         if values.is_empty() {
             return Err(Error::BadValue {
                 name: "axis",
@@ -128,14 +162,19 @@ impl Axis {
         let value = self.values.get(index).map_or("", String::as_str);
         let found = OPTIONS.iter().find(|(_, o)| *o == self.option);
         match self.option {
-            Varied::Replace | Varied::ReplaceNegative | Varied::Adapter | Varied::Sampler => {
-                value.to_string()
-            }
+            Varied::Nothing => String::new(),
+            Varied::Replace
+            | Varied::ReplaceNegative
+            | Varied::Adapter
+            | Varied::Sampler
+            | Varied::Order
+            | Varied::Model => value.to_string(),
             _ => format!("{}: {value}", found.map_or("", |(n, _)| n)),
         }
     }
 
-    fn apply(&self, index: usize, job: &mut Txt2Img) -> Result<()> {
+    fn apply(&self, index: usize, cell: &mut Cell) -> Result<()> {
+        let job = &mut cell.job;
         let value = self.values.get(index).map_or("", |v| v.trim());
         let first = self.values.first().map_or("", String::as_str);
         match self.option {
@@ -181,6 +220,27 @@ impl Axis {
             }
             Varied::Eta => job.options.eta = Some(read("Eta", value)?),
             Varied::EtaDelta => job.eta_delta = read("ENSD", value)?,
+            Varied::ChurnMin => job.options.churn.s_tmin = read("Sigma min", value)?,
+            Varied::ChurnMax => job.options.churn.s_tmax = read("Sigma max", value)?,
+            Varied::ChurnNoise => job.options.churn.s_noise = read("Sigma noise", value)?,
+            Varied::SkipNegative => {
+                job.skip_negative_below = read("Negative Guidance minimum sigma", value)?;
+            }
+            Varied::NoiseSource => job.noise = NoiseSource::from_name(value)?,
+            Varied::SgmNoise => {
+                job.sgm_noise = match value.to_lowercase().as_str() {
+                    "true" | "yes" | "1" => true,
+                    "false" | "no" | "0" => false,
+                    _ => {
+                        return Err(Error::BadValue {
+                            name: "SGM noise multiplier",
+                            value: value.to_string(),
+                            expected: "expected True or False",
+                        });
+                    }
+                };
+            }
+            Varied::Order => job.prompt = reordered(&job.prompt, value)?,
             Varied::Churn => job.options.churn.s_churn = read("Sigma Churn", value)?,
             Varied::SigmaMin => job.sigmas.min = Some(read("Schedule min sigma", value)?),
             Varied::SigmaMax => job.sigmas.max = Some(read("Schedule max sigma", value)?),
@@ -194,10 +254,18 @@ impl Axis {
                 let hires = job.hires.get_or_insert_default();
                 hires.steps = read("Hires steps", value)?;
             }
-            Varied::HiresStrength => {
-                let hires = job.hires.get_or_insert_default();
-                hires.strength = read("Denoising", value)?;
+            Varied::Strength => cell.strength = Some(read("Denoising", value)?),
+            Varied::NoiseMultiplier => {
+                cell.noise_multiplier = Some(read("Initial noise multiplier", value)?);
             }
+            Varied::ExtraNoise => cell.extra_noise = Some(read("Extra noise", value)?),
+            Varied::Model => cell.model = Some(value.to_string()),
+            Varied::Vae => cell.vae = Some(value.to_string()),
+            Varied::Styles => {
+                let names = value.split(',').map(|name| name.trim().to_string());
+                cell.styles = names.filter(|n| !n.is_empty() && n != "None").collect();
+            }
+            Varied::Nothing => {}
             Varied::HiresUpscaler => {
                 let hires = job.hires.get_or_insert_default();
                 hires.upscaler = Upscaler::from_name(value)?;
@@ -220,6 +288,13 @@ impl Varied {
                 | Self::Adapter
                 | Self::Emphasis
                 | Self::HiresUpscaler
+                | Self::NoiseSource
+                | Self::SgmNoise
+                | Self::Order
+                | Self::Model
+                | Self::Vae
+                | Self::Styles
+                | Self::Nothing
         )
     }
 }
@@ -339,6 +414,104 @@ fn with_weight(prompt: &str, weight: f64) -> Result<String> {
     Ok(changed.into_owned())
 }
 
+/// All orders of the parts of a prompt, each as one value.
+fn orders(parts: &[String]) -> Result<Vec<String>> {
+    if !(2..=5).contains(&parts.len()) {
+        return Err(Error::BadValue {
+            name: "Prompt order",
+            value: parts.join(","),
+            expected: "expected two to five parts of the prompt",
+        });
+    }
+    let mut all: Vec<Vec<&str>> = vec![Vec::new()];
+    for _ in parts {
+        all = all.iter().flat_map(|order| longer(order, parts)).collect();
+    }
+    Ok(all.iter().map(|order| order.join(", ")).collect())
+}
+
+/// An order of some parts with each of the others behind it.
+fn longer<'a>(order: &[&'a str], parts: &'a [String]) -> Vec<Vec<&'a str>> {
+    let left = parts.iter().filter(|part| !order.contains(&part.as_str()));
+    left.map(|part| [order, &[part]].concat()).collect()
+}
+
+/// The prompt with the named parts in this order at the places that they have in it.
+fn reordered(prompt: &str, order: &str) -> Result<String> {
+    let parts: Vec<&str> = order.split(", ").collect();
+    let mut places = Vec::new();
+    for part in &parts {
+        let Some(at) = prompt.find(part) else {
+            return Err(Error::Prompt {
+                prompt: prompt.to_string(),
+                what: format!("{part:?}, which the axis moves, is not in it"),
+            });
+        };
+        places.push((at, part.len()));
+    }
+    places.sort_unstable();
+    let (mut changed, mut end) = (String::new(), 0);
+    for (part, (at, length)) in parts.iter().zip(places) {
+        changed.push_str(prompt.get(end..at).unwrap_or_default());
+        changed.push_str(part);
+        end = at + length;
+    }
+    changed.push_str(prompt.get(end..).unwrap_or_default());
+    Ok(changed)
+}
+
+/// One picture of a [`Sweep`]: a job, and what belongs to no job. What is `None` is as the
+/// caller has it.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Cell {
+    /// What to draw.
+    pub job: Txt2Img,
+    /// The checkpoint's name.
+    pub model: Option<String>,
+    /// The VAE's name.
+    pub vae: Option<String>,
+    /// Names of [styles](crate::prompt::Styles) to put around the prompt.
+    pub styles: Vec<String>,
+    /// How much is drawn anew of a picture.
+    pub strength: Option<f64>,
+    /// Factor on the noise on a picture.
+    pub noise_multiplier: Option<f64>,
+    /// Noise added on a picture.
+    pub extra_noise: Option<f64>,
+}
+
+impl Cell {
+    /// The cell's job of drawing from a picture, the rest as in `base`.
+    pub fn from_picture(&self, base: &Img2Img) -> Img2Img {
+        Img2Img {
+            job: self.job.clone(),
+            strength: self.strength.unwrap_or(base.strength),
+            noise_multiplier: self.noise_multiplier.unwrap_or(base.noise_multiplier),
+            extra_noise: self.extra_noise.unwrap_or(base.extra_noise),
+            ..base.clone()
+        }
+    }
+
+    /// Checks what can be checked; `from_picture` says whether it is drawn from one.
+    fn validate(&self, from_picture: bool) -> Result<()> {
+        let strength = self.strength.filter(|_| self.job.hires.is_none());
+        for (axis, value) in [
+            ("Denoising", strength),
+            ("Initial noise multiplier", self.noise_multiplier),
+            ("Extra noise", self.extra_noise),
+        ] {
+            if value.is_some() && !from_picture {
+                return Err(Error::BadValue {
+                    name: "axis",
+                    value: axis.to_string(),
+                    expected: "it is about drawing from a picture, and there is none",
+                });
+            }
+        }
+        self.job.validate()
+    }
+}
+
 /// A job with up to three axes.
 ///
 /// ```
@@ -347,23 +520,36 @@ fn with_weight(prompt: &str, weight: f64) -> Result<String> {
 /// let x = Axis::parse("LoRA weight=0.5-1 [3]")?;
 /// let y = Axis::parse("Seed=1,2")?;
 /// let sweep = Sweep::new(base, vec![x, y])?;
-/// assert_eq!(sweep.jobs().len(), 6);
-/// assert_eq!(sweep.jobs()[1].prompt, "zoe <lora:zoe:0.75>");
+/// assert_eq!(sweep.cells().len(), 6);
+/// assert_eq!(sweep.cells()[1].job.prompt, "zoe <lora:zoe:0.75>");
 /// # Ok::<(), lora_sd15::Error>(())
 /// ```
 #[derive(Debug, Clone)]
 pub struct Sweep {
     axes: Vec<Axis>,
-    jobs: Vec<Txt2Img>,
+    cells: Vec<Cell>,
 }
 
 impl Sweep {
     /// All combinations; the first axis goes to the right, the second down, the third makes
-    /// further grids. Every job draws one picture.
+    /// further grids. Every cell is one picture.
     ///
     /// # Errors
-    /// [`Error::BadValue`] for no or more than three axes; as [`Txt2Img::validate`].
+    /// [`Error::BadValue`] for no or more than three axes, and for axes that only a picture
+    /// to draw from has; as [`Txt2Img::validate`].
     pub fn new(base: Txt2Img, axes: Vec<Axis>) -> Result<Self> {
+        Self::build(base, axes, false)
+    }
+
+    /// The same for drawing from a picture: see [`Cell::from_picture`].
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn from_picture(base: Txt2Img, axes: Vec<Axis>) -> Result<Self> {
+        Self::build(base, axes, true)
+    }
+
+    fn build(base: Txt2Img, axes: Vec<Axis>, from_picture: bool) -> Result<Self> {
         if !(1..=3).contains(&axes.len()) {
             return Err(Error::BadValue {
                 name: "axes",
@@ -372,26 +558,45 @@ impl Sweep {
             });
         }
         let total = axes.iter().map(Axis::len).product();
-        let mut jobs = Vec::new();
+        let mut cells = Vec::new();
         for i in 0..total {
-            let mut job = Txt2Img {
+            let job = Txt2Img {
                 batch_size: 1,
                 ..base.clone()
             };
+            let mut cell = Cell {
+                job,
+                ..Cell::default()
+            };
             let mut rest: usize = i;
             for axis in &axes {
-                axis.apply(rest % axis.len(), &mut job)?;
+                axis.apply(rest % axis.len(), &mut cell)?;
                 rest /= axis.len();
             }
-            job.validate()?;
-            jobs.push(job);
+            if let (Some(hires), Some(strength)) = (&mut cell.job.hires, cell.strength) {
+                hires.strength = strength;
+            }
+            cell.validate(from_picture)?;
+            cells.push(cell);
         }
-        Ok(Self { axes, jobs })
+        Ok(Self { axes, cells })
     }
 
-    /// The jobs, in the order that [`grids`](Self::grids) wants their pictures.
-    pub fn jobs(&self) -> &[Txt2Img] {
-        &self.jobs
+    /// The cells, in the order that [`grids`](Self::grids) wants their pictures.
+    pub fn cells(&self) -> &[Cell] {
+        &self.cells
+    }
+
+    /// Positions of all cells in an order in which each model is loaded once.
+    pub fn drawing_order(&self) -> Vec<usize> {
+        let file = |i: &usize| {
+            let cell = self.cells.get(*i)?;
+            let first = |other: &&Cell| (&other.model, &other.vae) == (&cell.model, &cell.vae);
+            self.cells.iter().position(|other| first(&other))
+        };
+        let mut order: Vec<usize> = (0..self.cells.len()).collect();
+        order.sort_by_key(file);
+        order
     }
 
     /// Labelled grids of the pictures, one per value of the third axis.
@@ -457,7 +662,50 @@ mod tests {
             };
             Sweep::new(base, vec![axis.clone()])
         };
-        assert_eq!(sweep("a cat").unwrap().jobs()[1].prompt, "a dog");
+        assert_eq!(sweep("a cat").unwrap().cells()[1].job.prompt, "a dog");
         assert!(sweep("a bird").is_err());
+    }
+
+    #[test]
+    fn each_model_is_loaded_once() {
+        let axes = ["Checkpoint name=a,b", "Seed=1,2"].map(|text| Axis::parse(text).unwrap());
+        let sweep = Sweep::new(Txt2Img::default(), axes.to_vec()).unwrap();
+        assert_eq!(sweep.drawing_order(), [0, 2, 1, 3]);
+        let cell = &sweep.cells()[3];
+        assert_eq!((cell.model.as_deref(), cell.job.seed), (Some("b"), 2));
+    }
+
+    #[test]
+    fn parts_of_a_prompt_change_places() {
+        let axis = Axis::parse("Prompt order=red,hat,zoe").unwrap();
+        let base = Txt2Img {
+            prompt: "a red (hat:1.2), zoe!".into(),
+            ..Txt2Img::default()
+        };
+        let sweep = Sweep::new(base, vec![axis]).unwrap();
+        let prompts: Vec<&str> = sweep
+            .cells()
+            .iter()
+            .map(|c| c.job.prompt.as_str())
+            .collect();
+        assert_eq!(prompts.len(), 6);
+        assert_eq!(prompts[0], "a red (hat:1.2), zoe!");
+        assert_eq!(prompts[5], "a zoe (hat:1.2), red!");
+    }
+
+    #[test]
+    fn axes_of_drawing_from_a_picture_need_one() {
+        let axes = || vec![Axis::parse("Denoising=0.3,0.6").unwrap()];
+        assert!(Sweep::new(Txt2Img::default(), axes()).is_err());
+        let with_hires = Txt2Img {
+            hires: Some(Default::default()),
+            ..Txt2Img::default()
+        };
+        let sweep = Sweep::new(with_hires, axes()).unwrap();
+        let hires = sweep.cells()[1].job.hires.as_ref().unwrap();
+        assert_eq!(hires.strength, 0.6);
+        let base = Img2Img::new(Txt2Img::default(), Image::plain(64, 64, [0; 3]));
+        let sweep = Sweep::from_picture(Txt2Img::default(), axes()).unwrap();
+        assert_eq!(sweep.cells()[0].from_picture(&base).strength, 0.3);
     }
 }

@@ -1,7 +1,8 @@
 //! Where a `VarBuilder` takes a model's tensors from.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
@@ -34,15 +35,69 @@ impl SimpleBackend for Recorder {
     }
 }
 
-/// Tensors of one part, read from the mapped files when asked for.
+/// Tensors of one part, read from the mapped files when the first is asked for.
 pub(super) struct PartBackend {
     pub(super) inner: Arc<Inner>,
     pub(super) part: Part,
     /// Overrides the dtype that is asked for.
     pub(super) storage: Option<WeightStorage>,
+    /// What was read and not yet asked for.
+    pub(super) read: OnceLock<Mutex<BTreeMap<String, Tensor>>>,
 }
 
 impl PartBackend {
+    /// A tensor in the dtype it is to be kept in; handed out once, so that memory is not
+    /// held twice.
+    fn tensor(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        if device.is_cpu() {
+            let read = self.read.get_or_init(|| Mutex::new(self.read_all(dtype)));
+            let mut read = read.lock().unwrap_or_else(PoisonError::into_inner);
+            // The first one asked for decided the dtype of all.
+            let suits = |tensor: &Tensor| self.storage.is_some() || tensor.dtype() == dtype;
+            if let Some(tensor) = read.remove(name).filter(suits) {
+                return Ok(tensor);
+            }
+        }
+        self.converted(name, dtype, device)
+    }
+
+    fn converted(&self, name: &str, asked: DType, device: &Device) -> candle_core::Result<Tensor> {
+        let tensor = self.load(name, device)?;
+        let dtype = match self.storage {
+            Some(storage) => storage.dtype(name, tensor.rank(), tensor.dtype()),
+            None => asked,
+        };
+        tensor.to_dtype(dtype)
+    }
+
+    /// All tensors of the part, read by several threads: most of the time goes into the
+    /// system's handing out memory, page by page. What cannot be read is left out and gives
+    /// its error when it is asked for.
+    fn read_all(&self, dtype: DType) -> BTreeMap<String, Tensor> {
+        let places = self.inner.places.keys();
+        let names: Vec<&String> = places
+            .filter(|(part, _)| *part == self.part)
+            .map(|(_, name)| name)
+            .collect();
+        let (next, read) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+        let reader = || {
+            while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
+                if let Ok(tensor) = self.converted(name, dtype, &Device::Cpu) {
+                    let mut read = read.lock().unwrap_or_else(PoisonError::into_inner);
+                    read.insert((*name).clone(), tensor);
+                }
+            }
+        };
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| {
+            for _ in 1..threads.min(8) {
+                scope.spawn(reader);
+            }
+            reader();
+        });
+        read.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn load(&self, name: &str, device: &Device) -> candle_core::Result<Tensor> {
         let place = self
             .inner
@@ -59,13 +114,6 @@ impl PartBackend {
         file.release(&place.key);
         Ok(tensor)
     }
-
-    fn dtype(&self, name: &str, tensor: &Tensor, asked: DType) -> DType {
-        match self.storage {
-            Some(storage) => storage.dtype(name, tensor.rank(), tensor.dtype()),
-            None => asked,
-        }
-    }
 }
 
 impl SimpleBackend for PartBackend {
@@ -77,7 +125,7 @@ impl SimpleBackend for PartBackend {
         dtype: DType,
         device: &Device,
     ) -> candle_core::Result<Tensor> {
-        let tensor = self.load(name, device)?;
+        let tensor = self.tensor(name, dtype, device)?;
         if !same_shape(tensor.dims(), shape.dims()) {
             return Err(candle_core::Error::UnexpectedShape {
                 msg: format!("shape mismatch for {name}"),
@@ -85,8 +133,7 @@ impl SimpleBackend for PartBackend {
                 got: tensor.shape().clone(),
             });
         }
-        let dtype = self.dtype(name, &tensor, dtype);
-        tensor.reshape(shape)?.to_dtype(dtype)
+        tensor.reshape(shape)
     }
 
     fn get_unchecked(
@@ -95,9 +142,7 @@ impl SimpleBackend for PartBackend {
         dtype: DType,
         device: &Device,
     ) -> candle_core::Result<Tensor> {
-        let tensor = self.load(name, device)?;
-        let dtype = self.dtype(name, &tensor, dtype);
-        tensor.to_dtype(dtype)
+        self.tensor(name, dtype, device)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {

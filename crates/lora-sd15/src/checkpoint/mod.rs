@@ -12,7 +12,7 @@ mod storage;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
@@ -335,10 +335,9 @@ impl Checkpoint {
         }
     }
 
-    /// Names and shapes that the model asks for, found by building it from tensors
-    /// without memory.
     /// The tensors of one part under diffusers names, checked with
-    /// [`verify`](Self::verify), converted to `dtype` as they are asked for.
+    /// [`verify`](Self::verify), in `dtype`. On the CPU all are read, by several threads,
+    /// when the first is asked for, and each is handed out once without being read again.
     ///
     /// # Errors
     /// As [`verify`](Self::verify).
@@ -377,6 +376,7 @@ impl Checkpoint {
             inner: self.inner.clone(),
             part,
             storage,
+            read: OnceLock::new(),
         };
         Ok(VarBuilder::from_backend(
             Box::new(backend),

@@ -1,10 +1,10 @@
 //! Adapters beside the networks: several at once, found by name, read once.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::Device;
-use lora_core::format::{LoadOptions, Strictness, TensorFile, data_hash_of_file};
+use lora_core::format::{LoadOptions, Strictness, data_hash_of_file};
 use lora_core::merge::TemporaryMerge;
 use lora_core::{Adaptable, AdapterSet, Lora};
 
@@ -341,53 +341,6 @@ fn cut(set: &AdapterSet, rank: usize) -> std::result::Result<AdapterSet, Option<
         short.insert(name, std::sync::Arc::new(build().map_err(|_| None)?));
     }
     Ok(short)
-}
-
-/// Finds an adapter file in a folder (and its sub-folders) by file stem or by the
-/// name it was trained under (`ss_output_name`).
-///
-/// # Errors
-/// [`Error::UnknownName`] listing what is there.
-pub fn find_adapter(folder: &Path, name: &str) -> Result<PathBuf> {
-    let mut files = Vec::new();
-    collect(folder, &mut files, 0)?;
-    files.sort();
-    let stem = |p: &PathBuf| p.file_stem().and_then(|s| s.to_str()).map(str::to_string);
-    if let Some(file) = files.iter().find(|p| stem(p).as_deref() == Some(name)) {
-        return Ok(file.clone());
-    }
-    for file in &files {
-        let alias = TensorFile::open(file)
-            .ok()
-            .and_then(|f| f.metadata().remove("ss_output_name"));
-        if alias.as_deref() == Some(name) {
-            return Ok(file.clone());
-        }
-    }
-    let mut known: Vec<String> = files.iter().filter_map(stem).collect();
-    if known.is_empty() {
-        known.push(format!("none in {}", folder.display()));
-    }
-    Err(Error::UnknownName {
-        what: "adapter",
-        name: name.to_string(),
-        known: known.join(", "),
-    })
-}
-
-fn collect(folder: &Path, files: &mut Vec<PathBuf>, depth: usize) -> Result<()> {
-    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
-        let path = entry.map_err(Error::io(folder))?.path();
-        if path.is_dir() && depth < 8 {
-            collect(&path, files, depth + 1)?;
-        } else if path
-            .extension()
-            .is_some_and(|e| e.eq_ignore_ascii_case("safetensors"))
-        {
-            files.push(path);
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use super::job::{Emphasis, Txt2Img};
 use crate::prompt::{
     Chunk, Embeddings, Piece, StepCount, Stretch, chunk_pieces, parse_attention, schedule_prompt,
+    strip_comments,
 };
 use crate::text_encoder::{weigh, weigh_restoring_mean};
 use crate::{Error, Result, TextEncoder, Tokenizer};
@@ -18,6 +19,28 @@ impl Contexts {
     pub(super) fn at(&self, call: usize) -> Option<&Tensor> {
         let found = self.0.iter().find(|(until, _)| call <= *until);
         found.or(self.0.last()).map(|(_, context)| context)
+    }
+
+    /// How many rows the UNet attends to; the same at all steps.
+    fn rows(&self) -> usize {
+        self.0.first().map_or(0, |(_, t)| t.dim(1).unwrap_or(0))
+    }
+
+    /// Appends copies of what `filling` answers up to `rows` rows.
+    fn lengthen(
+        &mut self,
+        rows: usize,
+        filling: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+    ) -> Result<()> {
+        for (_, context) in &mut self.0 {
+            let missing = rows.saturating_sub(context.dim(1)?);
+            if missing > 0 {
+                let filling = filling(context)?;
+                let more = filling.repeat((1, missing / filling.dim(1)?.max(1), 1))?;
+                *context = Tensor::cat(&[&*context, &more], 1)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -55,10 +78,11 @@ impl Encoding<'_> {
         };
         let parts = job.parts(prompt);
         let single = matches!(parts.as_slice(), [part] if part.weight == 1.0);
-        let negative = if job.guidance_scale == 1.0 && single {
+        let mut negative = if job.guidance_scale == 1.0 && single {
             None
         } else {
-            Some(self.contexts(job, &schedule_prompt(&job.negative, count))?)
+            let text = strip_comments(&job.negative);
+            Some(self.contexts(job, &schedule_prompt(&text, count))?)
         };
         let mut encoded = Vec::new();
         for part in parts {
@@ -66,16 +90,19 @@ impl Encoding<'_> {
             encoded.push((part.weight, contexts));
         }
         // Parts are drawn together: the shorter ones repeat their last row.
-        let rows = |c: &Contexts| c.0.first().map_or(0, |(_, t)| t.dim(1).unwrap_or(0));
-        let longest = encoded.iter().map(|(_, c)| rows(c)).max().unwrap_or(0);
+        let longest = encoded.iter().map(|(_, c)| c.rows()).max().unwrap_or(0);
         for (_, contexts) in &mut encoded {
-            for (_, context) in &mut contexts.0 {
-                let have = context.dim(1)?;
-                if have < longest {
-                    let last = context.narrow(1, have - 1, 1)?;
-                    let more = last.repeat((1, longest - have, 1))?;
-                    *context = Tensor::cat(&[&*context, &more], 1)?;
-                }
+            contexts.lengthen(longest, |context| {
+                context.narrow(1, context.dim(1)?.saturating_sub(1), 1)
+            })?;
+        }
+        if let Some(negative) = negative.as_mut().filter(|_| job.pad) {
+            let empty = self.encode(&[""], job.clip_skip, job.emphasis, job.comma_backtrack)?;
+            let empty = empty.to_dtype(self.dtype)?;
+            let longest = longest.max(negative.rows());
+            negative.lengthen(longest, |_| Ok(empty.clone()))?;
+            for (_, contexts) in &mut encoded {
+                contexts.lengthen(longest, |_| Ok(empty.clone()))?;
             }
         }
         Ok(Steering {

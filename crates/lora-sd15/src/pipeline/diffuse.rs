@@ -310,7 +310,11 @@ fn make_sampler(
     };
     let left = sigmas.get(from..).unwrap_or(&sigmas).to_vec();
     let level = left.first().copied().unwrap_or(1.0);
-    let mut x = (&noise * level)?;
+    let scale = match start {
+        None if job.sgm_noise => (1.0 + level * level).sqrt(),
+        _ => level,
+    };
+    let mut x = (&noise * scale)?;
     if let Some(start) = start {
         x = (x + &start.latents)?;
         if start.extra_noise > 0.0 {

@@ -92,7 +92,8 @@ impl Upscaler {
 pub struct Hires {
     /// The larger side over the smaller, unless `size` is given.
     pub scale: f64,
-    /// Width and height of the result; the picture is enlarged to cover it and cut.
+    /// Width and height of the result; the picture is enlarged to cover it and cut. One of
+    /// them may be 0, which keeps the ratio.
     pub size: Option<(usize, usize)>,
     /// Steps; 0 is as many as in the first pass.
     pub steps: usize,
@@ -118,7 +119,12 @@ impl Hires {
     /// Width and height of the result.
     pub fn target(&self, job: &Txt2Img) -> (usize, usize) {
         let scaled = |side: usize| (side as f64 * self.scale) as usize / 8 * 8;
-        self.size.unwrap_or((scaled(job.width), scaled(job.height)))
+        match self.size {
+            None => (scaled(job.width), scaled(job.height)),
+            Some((0, high)) => (high * job.width / job.height.max(1) / 8 * 8, high),
+            Some((wide, 0)) => (wide, wide * job.height / job.width.max(1) / 8 * 8),
+            Some(size) => size,
+        }
     }
 
     /// Width and height to enlarge to before cutting to [`target`](Self::target).

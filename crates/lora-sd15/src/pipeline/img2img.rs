@@ -10,7 +10,7 @@ use crate::mask::{self, Mask, Rectangle};
 use crate::noise::BatchNoise;
 use crate::resample::{Filter, ResizeMode, resize_latents};
 use crate::rng::NoiseGenerator;
-use crate::{Error, Image, Result};
+use crate::{Error, Image, Infotext, Result};
 
 /// What lies under the mask at the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -194,6 +194,17 @@ impl Img2Img {
                 list.push(("Masked content", (*name).to_string()));
             }
         }
+        if self.resize != ResizeMode::default() {
+            list.push(("Resize mode", self.resize.name().into()));
+        }
+        for (key, on) in [
+            ("Exactly steps", self.exactly_steps),
+            ("Sample posterior", self.sample_posterior),
+        ] {
+            if on {
+                list.push((key, "True".into()));
+            }
+        }
         if self.noise_multiplier != 1.0 {
             list.push(("Noise multiplier", self.noise_multiplier.to_string()));
         }
@@ -201,6 +212,71 @@ impl Img2Img {
             list.push(("Extra noise", self.extra_noise.to_string()));
         }
         list
+    }
+
+    /// The job that a picture's `parameters` text describes, which was drawn from `picture`
+    /// under `mask`. Resize mode and the like are in our texts, not in the web UI's.
+    ///
+    /// # Errors
+    /// As [`Txt2Img::from_infotext`]; [`Error::Picture`] when the text is none of drawing
+    /// from a picture, or does not go with `mask`.
+    ///
+    /// ```
+    /// use lora_sd15::{Image, Img2Img, Infotext, Txt2Img};
+    /// let job = Txt2Img { prompt: "zoe".into(), seed: 7, ..Default::default() };
+    /// let picture = Image::plain(64, 64, [128; 3]);
+    /// let request = Img2Img { strength: 0.4, ..Img2Img::new(job, picture.clone()) };
+    /// let text = Infotext::parse(&request.job.infotext(0, &[], &request.parameters()));
+    /// assert_eq!(Img2Img::from_infotext(&text, picture, None)?, request);
+    /// # Ok::<(), lora_sd15::Error>(())
+    /// ```
+    pub fn from_infotext(text: &Infotext, picture: Image, mask: Option<Image>) -> Result<Self> {
+        let wrong = |what: &str| Error::Picture { what: what.into() };
+        let mut text = text.clone();
+        let mut take = |key: &'static str| text.parameters.remove(key).map(|value| (key, value));
+        let strength = take("Denoising strength")
+            .ok_or_else(|| wrong("the text is of a picture that was not drawn from a picture"))?;
+        let (blur, mode) = (take("Mask blur"), take("Mask mode"));
+        let (area, padding) = (take("Inpaint area"), take("Masked area padding"));
+        let content = take("Masked content");
+        let resize = take("Resize mode");
+        let (exactly, posterior) = (take("Exactly steps"), take("Sample posterior"));
+        let (multiplier, extra) = (take("Noise multiplier"), take("Extra noise"));
+        let mut request = Self::new(Txt2Img::from_infotext(&text)?, picture);
+        request.strength = parsed(strength)?;
+        request.exactly_steps = exactly.is_some();
+        request.sample_posterior = posterior.is_some();
+        if let Some((_, name)) = resize {
+            request.resize = ResizeMode::from_name(&name)?;
+        }
+        if let Some(given) = multiplier {
+            request.noise_multiplier = parsed(given)?;
+        }
+        if let Some(given) = extra {
+            request.extra_noise = parsed(given)?;
+        }
+        request.inpaint = match (blur, mask) {
+            (None, None) => None,
+            (Some(_), None) => return Err(wrong("the picture was painted under a mask: give it")),
+            (None, Some(_)) => return Err(wrong("the picture was not painted under a mask")),
+            (Some(blur), Some(mask)) => Some(Inpaint {
+                blur: parsed(blur)?,
+                invert: mode.is_some_and(|(_, mode)| mode == "Inpaint not masked"),
+                content: match content {
+                    Some((_, name)) => MaskedContent::from_name(&name.replace(' ', "-"))?,
+                    None => MaskedContent::default(),
+                },
+                only_masked: match area {
+                    Some((_, area)) if area == "Only masked" => {
+                        Some(padding.map_or(Ok(32), parsed)?)
+                    }
+                    _ => None,
+                },
+                ..Inpaint::new(mask)
+            }),
+        };
+        request.validate()?;
+        Ok(request)
     }
 
     pub(super) fn draw(
@@ -383,6 +459,11 @@ impl Img2Img {
         };
         sd.run_pass(pass, &mut progress)
     }
+}
+
+fn parsed<T: std::str::FromStr>((key, value): (&'static str, String)) -> Result<T> {
+    let number = value.trim().parse().ok();
+    number.map_or_else(|| bad(key, value, "expected a number"), Ok)
 }
 
 fn check_picture(picture: &Image, name: &str) -> Result<()> {

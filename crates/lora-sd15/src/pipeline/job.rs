@@ -103,6 +103,12 @@ pub struct Txt2Img {
     pub comma_backtrack: usize,
     /// Below this noise level every second step leaves the negative prompt out: "NGMS".
     pub skip_negative_below: f64,
+    /// Scales the first noise by `sqrt(1 + sigma^2)` instead of sigma: "SGM noise
+    /// multiplier".
+    pub sgm_noise: bool,
+    /// Lengthens the shorter one of prompt and negative prompt by empty chunks, so that one
+    /// call of the network does for both: "Pad prompt/negative prompt".
+    pub pad: bool,
     /// Draws again at a larger size.
     pub hires: Option<Hires>,
 }
@@ -130,6 +136,8 @@ impl Default for Txt2Img {
             emphasis: Emphasis::default(),
             comma_backtrack: 20,
             skip_negative_below: 0.0,
+            sgm_noise: false,
+            pad: false,
             hires: None,
         }
     }
@@ -337,6 +345,14 @@ impl Txt2Img {
         if self.emphasis != Emphasis::Original {
             rest.push(("Emphasis", self.emphasis.name().into()));
         }
+        for (name, on) in [
+            ("SGM noise multiplier", self.sgm_noise),
+            ("Pad conds", self.pad),
+        ] {
+            if on {
+                rest.push((name, "True".into()));
+            }
+        }
         if self.comma_backtrack != 20 {
             rest.push(("Comma backtrack", self.comma_backtrack.to_string()));
         }
@@ -358,27 +374,13 @@ impl Txt2Img {
     /// # Ok::<(), lora_sd15::Error>(())
     /// ```
     pub fn from_infotext(text: &Infotext) -> Result<Self> {
-        for feature in [
-            "Face restoration",
-            "Tiling",
-            "Token merging ratio",
-            "Token merging ratio hr",
-            "Refiner",
-            "Init image hash",
-            "Hires prompt",
-            "Hires negative prompt",
-            "Hires sampler",
-            "Hires checkpoint",
-            "Hires schedule type",
-            "Pad conds",
-            "ControlNet 0",
-        ] {
-            if text.get(feature).is_some() {
-                let what = format!(
-                    "the picture was drawn with {feature:?}, which cannot be repeated from its text; give the options by hand"
-                );
-                return Err(Error::Picture { what });
-            }
+        let control = |key: &&str| key.starts_with("ControlNet");
+        let mut keys = text.parameters.keys().map(String::as_str);
+        if let Some(feature) = keys.find(|key| REFUSED.contains(key) || control(key)) {
+            let what = format!(
+                "the picture was drawn with {feature:?}, which cannot be repeated from its text; give the options by hand"
+            );
+            return Err(Error::Picture { what });
         }
         let sampler = text.get("Sampler").unwrap_or("Euler");
         let (sampler, mut schedule) = SamplerKind::from_name(sampler)?;
@@ -395,23 +397,15 @@ impl Txt2Img {
             steps: number(text, "Steps")?.unwrap_or(20),
             guidance_scale: number(text, "CFG scale")?.unwrap_or(7.0),
             seed: number(text, "Seed")?.unwrap_or(0),
-            noise: match text.get("RNG") {
-                Some("CPU") => NoiseSource::Cpu,
-                None | Some("GPU" | "NV") => NoiseSource::Philox,
-                Some(other) => {
-                    return Err(Error::UnknownName {
-                        what: "RNG",
-                        name: other.to_string(),
-                        known: "GPU, NV, CPU".into(),
-                    });
-                }
-            },
+            noise: NoiseSource::from_name(text.get("RNG").unwrap_or("GPU"))?,
             eta_delta: number(text, "ENSD")?.unwrap_or(0),
             sampler,
             schedule,
             clip_skip: number(text, "Clip skip")?.unwrap_or(1),
             skip_negative_below: number(text, "NGMS")?.unwrap_or(0.0),
             comma_backtrack: number(text, "Comma backtrack")?.unwrap_or(20),
+            sgm_noise: flag(text, "SGM noise multiplier")? || flag(text, "SGM noise multplier")?,
+            pad: flag(text, "Pad conds")?,
             ..Self::default()
         };
         if let Some(strength) = number(text, "Variation seed strength")? {
@@ -448,10 +442,26 @@ impl Txt2Img {
                 upscaler: Upscaler::from_name(upscaler)?,
             });
         } else if text.get("Denoising strength").is_some() {
-            let what = "the picture was drawn from another picture (img2img): give that one and its options by hand";
+            let what = "the picture was drawn from another picture (img2img), which is needed to draw it again";
             return Err(Error::Picture { what: what.into() });
         }
         Ok(job)
+    }
+
+    /// The parameters of a text that [`from_infotext`](Self::from_infotext) has no use
+    /// for and that may have changed the picture: those of extensions, for example.
+    ///
+    /// ```
+    /// use lora_sd15::{Infotext, Txt2Img};
+    /// let text = Infotext::parse("zoe\nSteps: 20, Seed: 1, Version: v1.10.1, ADetailer model: face");
+    /// assert_eq!(Txt2Img::unread(&text), ["ADetailer model"]);
+    /// ```
+    pub fn unread(text: &Infotext) -> Vec<&str> {
+        let picture = text.get("Denoising strength").is_some();
+        let picture = picture && text.get("Hires upscaler").is_none();
+        let read = |key: &&str| READ.contains(key) || (picture && READ_FROM_PICTURE.contains(key));
+        let keys = text.parameters.keys().map(String::as_str);
+        keys.filter(|key| !read(key)).collect()
     }
 
     /// How many prompts `AND` joins.
@@ -461,6 +471,114 @@ impl Txt2Img {
 }
 
 pub(crate) type Parameters = Vec<(&'static str, String)>;
+
+/// Features of the web UI that are not here.
+const REFUSED: [&str; 32] = [
+    "Beta schedule alpha",
+    "Beta schedule beta",
+    "DDIM Discretize",
+    "Discard penultimate sigma",
+    "Downcast alphas_cumprod",
+    "Face restoration",
+    "Hires CFG Scale",
+    "Hires CFG scale",
+    "Hires checkpoint",
+    "Hires negative prompt",
+    "Hires prompt",
+    "Hires sampler",
+    "Hires schedule type",
+    "Hypernet",
+    "Image CFG scale",
+    "Init image hash",
+    "NGMS all steps",
+    "Old prompt editing timelines",
+    "Pad conds v0",
+    "Refiner",
+    "Refiner switch at",
+    "Skip Early CFG",
+    "Tiling",
+    "Token merging ratio",
+    "Token merging ratio hr",
+    "UniPC lower order final",
+    "UniPC order",
+    "UniPC skip type",
+    "UniPC variant",
+    "Use old emphasis implementation",
+    "VAE Decoder",
+    "VAE Encoder",
+];
+
+/// What a job is made from, and what does not change a picture or concerns files.
+const READ: [&str; 45] = [
+    "Batch pos",
+    "Batch size",
+    "CFG scale",
+    "Clip skip",
+    "Comma backtrack",
+    "Denoising strength",
+    "ENSD",
+    "Emphasis",
+    "Eta",
+    "Eta DDIM",
+    "Hires resize-1",
+    "Hires resize-2",
+    "Hires steps",
+    "Hires upscale",
+    "Hires upscaler",
+    "Lora hashes",
+    "Model",
+    "Model hash",
+    "NGMS",
+    "Pad conds",
+    "RNG",
+    "SGM noise multiplier",
+    "SGM noise multplier", // as some versions spell it
+    "Sampler",
+    "Schedule max sigma",
+    "Schedule min sigma",
+    "Schedule rho",
+    "Schedule type",
+    "Seed",
+    "Seed resize from-1",
+    "Seed resize from-2",
+    "Sigma churn",
+    "Sigma noise",
+    "Sigma tmax",
+    "Sigma tmin",
+    "Size-1",
+    "Size-2",
+    "Steps",
+    "TI hashes",
+    "User",
+    "VAE",
+    "VAE hash",
+    "Variation seed",
+    "Variation seed strength",
+    "Version",
+];
+
+/// What [`Img2Img::from_infotext`](super::Img2Img::from_infotext) reads besides.
+const READ_FROM_PICTURE: [&str; 10] = [
+    "Exactly steps",
+    "Extra noise",
+    "Inpaint area",
+    "Mask blur",
+    "Mask mode",
+    "Masked area padding",
+    "Masked content",
+    "Noise multiplier",
+    "Resize mode",
+    "Sample posterior",
+];
+
+/// Whether a parameters text says `True`; it leaves out what is not.
+fn flag(text: &Infotext, key: &'static str) -> Result<bool> {
+    match text.get(key) {
+        None | Some("False") => Ok(false),
+        Some("True") => Ok(true),
+        Some(other) => bad(key, other, "expected True or False"),
+    }
+}
 
 /// A number of a parameters text, if it is there.
 pub(crate) fn number<T: std::str::FromStr>(

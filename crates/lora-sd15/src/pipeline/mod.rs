@@ -3,6 +3,7 @@
 mod adapters;
 mod conditioning;
 mod diffuse;
+mod files;
 mod guidance;
 mod hires;
 mod img2img;
@@ -20,8 +21,9 @@ use crate::{
     Checkpoint, Error, Image, Part, Result, TextEncoder, Tokenizer, UNet, Vae, WeightStorage,
 };
 
-pub use adapters::{AdapterMode, find_adapter};
+pub use adapters::AdapterMode;
 pub use diffuse::img2img_steps;
+pub use files::{find_adapter, find_model};
 pub use hires::{Hires, Upscaler};
 pub use img2img::{Img2Img, Inpaint, MaskedContent};
 pub use job::{Emphasis, Txt2Img, Variation};

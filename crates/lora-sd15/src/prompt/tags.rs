@@ -4,6 +4,8 @@ use std::sync::OnceLock;
 
 use regex::Regex;
 
+use super::strip_comments;
+
 /// An adapter asked for in a prompt.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct AdapterTag {
@@ -22,8 +24,9 @@ pub struct AdapterTag {
     pub unknown: Vec<String>,
 }
 
-/// Takes all `<kind:...>` tags out of a prompt; returns the prompt without them and
-/// the adapters (`lora` and `lyco`) in order. The same name given twice adds up.
+/// Takes comments and all `<kind:...>` tags out of a prompt; returns the rest and
+/// the adapters (`lora` and `lyco`) in order. The same name given twice adds up: one
+/// adapter with the sum of the weights, or two where blocks or ranks differ.
 /// Tags of other kinds are returned as text in the third part.
 ///
 /// ```
@@ -37,22 +40,27 @@ pub fn extract_tags(prompt: &str) -> (String, Vec<AdapterTag>, Vec<String>) {
     let tag = TAG.get_or_init(|| {
         Regex::new(r"<(\w+):([^>]+)>").expect("the pattern is a constant that compiles")
     });
+    let prompt = strip_comments(prompt);
     let (mut adapters, mut others) = (Vec::<AdapterTag>::new(), Vec::new());
-    for found in tag.captures_iter(prompt) {
+    for found in tag.captures_iter(&prompt) {
         if !matches!(&found[1], "lora" | "lyco") {
             others.push(found[0].to_string());
             continue;
         }
         let new = parse(&found[2]);
-        match adapters.iter_mut().find(|a| a.name == new.name) {
+        let same = |a: &&mut AdapterTag| {
+            (&a.name, a.rank, &a.blocks) == (&new.name, new.rank, &new.blocks)
+        };
+        match adapters.iter_mut().find(same) {
             Some(old) => {
                 old.text_encoder += new.text_encoder;
                 old.unet += new.unet;
+                old.unknown.extend(new.unknown);
             }
             None => adapters.push(new),
         }
     }
-    (tag.replace_all(prompt, "").into_owned(), adapters, others)
+    (tag.replace_all(&prompt, "").into_owned(), adapters, others)
 }
 
 fn parse(arguments: &str) -> AdapterTag {
@@ -100,5 +108,30 @@ fn parse(arguments: &str) -> AdapterTag {
         rank: rank.map(|r| r.max(1.0) as usize),
         blocks,
         unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_given_twice_adds_up_and_loses_nothing() {
+        let tags = |prompt| extract_tags(prompt).1;
+        let [sum] = &tags("<lora:zoe:0.5> <lyco:zoe:0.25:unet=1>")[..] else {
+            panic!("one adapter");
+        };
+        assert_eq!((sum.text_encoder, sum.unet), (0.75, 1.5));
+        // Different blocks or ranks cannot be one adapter.
+        let two = tags("<lora:zoe:1:dyn=4> <lora:zoe:0.5:lbw=1,0> <lora:zoe:1:dyn=4>");
+        let parts: Vec<_> = two.iter().map(|t| (t.unet, t.rank, &t.blocks)).collect();
+        assert_eq!(
+            parts,
+            [(2.0, Some(4), &None), (0.5, None, &Some(vec![1.0, 0.0]))]
+        );
+        assert_eq!(
+            tags("<lora:zoe> <lora:zoe:1:much=2>")[0].unknown,
+            ["much=2"]
+        );
     }
 }

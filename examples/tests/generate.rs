@@ -1,0 +1,141 @@
+//! The program `generate` as its users run it, with the miniature.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// The program, which cargo builds beside the tests.
+fn program() -> Option<Command> {
+    let here = std::env::current_exe().ok()?;
+    let program = here.parent()?.parent()?.join("examples/generate");
+    program.exists().then(|| Command::new(program))
+}
+
+fn folder(name: &str) -> PathBuf {
+    let folder = std::env::temp_dir().join(format!("lora-generate-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder for the test");
+    folder
+}
+
+fn drawn(arguments: &[&str], output: &Path) -> Output {
+    let mut command = program().expect("checked by the caller");
+    let command = command.args(arguments).arg("--output").arg(output);
+    command.output().expect("the program starts")
+}
+
+fn pictures(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).expect("the folder is there");
+    let mut files: Vec<PathBuf> = entries.map(|e| e.expect("a file").path()).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn a_picture_is_drawn_again_to_the_byte() {
+    if program().is_none() {
+        eprintln!("the example generate is not built, nothing tested");
+        return;
+    }
+    let folder = folder("again");
+    let (first, second, third) = (folder.join("1"), folder.join("2"), folder.join("3"));
+    let styles = folder.join("styles.csv");
+    std::fs::write(
+        &styles,
+        "name,prompt,negative_prompt\nred,\"{prompt}, red hair\",blue\n",
+    )
+    .expect("written");
+    let styles = styles.to_string_lossy().into_owned();
+    let how = [
+        "--prompt",
+        "portrait, (smile:1.2)",
+        "--style",
+        "red",
+        "--styles-file",
+        &styles,
+        "--seed",
+        "5",
+        "--steps",
+        "3",
+        "--width",
+        "64",
+        "--height",
+        "64",
+        "--hires-scale",
+        "1.5",
+        "--sampler",
+        "DPM++ 2M Karras",
+        "--compute",
+        "bf16",
+        "--vae-tile",
+        "64",
+    ];
+    let outcome = drawn(&how, &first);
+    assert!(outcome.status.success(), "{outcome:?}");
+    let before = pictures(&first).remove(0);
+    let from = before.to_string_lossy().into_owned();
+    let outcome = drawn(&["--from", &from], &second);
+    let said = String::from_utf8_lossy(&outcome.stderr);
+    assert!(
+        outcome.status.success() && !said.contains("warning"),
+        "{said}"
+    );
+    let again = pictures(&second).remove(0);
+    let bytes = |path: &Path| std::fs::read(path).expect("a picture");
+    assert!(bytes(&before) == bytes(&again), "{again:?}");
+
+    // From a picture, in a grid; each cell is drawn again alone.
+    let grid = [
+        "--init",
+        &from,
+        "--x",
+        "Denoising=0.4,0.8",
+        "--seed",
+        "3",
+        "--steps",
+        "3",
+    ];
+    let outcome = drawn(&grid, &third);
+    assert!(outcome.status.success(), "{outcome:?}");
+    let cells = pictures(&third);
+    let last = cells.get(1).expect("two cells and the grid");
+    let alone = folder.join("4");
+    let outcome = drawn(
+        &["--from", &last.to_string_lossy(), "--init", &from],
+        &alone,
+    );
+    assert!(outcome.status.success(), "{outcome:?}");
+    assert!(bytes(last) == bytes(&pictures(&alone).remove(0)));
+    std::fs::remove_dir_all(folder).expect("the folder is ours");
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_leaves_whole_pictures() {
+    let Some(mut command) = program() else {
+        eprintln!("the example generate is not built, nothing tested");
+        return;
+    };
+    let folder = folder("stopped");
+    let mut child = command
+        .args(["--batch-count", "10000", "--steps", "2", "--output"])
+        .arg(&folder)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let mut line = String::new();
+    let mut told = std::io::BufReader::new(child.stdout.take().expect("piped"));
+    std::io::BufRead::read_line(&mut told, &mut line).expect("a picture's name");
+    let sent = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status();
+    assert!(sent.is_ok_and(|status| status.success()));
+    let ended = child.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(130), "{said}");
+    let files = pictures(&folder);
+    assert!(said.contains(&format!(": {}", files.len())), "{said}");
+    for file in files {
+        lora_sd15::Image::open_png(file).expect("a whole picture");
+    }
+    std::fs::remove_dir_all(folder).expect("the folder is ours");
+}
