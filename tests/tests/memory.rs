@@ -17,7 +17,7 @@ const TASK: &str = "MEMORY_CHILD";
 fn config(task: &str, folder: &Path) -> TrainConfig {
     let plain = TrainConfig {
         output_dir: Some(folder.into()),
-        resolution: "512".into(),
+        resolution: "384".into(),
         min_bucket_reso: 256,
         max_bucket_reso: 1024,
         train_batch_size: 2,
@@ -39,7 +39,7 @@ fn config(task: &str, folder: &Path) -> TrainConfig {
         "lora" => lora,
         "checkpointing" => TrainConfig {
             gradient_checkpointing: true,
-            train_batch_size: 8,
+            train_batch_size: 6,
             ..lora
         },
         "dora" => TrainConfig {
@@ -55,7 +55,7 @@ fn config(task: &str, folder: &Path) -> TrainConfig {
         // As many steps as the pictures of a real run have.
         "samples" => {
             let prompts = folder.join("prompts.txt");
-            std::fs::write(&prompts, "zoe --w 512 --h 512 --s 12 --d 1\n").unwrap();
+            std::fs::write(&prompts, "zoe --w 384 --h 384 --s 12 --d 1\n").unwrap();
             TrainConfig {
                 sample_prompts: Some(prompts),
                 sample_at_first: true,

@@ -185,7 +185,10 @@ impl Model for Sd15 {
             tokens: 75 * chunks + 2,
         });
         if batch.text_encoder {
-            step = step.then(self.sd.text_encoder.held(batch.pictures * chunks));
+            // Captions are encoded one by one.
+            for _ in 0..batch.pictures {
+                step = step.then(self.sd.text_encoder.held(chunks));
+            }
         }
         let (vae, threads) = (&self.sd.vae, rayon::current_num_threads());
         let drawing = batch
