@@ -10,7 +10,7 @@ use lora_examples::portraits::{
 };
 use lora_examples::{demo_config, demo_model};
 use lora_sd15::{Checkpoint, Image, Part, StableDiffusion};
-use lora_train::pick::{PickConfig, judge};
+use lora_train::pick::{self, PickConfig};
 use lora_train::{Event, Outcome, SamplePrompt, TrainConfig, Trainer};
 
 fn miniature() -> StableDiffusion {
@@ -150,14 +150,14 @@ fn a_file_that_has_learned_little_is_not_the_best_one() {
     let prompt = |text: &str| {
         SamplePrompt::from_line(&format!("{text} --w 128 --h 128 --s 6"), "euler").unwrap()
     };
-    let pick = PickConfig {
+    let config = PickConfig {
         prompts: vec![prompt("zoe, smile"), prompt("zoe, sad, white background")],
         neutral: vec![prompt("portrait, beard, green background")],
         seeds: vec![1, 2],
     };
     let early = folder.path().join("zoe-step00000002.safetensors");
     let files = [early.clone(), folder.path().join("zoe.safetensors")];
-    let list = judge(&mut trainer, &files, &pick).unwrap();
+    let list = pick::judge(&mut trainer, &files, &config).unwrap();
     // It draws what the model drew, so drift and variety alone would make it the best.
     let [best, other] = list.as_slice() else {
         panic!("{list:?}")

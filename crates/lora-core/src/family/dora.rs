@@ -184,9 +184,10 @@ impl Adapter for Dora {
         // A weight of 16 bits is widened, and kept so.
         let widened = usize::from(layer.weight.dtype() != DType::F32) * weight;
         Held {
-            // The inner delta, weight plus delta, its squares, the same scaled, the difference to the
-            // weight; the branch and its sum with the layer's own output.
-            kept: widened + 5 * weight + 2 * outputs * rows,
+            // The inner delta and what it is scaled from, weight plus delta, its squares, the same
+            // scaled, the difference to the weight, that scaled; the branch and its sum with the
+            // layer's own output.
+            kept: widened + 8 * weight + 2 * outputs * rows,
             backward: 4 * weight,
         }
     }
