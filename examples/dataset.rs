@@ -5,16 +5,19 @@
 //! Takes what kohya users have: the parent of folders named `10_name`, one such
 //! folder, a plain folder of images, or a dataset config file. Exits with 1 when
 //! the dataset cannot be used, and with `--strict` also when something was found.
+//!
+//! `--clean-cache out/latent-cache` lists the cached latents that edited and removed pictures
+//! left behind; `--delete` deletes them.
 
 use std::error::Error;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
 use lora_data::doctor::{DoctorConfig, examine};
 use lora_data::{
     ContactSheetConfig, DataConfig, Dataset, DatasetConfig, DatasetReport, Finding, ReportConfig,
-    RunLength, Severity, Size, write_contact_sheet,
+    RunLength, Severity, Size, leftovers, remove_leftovers, write_contact_sheet,
 };
 
 #[derive(Parser)]
@@ -60,6 +63,12 @@ struct Options {
     /// Exit with 1 when there is a warning
     #[arg(long)]
     strict: bool,
+    /// Only list what edited and removed pictures left in this folder of cached latents
+    #[arg(long, value_name = "OUTPUT_DIR/latent-cache")]
+    clean_cache: Option<PathBuf>,
+    /// With --clean-cache: delete it
+    #[arg(long, requires = "clean_cache")]
+    delete: bool,
 }
 
 fn main() -> ExitCode {
@@ -74,6 +83,10 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
     let dataset = load(options)?;
+    if let Some(folder) = &options.clean_cache {
+        clean_cache(folder, &dataset, options.delete)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let config = ReportConfig {
         gradient_accumulation_steps: options.gradient_accumulation_steps,
         length: RunLength::Epochs(options.epochs),
@@ -105,6 +118,23 @@ fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
     } else {
         ExitCode::SUCCESS
     })
+}
+
+/// Lists what no picture of the dataset needs, and deletes it if asked to.
+fn clean_cache(folder: &Path, dataset: &Dataset, delete: bool) -> lora_data::Result<()> {
+    let list = leftovers(folder, dataset)?;
+    for file in &list {
+        println!("{} ({})", file.path.display(), file.reason);
+    }
+    let bytes: u64 = list.iter().map(|file| file.bytes).sum();
+    let what = format!("{} files, {:.1} MB", list.len(), bytes as f64 / 1e6);
+    if delete {
+        remove_leftovers(&list)?;
+        println!("deleted {what}");
+    } else {
+        println!("{what} to delete; nothing was deleted: give --delete for that");
+    }
+    Ok(())
 }
 
 fn load(options: &Options) -> lora_data::Result<Dataset> {

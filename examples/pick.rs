@@ -111,6 +111,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     if let Some(best) = list.first() {
         println!("best: {}", best.file.display());
+        if best.learned <= 0.0 {
+            println!("but no file has a lower loss than the model without adapter: train longer");
+        }
     }
     println!("{} and pick.html", folder.join("pick.png").display());
     Ok(())
@@ -134,28 +137,39 @@ fn stem(path: &Path) -> String {
         .unwrap_or_default()
 }
 
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;")
+}
+
 fn html(list: &[Judgement]) -> String {
     let mut page = String::from(
         "<!doctype html><meta charset=utf-8><title>Which file is best</title>\
          <style>body{font:15px sans-serif;margin:2em}td,th{padding:4px 12px;text-align:right}\
          td:first-child{text-align:left}tr:nth-child(2){background:#e7f3e7}</style>\
-         <h1>Which file is best</h1><table><tr><th>file<th>loss<th>drift<th>variety<th>response<th>score",
+         <h1>Which file is best</h1><table><tr><th>file<th>loss<th>learned<th>drift<th>variety<th>response<th>score",
     );
     for j in list {
         // Writing to a String cannot fail.
         let _ = write!(
             page,
-            "<tr><td>{}<td>{:.4}<td>{:.3}<td>{:.2}<td>{:.2}<td>{:.3}",
-            stem(&j.file).replace('&', "&amp;").replace('<', "&lt;"),
+            "<tr><td>{}<td>{:.4}<td>{:.0} %<td>{:.3}<td>{:.2}<td>{:.2}<td>{:.3}",
+            escaped(&stem(&j.file)),
             j.loss,
+            100.0 * j.learned,
             j.drift,
             j.variety,
             j.response,
             j.score
         );
     }
+    page.push_str("</table>");
+    if let Some(best) = list.first() {
+        let name = escaped(&stem(&best.file));
+        let _ = write!(page, "<p><b>{name}</b>: {}.", best.reasons());
+    }
     page.push_str(
-        "</table><p>Loss: on held-out pictures where there are any. Drift: how much pictures \
+        "<p>Loss: on held-out pictures where there are any. Learned: the part of the way from \
+         the loss without adapter to the lowest. Drift: how much pictures \
          without the trigger word change. Variety and response: how much seeds and prompts still \
          differ, as part of the model without adapter. The first file has the lowest score.\
          <p><img src=pick.png>",

@@ -11,8 +11,9 @@
 //!
 //! Options are sd-scripts'; `--help` lists them. The command line beats the file, which
 //! may be sd-scripts' TOML, kohya_ss' JSON or LoRA_Easy_Training_Scripts' TOML.
-//! `--device` is ours: auto, cpu, cuda:0, metal. So is `--dump-config`: it prints every
-//! setting with its origin, and trains nothing.
+//! `--device` is ours: auto, cpu, cuda:0, metal. So are `--dump-config`, which prints every
+//! setting with its origin, and `--write-config FILE.toml`, which writes them as TOML of our
+//! own and sd-scripts' form; neither trains.
 
 use std::error::Error;
 use std::path::Path;
@@ -53,10 +54,16 @@ fn run() -> Result<(), Box<dyn Error>> {
     if let Some(at) = dump {
         arguments.remove(at);
     }
+    let write = take(&mut arguments, "--write-config")?;
     let settings = settings(&arguments)?;
     let config = TrainConfig::from_settings(&settings)?;
     if dump.is_some() {
         print!("{}", config.dump(&settings)?);
+        return Ok(());
+    }
+    if let Some(path) = write {
+        config.write(Path::new(&path))?;
+        println!("{path}");
         return Ok(());
     }
     train(config, &device)?;
@@ -309,7 +316,7 @@ fn before_and_after(lora: &Path, curve: &Path, device: &Device) -> Result<Image,
 
 fn print_help() {
     println!(
-        "usage: train [--config_file FILE] [--OPTION VALUE ...] [--device auto|cpu|cuda:0|metal] [--dump-config]"
+        "usage: train [--config_file FILE] [--OPTION VALUE ...] [--device auto|cpu|cuda:0|metal] [--dump-config] [--write-config FILE.toml]"
     );
     println!(
         "without options: a demonstration on the bundled miniature\n\noptions (as in sd-scripts):"

@@ -10,7 +10,8 @@ use lora_examples::portraits::{
 };
 use lora_examples::{demo_config, demo_model};
 use lora_sd15::{Checkpoint, Image, Part, StableDiffusion};
-use lora_train::{Event, Outcome, TrainConfig, Trainer};
+use lora_train::pick::{self, PickConfig};
+use lora_train::{Event, Outcome, SamplePrompt, TrainConfig, Trainer};
 
 fn miniature() -> StableDiffusion {
     StableDiffusion::load(demo_model(), DType::F32, &Device::Cpu).unwrap()
@@ -130,6 +131,46 @@ fn every_family_learns_and_its_file_changes_pictures() {
         let changed = draw(&mut sd, &format!("zoe, portrait <lora:{name}:1>"), 1).unwrap();
         assert_ne!(changed, plain, "{name}");
     }
+}
+
+#[test]
+fn a_file_that_has_learned_little_is_not_the_best_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = TrainConfig {
+        min_timestep: None,
+        max_timestep: None,
+        save_every_n_steps: Some(2),
+        save_last_n_steps: None,
+        validation_split: Some(0.25),
+        ..config(folder.path(), "zoe", 40)
+    };
+    let mut ignore = |_: &Event<'_>| {};
+    let mut trainer = Trainer::new(config, &Device::Cpu, &mut ignore).unwrap();
+    trainer.run(&mut ignore, &AtomicBool::new(false)).unwrap();
+    let prompt = |text: &str| {
+        SamplePrompt::from_line(&format!("{text} --w 128 --h 128 --s 6"), "euler").unwrap()
+    };
+    let config = PickConfig {
+        prompts: vec![prompt("zoe, smile"), prompt("zoe, sad, white background")],
+        neutral: vec![prompt("portrait, beard, green background")],
+        seeds: vec![1, 2],
+    };
+    let early = folder.path().join("zoe-step00000002.safetensors");
+    let files = [early.clone(), folder.path().join("zoe.safetensors")];
+    let list = pick::judge(&mut trainer, &files, &config).unwrap();
+    // It draws what the model drew, so drift and variety alone would make it the best.
+    let [best, other] = list.as_slice() else {
+        panic!("{list:?}")
+    };
+    assert_eq!(other.file, early);
+    assert!(
+        other.drift < best.drift && other.variety > best.variety - 0.05,
+        "{list:?}"
+    );
+    assert!(
+        best.held_out && best.learned == 1.0 && other.learned < 0.5,
+        "{list:?}"
+    );
 }
 
 #[test]

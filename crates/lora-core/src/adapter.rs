@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor, Var};
 
 use crate::control::Pass;
+use crate::held::Held;
 use crate::layer::BaseLayer;
 
 /// An adapter family: the formula by which factors become a weight change.
@@ -205,6 +206,25 @@ pub trait Adapter: Debug + Send + Sync {
         _pass: Option<&Pass<'_>>,
     ) -> Result<Option<(Tensor, Tensor)>> {
         Ok(None)
+    }
+
+    /// What a training step holds for this adapter on a layer, for `rows` pixels or tokens of
+    /// all pictures together: an estimate, in values. The default is for a [`branch`](Adapter::branch) that builds the
+    /// delta.
+    fn held(&self, layer: &BaseLayer, rows: usize) -> Held {
+        let (outputs, inputs) = self.matrix_dims();
+        if layer.op.is_norm() {
+            return Held {
+                kept: outputs * rows,
+                backward: 0,
+            };
+        }
+        Held {
+            // The delta, the branch and its sum with the layer's own output.
+            kept: outputs * inputs + 2 * outputs * rows,
+            // Its gradient and three products of its size.
+            backward: 4 * outputs * inputs,
+        }
     }
 
     /// The factors in a fixed order, named by file suffix (`lora_down.weight`, ...): what

@@ -8,6 +8,7 @@ use lora_kernels::{Added, Compute, Conv2dParams};
 
 use crate::adapter::Adapter;
 use crate::control::Control;
+use crate::held::Held;
 
 /// What a layer does with its weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -343,6 +344,20 @@ impl Layer {
             Some(residual) => y + residual,
             None => Ok(y),
         }
+    }
+
+    /// What a training step holds for one pass of this layer over `rows` pixels or tokens
+    /// of all pictures together, counted in its output: an estimate.
+    pub fn held(&self, rows: usize) -> Held {
+        let outputs = self.base.weight.dims().first().copied().unwrap_or(0);
+        let own = Held {
+            kept: outputs * rows,
+            backward: 0,
+        };
+        self.attached
+            .iter()
+            .filter(|a| a.control.multiplier() != 0.0)
+            .fold(own, |held, a| held.then(a.adapter.held(&self.base, rows)))
     }
 
     /// How many adapters are attached.

@@ -42,6 +42,7 @@ mod create;
 mod error;
 mod family;
 pub mod format;
+mod held;
 mod init;
 mod layer;
 mod max_norm;
@@ -59,6 +60,7 @@ pub use family::{
     Boft, Dora, Full, Glora, Ia3, Loha, Lokr, LokrFactor, Lora, Norm, Oft, Tlora, factorization,
 };
 pub use format::{FileReport, SaveOptions};
+pub use held::Held;
 pub use layer::{Adaptable, BaseLayer, Layer, LayerOp};
 pub use lora_kernels::{Compute, Conv2dParams};
 pub use max_norm::NormReport;

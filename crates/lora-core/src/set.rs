@@ -379,6 +379,19 @@ impl AdapterSet {
         Ok(set)
     }
 
+    /// The same adapters over the same values, without gradients: attached in place of these,
+    /// they compute the same, follow every change of the variables, and leave no graph behind.
+    ///
+    /// # Errors
+    /// Those of [`Adapter::map`](crate::Adapter::map).
+    pub fn without_gradients(&self) -> Result<Self> {
+        let mut set = Self::default();
+        for (name, adapter) in &self.entries {
+            set.insert(name.clone(), adapter.map(&mut |t| Ok(t.detach()))?);
+        }
+        Ok(set)
+    }
+
     /// Adds the deltas of the model's component to its base weights, for good:
     /// computed in f32, rounded once to the weight's dtype.
     ///

@@ -80,8 +80,8 @@ mod streams;
 
 pub use bucket::{BucketFit, BucketTable, crop_ltrb, side_limits};
 pub use cache::{
-    CacheConfig, CachedLatents, EncoderError, LatentCache, LatentEncoder, Latents, TextCache,
-    TextEncoder, TextOutput,
+    CacheConfig, CachedLatents, EncoderError, LatentCache, LatentEncoder, Latents, Leftover,
+    TextCache, TextEncoder, TextOutput, leftovers, remove_leftovers,
 };
 pub use caption::{CaptionConfig, CaptionDraws, CaptionSource, CaptionTime, process_caption};
 pub use config::{

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use common::Folder;
 use lora_data::{
     CacheConfig, Dataset, DatasetConfig, EncoderError, Error, LatentCache, LatentEncoder, Latents,
-    Loader, LoaderConfig, Pixels, SubsetConfig,
+    Loader, LoaderConfig, Pixels, SubsetConfig, leftovers, remove_leftovers,
 };
 
 /// Mean of each channel, as if it were a VAE; counts what it encodes.
@@ -156,6 +156,44 @@ fn a_cache_on_disk_is_found_again_and_notices_every_change() {
         names.into_iter().all(|name| name.ends_with(".safetensors")),
         "temporary files are left"
     );
+}
+
+#[test]
+fn what_edited_pictures_leave_is_found_and_removed_and_nothing_else() {
+    let (folder, cache) = (photos(), Folder::new());
+    let config = CacheConfig {
+        dir: Some(cache.path().to_path_buf()),
+        batch_size: 3,
+    };
+    let encode = |key| {
+        let encoder = Mean::new(key);
+        LatentCache::build(&dataset(&folder), &encoder, &config, |_, _| ()).unwrap();
+        encoder.seen.get()
+    };
+    encode("vae");
+    encode("other vae");
+    let mine = cache.path().join("notes.txt");
+    fs::write(&mine, "mine").unwrap();
+    let left = || leftovers(cache.path(), &dataset(&folder)).unwrap();
+    assert_eq!(left(), []);
+    // A renamed picture is the same picture; an edited and a removed one are not.
+    let picture = |name: &str| folder.path().join("2_a").join(name);
+    fs::rename(picture("1.png"), picture("y.png")).unwrap();
+    folder.image("2_a/0.png", 108, 140);
+    fs::remove_file(picture("3.png")).unwrap();
+    let half = format!("{}.safetensors.17-0.tmp", "0".repeat(64));
+    fs::write(cache.path().join(half), "half").unwrap();
+    let found = left();
+    assert_eq!(found.len(), 2 * 2 * 2 + 1, "{found:?}");
+    assert!(
+        found
+            .iter()
+            .all(|file| file.bytes > 0 && file.path.exists())
+    );
+    remove_leftovers(&found).unwrap();
+    assert_eq!(left(), []);
+    assert!(mine.exists());
+    assert_eq!(encode("vae"), 2, "the edited picture, twice");
 }
 
 #[test]

@@ -64,7 +64,7 @@ pub use sweep::{Axis, Cell, Sweep};
 pub use text_encoder::{TextEncoder, weigh, weigh_restoring_mean};
 pub use tokenizer::Tokenizer;
 pub use trainable::TrainableModel;
-pub use unet::{UNet, UnevenSize, timestep_embedding};
+pub use unet::{StepSize, UNet, UnevenSize, timestep_embedding};
 pub use vae::{Posterior, Vae};
 
 /// The README's programs, compiled and run as tests.

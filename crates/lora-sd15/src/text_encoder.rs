@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
-use lora_core::{Adaptable, Component, Layer};
+use lora_core::{Adaptable, Component, Held, Layer};
 
 use crate::TextConfig;
 use lora_kernels::attention;
@@ -130,6 +130,14 @@ impl TextEncoder {
         Ok(states)
     }
 
+    /// What a training step holds for this network with the adapters attached to it now,
+    /// for so many chunks of 77 tokens: an estimate, weights not counted.
+    pub fn held(&self, chunks: usize) -> Held {
+        let tokens = chunks * self.config.max_position_embeddings;
+        let layers = self.layers.iter().map(|layer| layer.held(tokens));
+        layers.fold(self.final_layer_norm.held(tokens), Held::then)
+    }
+
     fn embed(&self, ids: &Tensor, learned: &[(usize, usize, Tensor)]) -> Result<Tensor> {
         let (n, length) = ids.dims2()?;
         if length > self.config.max_position_embeddings {
@@ -170,6 +178,22 @@ impl EncoderLayer {
             fc2: Layer::linear(inner, width, vb.pp("mlp.fc2"))?,
             heads: config.num_attention_heads,
         })
+    }
+
+    fn held(&self, tokens: usize) -> Held {
+        let values = |layer: &Layer| layer.base().weight.dims()[0] * tokens;
+        let (width, inner) = (values(&self.out_proj), values(&self.fc1));
+        let between = Held {
+            // Attention, both residual sums, and three steps of the activation function.
+            kept: 3 * width + 3 * inner,
+            backward: 2 * width + 3 * inner,
+        };
+        [&self.layer_norm1, &self.layer_norm2]
+            .into_iter()
+            .chain([&self.q_proj, &self.k_proj, &self.v_proj, &self.out_proj])
+            .chain([&self.fc1, &self.fc2])
+            .map(|layer| layer.held(tokens))
+            .fold(between, Held::then)
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {

@@ -138,6 +138,19 @@ impl Vae {
             .forward(&self.post_quant_conv.forward(latents)?)
     }
 
+    /// Values held at most while a picture of so many pixels is encoded by so many threads: an
+    /// estimate, weights not counted. It is in the first ResNet block, at full size.
+    pub fn encoding_peak(&self, pixels: usize, threads: usize) -> usize {
+        let first = self.encoder.down.first().and_then(|(r, _)| r.first());
+        first.map_or(0, |resnet| resnet.peak(pixels, threads))
+    }
+
+    /// The same for decoding, in the last level's first ResNet block.
+    pub fn decoding_peak(&self, pixels: usize, threads: usize) -> usize {
+        let first = self.decoder.up.last().and_then(|(r, _)| r.first());
+        first.map_or(0, |resnet| resnet.peak(pixels, threads))
+    }
+
     /// Encodes in tiles of `tile` latents (8 times as many pixels), a quarter of which
     /// overlaps: less memory, slightly other values.
     ///

@@ -638,6 +638,20 @@ impl TrainConfig {
             // Writing to a String cannot fail.
             let _ = writeln!(text, "{line:<60} # {origin}");
         }
+        let inline = [
+            ("dataset config", &self.inline.dataset),
+            ("sample prompts", &self.inline.samples),
+        ];
+        for (what, inside) in inline {
+            let Some(inside) = inside else { continue };
+            let _ = writeln!(
+                text,
+                "# {what} inside the config, which go before the options above:"
+            );
+            for line in inside.lines() {
+                let _ = writeln!(text, "#   {line}");
+            }
+        }
         Ok(text)
     }
 

@@ -52,6 +52,18 @@ pub enum Error {
         /// The pictures of the last batch.
         images: String,
     },
+    /// The device has not enough memory for a batch.
+    #[error("not enough memory for {pictures} pictures of {size}{advice}: {source}")]
+    OutOfMemory {
+        /// Pictures in the batch.
+        pictures: usize,
+        /// Their size.
+        size: lora_data::Size,
+        /// Settings that would help, in brackets, or nothing.
+        advice: String,
+        /// What the device said.
+        source: Box<Error>,
+    },
     /// Another run is writing files of the same name into the same folder.
     #[error(
         "{}: another run{process} is writing {name} there; wait for it, or give this one another output_name or output_dir",

@@ -16,6 +16,7 @@ mod latents;
 mod lock;
 pub mod logs;
 mod loss;
+mod memory;
 pub mod metadata;
 mod model;
 mod naming;
@@ -41,6 +42,7 @@ pub use latents::{LatentBatch, LatentSource};
 pub use loss::{
     HuberSchedule, LossConfig, LossType, SampleWeights, diffusion_loss, elementwise_loss,
 };
+pub use memory::{LargestBatch, MemoryEstimate, ModelMemory};
 pub use model::{Model, Parts, Sd15};
 pub use naming::{Naming, outdated_epoch, outdated_step};
 pub use network::NetworkArgs;

@@ -29,6 +29,7 @@ pub fn training_metadata(
     run(&mut m, config, plan, started_at)?;
     noise_and_loss(&mut m, config);
     model_files(&mut m, config)?;
+    m.text("ss_num_validation_images", dataset.num_validation_images());
     data(&mut m, config, dataset)?;
     m.text("training_config", settings_without_paths(config)?);
     let mut metadata = m.0;
@@ -97,7 +98,6 @@ fn run(m: &mut Writer, config: &TrainConfig, plan: &Plan, started_at: f64) -> Re
     );
     m.option("ss_unet_lr", config.unet_lr.map(py_float));
     m.text("ss_num_train_images", plan.train_images);
-    m.text("ss_num_validation_images", 0);
     m.text("ss_num_reg_images", plan.reg_images);
     m.text("ss_num_batches_per_epoch", plan.batches_per_epoch);
     m.text("ss_num_epochs", plan.epochs);
@@ -163,15 +163,14 @@ fn run(m: &mut Writer, config: &TrainConfig, plan: &Plan, started_at: f64) -> Re
     );
     m.text("ss_fp8_base", "False");
     m.text("ss_fp8_base_unet", "False");
-    for key in [
-        "ss_validation_seed",
-        "ss_max_validation_steps",
-        "ss_validate_every_n_epochs",
-        "ss_validate_every_n_steps",
-    ] {
-        m.text(key, "None");
-    }
-    m.text("ss_validation_split", "0.0");
+    m.option("ss_validation_seed", config.validation_seed);
+    m.option("ss_max_validation_steps", config.max_validation_steps);
+    m.option("ss_validate_every_n_epochs", config.validate_every_n_epochs);
+    m.option("ss_validate_every_n_steps", config.validate_every_n_steps);
+    m.float(
+        "ss_validation_split",
+        config.validation_split.unwrap_or(0.0),
+    );
     Ok(())
 }
 

@@ -3,8 +3,9 @@
 use candle_core::{Device, Tensor};
 use lora_core::Adaptable;
 use lora_sd15::sampler::Prediction;
-use lora_sd15::{Checkpoint, Image, Posterior, StableDiffusion, WeightStorage};
+use lora_sd15::{Checkpoint, Image, Part, Posterior, StableDiffusion, StepSize, WeightStorage};
 
+use crate::memory::{LargestBatch, ModelMemory};
 use crate::samples::SamplePrompt;
 use crate::text::{Captions, TextConfig};
 use crate::{Error, Result};
@@ -72,6 +73,12 @@ pub trait Model: std::fmt::Debug {
         Ok(())
     }
 
+    /// What the model will need of memory, with the adapters attached to it now: an estimate,
+    /// printed before a run starts. `None`, the default, when it cannot say.
+    fn memory(&self, _batch: &LargestBatch) -> Option<ModelMemory> {
+        None
+    }
+
     /// Draws a sample picture with the adapters as they are.
     ///
     /// # Errors
@@ -92,7 +99,9 @@ pub trait Model: std::fmt::Debug {
 pub struct Sd15 {
     sd: StableDiffusion,
     captions: Captions,
-    clip_skip: usize,
+    text: TextConfig,
+    /// Bytes of all weights, as they are kept and with the UNet's rounded to 16 bits.
+    weights: (usize, usize),
 }
 
 impl Sd15 {
@@ -113,6 +122,13 @@ impl Sd15 {
             WeightStorage::F32 => WeightStorage::F32,
             _ => WeightStorage::AsStored,
         };
+        let bytes = |unet, others| {
+            checkpoint.weight_bytes(Part::Unet, unet)
+                + checkpoint.weight_bytes(Part::TextEncoder, others)
+                + checkpoint.weight_bytes(Part::Vae, others)
+        };
+        let narrow = bytes(WeightStorage::Bf16, WeightStorage::AsStored);
+        let weights = (bytes(storage, others), narrow);
         let mut sd = StableDiffusion::from_checkpoint_stored(checkpoint, storage, others, device)?;
         sd.prediction = if v_prediction {
             Prediction::V
@@ -122,7 +138,8 @@ impl Sd15 {
         Ok(Self {
             sd,
             captions: Captions::new(text),
-            clip_skip: text.clip_skip,
+            text,
+            weights,
         })
     }
 }
@@ -158,8 +175,37 @@ impl Model for Sd15 {
         Ok(())
     }
 
+    fn memory(&self, batch: &LargestBatch) -> Option<ModelMemory> {
+        let (width, height) = (batch.size.width as usize, batch.size.height as usize);
+        let chunks = self.text.chunks;
+        let mut step = self.sd.unet.held(StepSize {
+            pictures: batch.pictures,
+            height: height / 8,
+            width: width / 8,
+            tokens: 75 * chunks + 2,
+        });
+        if batch.text_encoder {
+            // Captions are encoded one by one.
+            for _ in 0..batch.pictures {
+                step = step.then(self.sd.text_encoder.held(chunks));
+            }
+        }
+        let (vae, threads) = (&self.sd.vae, rayon::current_num_threads());
+        let drawing = batch
+            .sample
+            .map_or(0, |size| vae.decoding_peak(size.area() as usize, threads));
+        const F32: usize = 4;
+        Some(ModelMemory {
+            weights: self.weights.0,
+            narrow_weights: self.weights.1,
+            step: F32 * (step.kept + step.backward),
+            encoding: F32 * vae.encoding_peak(width * height, threads),
+            drawing: F32 * drawing,
+        })
+    }
+
     fn draw(&mut self, prompt: &SamplePrompt) -> Result<Image> {
-        let request = prompt.request(self.clip_skip)?;
+        let request = prompt.request(self.text.clip_skip)?;
         let mut images = self.sd.txt2img(&request, &mut |_| true)?;
         images.pop().ok_or_else(|| Error::Config {
             place: "sample_prompts".into(),

@@ -197,7 +197,7 @@ pub const OPTIONS: &[OptionRow] = &[
     row("offload_param_nvme_path", Kind::Text, &[], Status::NoEffect("one process trains")),
     row("optimizer_args", Kind::List, &[], Status::Used),
     row("optimizer_type", Kind::Text, &[], Status::Used),
-    row("output_config", Kind::Switch, &[], Status::Refused("the effective settings are always written beside the result")),
+    row("output_config", Kind::Switch, &[], Status::Refused("the effective settings are always written beside the result; --write-config FILE.toml writes them without training")),
     row("output_dir", Kind::Text, &[], Status::Used),
     row("output_name", Kind::Text, &[], Status::Used),
     row("persistent_data_loader_workers", Kind::Switch, &[], Status::NoEffect("results do not depend on workers here")),

@@ -6,7 +6,6 @@
 
 use std::path::{Path, PathBuf};
 
-use lora_core::Component;
 use lora_core::format::TensorFile;
 use lora_sd15::Image;
 
@@ -36,6 +35,9 @@ pub struct Judgement {
     pub loss: f64,
     /// Whether `loss` is of held-out pictures.
     pub held_out: bool,
+    /// How much of the way from the loss of the model without adapter to the lowest loss of all
+    /// files this one has come, from 0 to 1; below 0 when it is worse than no adapter.
+    pub learned: f64,
     /// Mean pixel difference to the plain model on prompts without the trigger word.
     pub drift: f64,
     /// Difference between seeds of one prompt, as part of that of the plain model.
@@ -55,8 +57,9 @@ impl Judgement {
             "loss on the training pictures"
         };
         format!(
-            "{loss} {:.4}; pictures without the trigger word change by {:.1} %; seeds differ {:.0} % and prompts {:.0} % as much as without the adapter",
+            "{loss} {:.4}, {:.0} % of the way to the lowest; pictures without the trigger word change by {:.1} %; seeds differ {:.0} % and prompts {:.0} % as much as without the adapter",
             self.loss,
+            100.0 * self.learned,
             100.0 * self.drift,
             100.0 * self.variety,
             100.0 * self.response
@@ -66,9 +69,10 @@ impl Judgement {
 
 /// Judges adapter files of the trainer's own run, best first.
 ///
-/// The score is the loss relative to the best file's, plus the drift, plus what is missing
-/// of variety and of response to 70 % of the plain model's: a good adapter narrows what is
-/// drawn, so some loss of both is wanted.
+/// The score is the part of the way to the lowest loss that is missing, plus the drift, plus what
+/// is missing of variety and of response to 70 % of the plain model's: a good adapter narrows what
+/// is drawn, so some loss of both is wanted. A file that has learned little changes little, too:
+/// it scores no better than the model without adapter.
 ///
 /// # Errors
 /// When a file does not fit the run, or drawing fails.
@@ -86,6 +90,7 @@ pub fn judge(
     trainer.set_multiplier(0.0);
     let plain = draw_all(trainer, &config.prompts, &config.seeds)?;
     let plain_neutral = draw_all(trainer, &config.neutral, &config.seeds)?;
+    let (plain_loss, _) = trainer.fixed_loss()?;
     trainer.set_multiplier(1.0);
     let mut list = Vec::new();
     for file in files {
@@ -98,6 +103,7 @@ pub fn judge(
             file: file.clone(),
             loss,
             held_out,
+            learned: 0.0,
             drift: mean(pairs.map(|(a, b)| difference(a, b))),
             variety: ratio(between_seeds(&drawn), between_seeds(&plain)),
             response: ratio(between_prompts(&drawn), between_prompts(&plain)),
@@ -106,8 +112,13 @@ pub fn judge(
     }
     let best = list.iter().map(|j| j.loss).fold(f64::INFINITY, f64::min);
     for judgement in &mut list {
+        // Nothing was learned where no file is better than the model without adapter.
+        judgement.learned = match plain_loss > best {
+            true => (plain_loss - judgement.loss) / (plain_loss - best),
+            false => 0.0,
+        };
         let missing = |part: f64| (0.7 - part).max(0.0);
-        judgement.score = (judgement.loss / best.max(1e-9) - 1.0)
+        judgement.score = (1.0 - judgement.learned)
             + judgement.drift
             + missing(judgement.variety)
             + missing(judgement.response);
@@ -154,6 +165,7 @@ fn mean(values: impl Iterator<Item = f64>) -> f64 {
     sum / count.max(1) as f64
 }
 
+/// `a / b`; 1 where the plain model differs in nothing.
 fn ratio(a: f64, b: f64) -> f64 {
     if b > 0.0 { a / b } else { 1.0 }
 }
@@ -216,11 +228,9 @@ impl Trainer {
         Ok(())
     }
 
-    /// Sets how strongly the adapters act; 1 while training.
-    pub fn set_multiplier(&self, multiplier: f64) {
-        for component in [Component::Unet, Component::TextEncoder] {
-            self.adapters.set_multiplier(&component, multiplier);
-        }
+    /// Sets how strongly the adapters act in pictures and in validation.
+    pub fn set_multiplier(&mut self, multiplier: f64) {
+        self.multiplier = multiplier;
     }
 
     /// Draws a picture with the adapters as they are now.
@@ -228,7 +238,6 @@ impl Trainer {
     /// # Errors
     /// As [`Model::draw`](crate::Model::draw).
     pub fn draw(&mut self, prompt: &SamplePrompt) -> Result<Image> {
-        self.adapters.end_training();
-        self.model.draw(prompt)
+        self.without_gradients(|trainer| trainer.model.draw(prompt))
     }
 }

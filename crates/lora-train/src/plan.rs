@@ -1,10 +1,10 @@
 //! The sum that people get wrong: pictures, repeats, batches, updates, epochs.
 
-use lora_core::AdapterSet;
+use lora_core::{AdapterConfig, AdapterSet, Family};
 use lora_data::{Dataset, StepCount};
 
-use crate::Naming;
 use crate::config::TrainConfig;
+use crate::{MemoryEstimate, Naming};
 
 /// Layers of one kind that get adapters.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +34,9 @@ pub struct Plan {
     pub total_steps: usize,
     /// The master seed.
     pub seed: u64,
+    /// The family of the adapters and what its dim means, such as `LoHa of dim 2, alpha 1: rank
+    /// up to 4`.
+    pub network: String,
     /// What is trained, by kind of layer.
     pub trained: Vec<TrainedKind>,
     /// Factor of the loss of regularization pictures.
@@ -44,6 +47,8 @@ pub struct Plan {
     pub files: Vec<String>,
     /// Intermediate files by epoch: one every so many epochs.
     pub save_every_n_epochs: Option<usize>,
+    /// What the run will take of memory, where the model can tell.
+    pub memory: Option<MemoryEstimate>,
 }
 
 impl Plan {
@@ -69,11 +74,13 @@ impl Plan {
             epochs,
             total_steps,
             seed,
+            network: network(config),
             trained: Vec::new(),
             prior_loss_weight: config.prior_loss_weight,
             value_size: config.save_dtype().map_or(4, |dtype| dtype.size_in_bytes()),
             files: Vec::new(),
             save_every_n_epochs: by_ratio.or(config.save_every_n_epochs),
+            memory: None,
         }
         .with_files(config)
     }
@@ -125,6 +132,35 @@ impl Plan {
     }
 }
 
+/// The family, dim and alpha, and the rank that a layer's change can reach.
+fn network(config: &TrainConfig) -> String {
+    let Ok(adapter) = config.adapter() else {
+        return String::new();
+    };
+    let AdapterConfig {
+        family,
+        rank,
+        alpha,
+        ..
+    } = adapter;
+    let name = match adapter.weight_decompose {
+        true => format!("{family} with magnitudes (DoRA)"),
+        false => family.to_string(),
+    };
+    match family {
+        Family::Lora => format!("{name} of dim {rank}, alpha {alpha}: rank up to {rank}"),
+        Family::Loha => format!(
+            "{name} of dim {rank}, alpha {alpha}: rank up to {}, with the parameters of a LoRA of dim {}",
+            rank * rank,
+            2 * rank
+        ),
+        Family::Lokr => {
+            format!("{name} of dim {rank}, alpha {alpha}: the product of its factors' ranks")
+        }
+        _ => name,
+    }
+}
+
 /// The kind of a layer, from its name in adapter files.
 fn kind_of(name: &str) -> &'static str {
     let has = |part: &str| name.contains(part);
@@ -157,6 +193,9 @@ impl std::fmt::Display for Plan {
             self.epochs,
             self.total_steps
         )?;
+        if !self.network.is_empty() {
+            writeln!(f, "{}", self.network)?;
+        }
         for kind in &self.trained {
             writeln!(
                 f,
@@ -186,6 +225,9 @@ impl std::fmt::Display for Plan {
             },
             self.seed
         )?;
+        if let Some(memory) = &self.memory {
+            writeln!(f, "{memory}")?;
+        }
         write!(f, "files: ")?;
         match self.files.as_slice() {
             [first, second, .., before, last] if self.files.len() > 5 => write!(

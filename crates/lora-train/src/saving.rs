@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use candle_core::DType;
 use lora_core::SaveOptions;
 use lora_core::format::write_atomically;
 use lora_data::{Place, Purpose};
 use rand::Rng;
 
-use crate::config::Inline;
+use crate::config::TrainConfig;
 use crate::metadata::{ModelSpec, compact_time, unix_time};
 use crate::naming::{outdated_epoch, outdated_step};
 use crate::observer::{Event, Observer};
@@ -15,24 +16,51 @@ use crate::state::{self, Weights};
 use crate::trainer::{Outcome, Trainer};
 use crate::{Error, Result, gui};
 
+impl TrainConfig {
+    /// Writes the settings as TOML that [`Settings::from_toml`](crate::Settings::from_toml) and
+    /// sd-scripts' `--config_file` read. What the config of a GUI holds of datasets and sample
+    /// prompts goes into files beside it, to which it refers.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let config = self.with_inline_in_files(
+            &path.with_extension("dataset.toml"),
+            &path.with_extension("prompts.txt"),
+        )?;
+        let toml = config.to_toml()?;
+        Ok(write_atomically(path, |out| {
+            out.write_all(toml.as_bytes())
+        })?)
+    }
+
+    /// The same settings with the texts inside them, if there are any, in files.
+    fn with_inline_in_files(&self, dataset: &Path, samples: &Path) -> Result<Self> {
+        let mut config = self.clone();
+        let inline = std::mem::take(&mut config.inline);
+        for (text, path, setting) in [
+            (inline.dataset, dataset, &mut config.dataset_config),
+            (inline.samples, samples, &mut config.sample_prompts),
+        ] {
+            let Some(text) = text else { continue };
+            if let Some(folder) = path.parent() {
+                std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+            }
+            write_atomically(path, |out| out.write_all(text.as_bytes()))?;
+            *setting = Some(path.to_path_buf());
+        }
+        Ok(config)
+    }
+}
+
 impl Trainer {
     /// `NAME.toml` for sd-scripts and this trainer, `NAME.json` for kohya_ss.
     pub(crate) fn write_settings(&self) -> Result<()> {
         let name = self.config.name();
-        let mut config = self.config.clone();
-        let Inline { dataset, samples } = std::mem::take(&mut config.inline);
-        if let Some(text) = dataset {
-            let path = self.folder().join(format!("{name}.dataset.toml"));
-            write_atomically(&path, |out| out.write_all(text.as_bytes()))?;
-            config.dataset_config = Some(path);
-        }
-        if let Some(text) = samples {
-            let folder = self.folder().join("sample");
-            std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
-            let path = folder.join("prompt.txt");
-            write_atomically(&path, |out| out.write_all(text.as_bytes()))?;
-            config.sample_prompts = Some(path);
-        }
+        let config = self.config.with_inline_in_files(
+            &self.folder().join(format!("{name}.dataset.toml")),
+            &self.folder().join("sample").join("prompt.txt"),
+        )?;
         let toml = config.to_toml()?;
         write_atomically(&self.folder().join(format!("{name}.toml")), |out| {
             out.write_all(toml.as_bytes())
@@ -190,15 +218,23 @@ impl Trainer {
         Ok(())
     }
 
+    /// Whether every value is a number, also in the precision of the file.
     fn check_finite(&self) -> Result<()> {
+        let dtype = self.config.save_dtype()?;
         for (name, var) in self.adapters.params() {
-            if !var.sum_all()?.to_scalar::<f32>()?.is_finite() {
-                return Err(Error::NotFinite {
-                    times: 1,
-                    step: self.at.step,
-                    images: format!("{name}: its weights are no longer numbers"),
-                });
+            let saved = var.to_dtype(dtype)?.to_dtype(DType::F32)?;
+            if saved.sum_all()?.to_scalar::<f32>()?.is_finite() {
+                continue;
             }
+            let what = match var.sum_all()?.to_scalar::<f32>()?.is_finite() {
+                true => "has values too large for save_precision fp16; use float or bf16",
+                false => "its weights are no longer numbers",
+            };
+            return Err(Error::NotFinite {
+                times: 1,
+                step: self.at.step,
+                images: format!("{name}: {what}"),
+            });
         }
         Ok(())
     }
@@ -248,9 +284,8 @@ impl Trainer {
         }
         let folder = self.folder().join("sample");
         std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
-        self.adapters.end_training();
         self.averaged(true)?;
-        let result = self.draw_into(&folder, epoch, observer);
+        let result = self.without_gradients(|trainer| trainer.draw_into(&folder, epoch, observer));
         self.averaged(false)?;
         result
     }

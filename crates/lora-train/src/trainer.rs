@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use candle_core::Device;
 use candle_core::backprop::GradStore;
-use lora_core::AdapterSet;
+use lora_core::{AdapterSet, Component};
 use lora_data::{BatchPlan, Dataset, DatasetReport, Pixels, ReportConfig, RunLength, Streams};
 use lora_optim::{Ema, EmaConfig, LrSchedule, Optimizer, StepOptions, Watch, WeightChange};
 use lora_sd15::NoiseSchedule;
@@ -22,7 +22,7 @@ use crate::naming::Naming;
 use crate::observer::{BatchReport, Event, LossAverage, Observer};
 use crate::samples::SamplePrompt;
 use crate::state::{self, RunState, fingerprint};
-use crate::{Error, Plan, Result, setup};
+use crate::{Error, MemoryEstimate, Plan, Result, memory, setup};
 
 /// So many batches in a row without a finite loss end the run.
 const MAX_NOT_FINITE: usize = 10;
@@ -67,6 +67,11 @@ pub struct Trainer {
     pub(crate) dataset: Arc<Dataset>,
     pub(crate) model: Box<dyn Model>,
     pub(crate) adapters: AdapterSet,
+    /// The same values without gradients, for pictures and validation; see
+    /// [`without_gradients`](Self::without_gradients).
+    shown: AdapterSet,
+    /// How strongly they act there.
+    pub(crate) multiplier: f64,
     pub(crate) optimizer: Box<dyn Optimizer>,
     pub(crate) ema: Option<Ema>,
     lr_schedule: Box<dyn LrSchedule>,
@@ -171,6 +176,9 @@ impl Trainer {
         setup::merge_base_weights(&config, unet, text_encoder, device)?;
         let mut warn = |text: &str| observer.event(&Event::Warning(text));
         let adapters = setup::adapters(&config, unet, text_encoder, streams, &mut warn)?;
+        let mut shown = adapters.without_gradients()?;
+        shown.attach(unet, 0.0)?;
+        shown.attach(text_encoder, 0.0)?;
         plan.set_adapters(&adapters);
         if let Some(warning) = setup::alpha_without_effect(&adapters) {
             observer.event(&Event::Warning(&warning));
@@ -220,7 +228,19 @@ impl Trainer {
         if let Some(loaded) = &resumed {
             loaded.state.check(&loaded.path, &config, &at)?;
         }
+        let learns_text = text_encoder_until.is_some();
+        plan.memory = memory::estimate(
+            &config,
+            &dataset,
+            model.as_mut(),
+            plan.parameters(),
+            learns_text,
+            &samples,
+        )?;
         observer.event(&Event::Planned(&plan));
+        if let Some(warning) = plan.memory.as_ref().and_then(MemoryEstimate::warning) {
+            observer.event(&Event::Warning(&warning));
+        }
         let folder = config
             .cache_latents_to_disk
             .then(|| config.output_dir().join("latent-cache"));
@@ -246,6 +266,8 @@ impl Trainer {
             dataset,
             model,
             adapters,
+            shown,
+            multiplier: 1.0,
             optimizer,
             ema,
             lr_schedule,
@@ -412,11 +434,13 @@ impl Trainer {
         let position = self.at.position;
         self.at.batch += 1;
         self.at.position += 1;
-        let loss = self.loss(batch, pixels)?;
+        let loss = self.loss(batch, pixels);
+        let loss = loss.map_err(|error| self.explain(error, batch))?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         if value.is_finite() {
             let batches = self.config.gradient_accumulation_steps as f64;
-            window.add((loss / batches)?.backward()?)?;
+            let gradients = (loss / batches)?.backward().map_err(Error::from);
+            window.add(gradients.map_err(|error| self.explain(error, batch))?)?;
         } else {
             drop(loss);
             self.not_finite("the loss", batch, observer)?;
@@ -472,6 +496,29 @@ impl Trainer {
         };
         observer.event(&Event::Batch(&report));
         Ok(updated)
+    }
+
+    /// Says which batch a device had no memory for, and what would help.
+    fn explain(&self, error: Error, batch: &BatchPlan) -> Error {
+        let text = error.to_string().to_lowercase().replace('_', " ");
+        let (Some(item), true) = (batch.items.first(), text.contains("out of memory")) else {
+            return error;
+        };
+        let savings = self.plan.memory.as_ref().map(|memory| &memory.savings);
+        let helps: Vec<&str> = savings
+            .into_iter()
+            .flatten()
+            .map(|(setting, _)| setting.as_str())
+            .collect();
+        Error::OutOfMemory {
+            pictures: batch.items.len(),
+            size: item.size,
+            advice: match helps.is_empty() {
+                true => String::new(),
+                false => format!(" (what helps: {})", helps.join("; ")),
+            },
+            source: Box::new(error),
+        }
     }
 
     fn not_finite(
@@ -569,6 +616,26 @@ impl Trainer {
             self.optimizer.set_training(true)?;
         }
         Ok(())
+    }
+
+    /// Runs `body` with adapters that record no gradients and have no dropout: a picture of 20
+    /// steps would keep the activations of all of them.
+    pub(crate) fn without_gradients<R>(
+        &mut self,
+        body: impl FnOnce(&mut Self) -> Result<R>,
+    ) -> Result<R> {
+        self.adapters.end_training();
+        let act = |set: &AdapterSet, multiplier| {
+            for component in [Component::Unet, Component::TextEncoder] {
+                set.set_multiplier(&component, multiplier);
+            }
+        };
+        act(&self.adapters, 0.0);
+        act(&self.shown, self.multiplier);
+        let result = body(self);
+        act(&self.shown, 0.0);
+        act(&self.adapters, 1.0);
+        result
     }
 
     /// The folder that results go to.

@@ -58,7 +58,7 @@ impl Trainer {
             return Ok(None);
         }
         self.averaged(true)?;
-        let result = self.validation_loss(&batches);
+        let result = self.without_gradients(|trainer| trainer.validation_loss(&batches));
         self.averaged(false)?;
         let by_timestep = result?;
         let loss = mean(&by_timestep);
@@ -77,12 +77,13 @@ impl Trainer {
     /// The same loss with the adapters as they are now, on the held-out pictures or, where
     /// there are none, on those that are trained; and which of both.
     pub(crate) fn fixed_loss(&mut self) -> Result<(f64, bool)> {
-        let held_out = self.dataset.validation();
-        if !held_out.is_empty() {
-            return Ok((mean(&self.validation_loss(&held_out)?), true));
+        let mut batches = self.dataset.validation();
+        let held_out = !batches.is_empty();
+        if !held_out {
+            batches = self.dataset.each_once(|role| role == Role::Train);
         }
-        let trained = self.dataset.each_once(|role| role == Role::Train);
-        Ok((mean(&self.validation_loss(&trained)?), false))
+        let losses = self.without_gradients(|trainer| trainer.validation_loss(&batches))?;
+        Ok((mean(&losses), held_out))
     }
 
     fn validation_loss(&mut self, batches: &[BatchPlan]) -> Result<Vec<(usize, f64)>> {
@@ -90,7 +91,6 @@ impl Trainer {
         let streams = Streams::new(self.config.validation_seed.unwrap_or(0));
         let noise = self.config.noise();
         let grid = grid(noise.min_timestep, noise.max_timestep);
-        self.adapters.end_training();
         let mut sums = vec![0.0; grid.len()];
         let mut count = 0;
         for batch in batches {

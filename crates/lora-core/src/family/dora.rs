@@ -18,6 +18,8 @@ use rand::RngCore;
 use super::{Entry, FAMILIES, Fresh, Parts, beside, entry, precision};
 use crate::Error;
 use crate::adapter::{Adapter, DoraMultiplier, Family, Reading};
+use crate::held::Held;
+use crate::layer::BaseLayer;
 
 pub(super) const ENTRY: Entry = Entry {
     family: Family::Dora,
@@ -174,6 +176,20 @@ impl Adapter for Dora {
             }
         };
         delta.to_dtype(base.dtype())
+    }
+
+    fn held(&self, layer: &BaseLayer, rows: usize) -> Held {
+        let (outputs, inputs) = self.matrix_dims();
+        let weight = outputs * inputs;
+        // A weight of 16 bits is widened, and kept so.
+        let widened = usize::from(layer.weight.dtype() != DType::F32) * weight;
+        Held {
+            // The inner delta and what it is scaled from, weight plus delta, its squares, the same
+            // scaled, the difference to the weight, that scaled; the branch and its sum with the
+            // layer's own output.
+            kept: widened + 8 * weight + 2 * outputs * rows,
+            backward: 4 * weight,
+        }
     }
 
     fn factors(&self) -> Vec<(&'static str, &Tensor)> {

@@ -21,6 +21,7 @@ use super::{
 };
 use crate::adapter::{Adapter, Family};
 use crate::control::Pass;
+use crate::held::Held;
 use crate::layer::{BaseLayer, LayerOp};
 use crate::{Error, init};
 
@@ -273,6 +274,15 @@ impl Adapter for Lokr {
                 drop_rows(y, &layer.op, pass)
             }
             _ => branch_with_row_dropout(self, x, layer, multiplier, pass),
+        }
+    }
+
+    fn held(&self, _: &BaseLayer, rows: usize) -> Held {
+        let ((a, c), (b, _)) = (self.w1.dims(), self.w2.dims());
+        Held {
+            // Behind the second factor and behind the first, each transposed once, and the sum.
+            kept: rows * (2 * c * b + 3 * a * b),
+            backward: 2 * rows * a * b,
         }
     }
 

@@ -23,6 +23,7 @@ use rand::RngCore;
 use super::{Entry, Fresh, Parts, core_times, fold, precision, scaled_like};
 use crate::adapter::{Adapter, Family, multiply};
 use crate::control::{DropoutKind, Pass};
+use crate::held::Held;
 use crate::layer::{BaseLayer, LayerOp};
 use crate::{Error, init};
 
@@ -311,6 +312,15 @@ impl Adapter for Lora {
         let middle = drop_out(middle, rank_axis, pass)?;
         let middle = (middle * (self.scale() * multiplier))?;
         Ok(Some((middle, self.up_matrix(dtype)?)))
+    }
+
+    fn held(&self, _: &BaseLayer, rows: usize) -> Held {
+        let rank = self.rank().unwrap_or(0);
+        Held {
+            // Behind the down projection, and the same scaled.
+            kept: 2 * rank * rows,
+            backward: rank * rows,
+        }
     }
 
     fn factors(&self) -> Vec<(&'static str, &Tensor)> {

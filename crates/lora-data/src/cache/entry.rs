@@ -12,7 +12,37 @@ use crate::{Result, atomic};
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(super) struct Entry {
     pub(super) tensors: BTreeMap<String, Tensor>,
+    /// Hash of the picture that it was made of, in hex.
+    pub(super) picture: Option<String>,
 }
+
+/// What the header of a cache file says.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Header {
+    pub(super) names: Vec<String>,
+    pub(super) picture: Option<String>,
+}
+
+impl Header {
+    /// None when the file is missing or damaged.
+    pub(super) fn read(path: &Path) -> Option<Self> {
+        let bytes = std::fs::read(path).ok()?;
+        let names = SafeTensors::deserialize(&bytes).ok()?;
+        Some(Self {
+            names: names.names().into_iter().map(ToString::to_string).collect(),
+            picture: picture(&bytes),
+        })
+    }
+}
+
+/// The metadata entry of that name.
+fn picture(bytes: &[u8]) -> Option<String> {
+    let (_, header) = SafeTensors::read_metadata(bytes).ok()?;
+    header.metadata().as_ref()?.get(PICTURE).cloned()
+}
+
+/// Where a file says which picture it was made of.
+const PICTURE: &str = "picture_sha256";
 
 /// Shape and values, row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,7 +61,10 @@ impl Entry {
     pub(super) fn read(path: &Path) -> Option<Self> {
         let bytes = std::fs::read(path).ok()?;
         let file = SafeTensors::deserialize(&bytes).ok()?;
-        let mut entry = Self::default();
+        let mut entry = Self {
+            picture: picture(&bytes),
+            ..Self::default()
+        };
         for (name, view) in file.iter() {
             if view.dtype() != Dtype::F32 {
                 return None;
@@ -52,6 +85,9 @@ impl Entry {
     pub(super) fn write(&self, path: &Path) -> Result<()> {
         let mut header = serde_json::Map::new();
         let mut data = Vec::new();
+        if let Some(picture) = &self.picture {
+            header.insert("__metadata__".into(), json!({ PICTURE: picture }));
+        }
         for (name, tensor) in &self.tensors {
             let start = data.len();
             data.extend(tensor.data.iter().flat_map(|value| value.to_le_bytes()));
@@ -75,9 +111,10 @@ mod tests {
     fn what_is_written_is_read_and_a_cut_file_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.safetensors");
-        let entry = Entry::default()
+        let mut entry = Entry::default()
             .with("mean", vec![1, 2, 2], vec![1.0, -2.5, 0.0, 3.0])
             .with("x", vec![0], vec![]);
+        entry.picture = Some("12ab".into());
         entry.write(&path).unwrap();
         assert_eq!(Entry::read(&path), Some(entry));
         let bytes = std::fs::read(&path).unwrap();

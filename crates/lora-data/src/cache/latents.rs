@@ -49,8 +49,16 @@ pub struct CachedLatents {
 #[derive(Debug)]
 pub struct LatentCache {
     store: Store,
-    keys: HashMap<(usize, bool), Key>,
+    keys: HashMap<(usize, bool), Place>,
     encoded: usize,
+}
+
+/// Where the latents of a picture are.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    entry: Key,
+    /// Hash of the picture's content.
+    picture: Key,
 }
 
 impl LatentCache {
@@ -123,7 +131,7 @@ impl LatentCache {
         let key = self
             .keys
             .get(&(item.image, item.flip))
-            .copied()
+            .map(|place| place.entry)
             .ok_or(Error::OutOfRange {
                 what: "cached image",
                 index: item.image,
@@ -145,11 +153,12 @@ impl LatentCache {
     }
 
     fn put(&mut self, item: &PlanItem, latents: Latents, pixels: Pixels) -> Result<()> {
-        let Some(&key) = self.keys.get(&(item.image, item.flip)) else {
+        let Some(&place) = self.keys.get(&(item.image, item.flip)) else {
             return Ok(());
         };
-        self.store
-            .put(key, to_entry(latents, pixels.mask, pixels.size))?;
+        let mut entry = to_entry(latents, pixels.mask, pixels.size);
+        entry.picture = Some(place.picture.hex());
+        self.store.put(place.entry, entry)?;
         self.encoded += 1;
         Ok(())
     }
@@ -157,8 +166,9 @@ impl LatentCache {
     /// Every draw without a usable entry, by dataset and bucket.
     fn missing(&self, dataset: &Dataset) -> Vec<BatchPlan> {
         let is_missing = |item: &PlanItem| {
-            let key = self.keys.get(&(item.image, item.flip)).copied();
-            key.and_then(|key| self.store.get(key))
+            let place = self.keys.get(&(item.image, item.flip));
+            place
+                .and_then(|place| self.store.get(place.entry))
                 .as_deref()
                 .and_then(from_entry)
                 .is_none()
@@ -208,7 +218,7 @@ fn refuse_random_pixels(dataset: &Dataset) -> Result<()> {
 }
 
 /// The key of every image, and of its mirror image where it is flipped.
-fn keys(dataset: &Dataset, encoder: &str) -> Result<HashMap<(usize, bool), Key>> {
+fn keys(dataset: &Dataset, encoder: &str) -> Result<HashMap<(usize, bool), Place>> {
     let items: Vec<PlanItem> = dataset
         .each_once(|_| true)
         .into_iter()
@@ -250,7 +260,8 @@ fn keys(dataset: &Dataset, encoder: &str) -> Result<HashMap<(usize, bool), Key>>
                 pixels.as_bytes(),
                 &[u8::from(flip)],
             ];
-            ((item.image, flip), Key::of(&parts))
+            let entry = Key::of(&parts);
+            ((item.image, flip), Place { entry, picture })
         };
         Ok(flips.iter().map(key).collect())
     });

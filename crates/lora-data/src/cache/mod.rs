@@ -6,10 +6,12 @@
 //! VAE is never served an old entry, and two runs may share one folder: equal keys
 //! mean equal content, and files appear whole or not at all.
 
+mod clean;
 mod entry;
 mod latents;
 mod text;
 
+pub use clean::{Leftover, leftovers, remove_leftovers};
 pub use latents::{CachedLatents, LatentCache, LatentEncoder, Latents};
 pub use text::{TextCache, TextEncoder, TextOutput};
 
@@ -78,9 +80,12 @@ impl Key {
         }
     }
 
+    fn hex(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
     fn file_name(&self) -> String {
-        let hex: String = self.0.iter().map(|byte| format!("{byte:02x}")).collect();
-        format!("{hex}.safetensors")
+        format!("{}.safetensors", self.hex())
     }
 }
 

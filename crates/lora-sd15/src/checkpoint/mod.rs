@@ -364,6 +364,19 @@ impl Checkpoint {
         self.builder(part, Some(storage), DType::F32, device)
     }
 
+    /// Bytes that the weights of a part take when kept as `storage` says.
+    pub fn weight_bytes(&self, part: Part, storage: WeightStorage) -> usize {
+        let places = self.inner.places.iter().filter(|((p, _), _)| *p == part);
+        places
+            .filter_map(|((_, name), place)| {
+                let file = &self.inner.files[place.file];
+                let shape = file.shape(&place.key)?;
+                let dtype = storage.dtype(name, shape.len(), file.dtype(&place.key)?);
+                Some(shape.iter().product::<usize>() * dtype.size_in_bytes())
+            })
+            .sum()
+    }
+
     fn builder(
         &self,
         part: Part,

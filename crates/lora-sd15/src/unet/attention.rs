@@ -2,9 +2,9 @@
 
 use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
-use lora_core::Layer;
+use lora_core::{Held, Layer};
 
-use super::POINT;
+use super::{POINT, outputs};
 use crate::UnetConfig;
 use lora_kernels::attention;
 
@@ -81,6 +81,38 @@ impl Transformer {
             .contiguous()?
             .reshape((n, c, h, w))?;
         self.proj_out.forward_added(&y, None, Some(x))
+    }
+
+    /// What a training step holds for `pixels` of all pictures and `tokens` of all contexts.
+    pub(super) fn held(&self, pixels: usize, tokens: usize) -> Held {
+        let c = outputs(&self.proj_out);
+        let (own, other, ff) = (&self.block.attn1, &self.block.attn2, &self.block.ff);
+        let norms_and_results = Held {
+            // Four norms, two transpositions, both attentions with what their softmax keeps.
+            kept: 8 * c * pixels + 2 * own.heads * pixels,
+            backward: 0,
+        };
+        let of_pixels = [&self.proj_in, &self.proj_out, &ff.proj]
+            .into_iter()
+            .chain([&own.to_q, &own.to_k, &own.to_v, &own.to_out])
+            .chain([&other.to_q, &other.to_out])
+            .map(|layer| layer.held(pixels));
+        let of_tokens = [&other.to_k, &other.to_v]
+            .into_iter()
+            .map(|layer| layer.held(tokens));
+        let out = ff.out.held(pixels);
+        // It runs on copies of the projection and the residual. On top come the gradients of
+        // GEGLU's result and of the projection, those of residuals and skip connections that wait
+        // meanwhile, and gaps: 46 values per channel as measured at 256 and 512 pixels.
+        let copies = 9 * c * pixels;
+        let geglu = Held {
+            kept: 4 * c * pixels,
+            backward: 46 * c * pixels,
+        };
+        of_pixels
+            .chain(of_tokens)
+            .chain([geglu.then(out).checkpointed(copies, c * pixels)])
+            .fold(norms_and_results, Held::then)
     }
 
     pub(super) fn visit(&mut self, visit: Visit<'_>) -> lora_core::Result<()> {

@@ -6,6 +6,7 @@
 
 mod attention;
 mod embedding;
+mod memory;
 mod resnet;
 
 use candle_core::{Result, Tensor};
@@ -16,6 +17,7 @@ use crate::UnetConfig;
 use attention::Transformer;
 use embedding::TimeEmbedding;
 pub use embedding::timestep_embedding;
+pub use memory::StepSize;
 pub(crate) use resnet::Resnet;
 
 /// 3x3, stride 1, size kept.
@@ -324,6 +326,11 @@ fn stage(
         Some(attention) => attention.forward(&y, context),
         None => Ok(y),
     }
+}
+
+/// The channels that a layer gives.
+fn outputs(layer: &Layer) -> usize {
+    layer.base().weight.dims().first().copied().unwrap_or(0)
 }
 
 /// The same values as another node of the graph.

@@ -2,9 +2,9 @@
 
 use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
-use lora_core::Layer;
+use lora_core::{Held, Layer};
 
-use super::{POINT, SAME};
+use super::{POINT, SAME, outputs};
 
 /// Norm, silu, convolution, twice; the time embedding is added in between.
 #[derive(Debug, Clone)]
@@ -57,6 +57,41 @@ impl Resnet {
             }
             None => self.conv2.forward_added(&normal, None, Some(x)),
         }
+    }
+
+    /// Channels of the result.
+    pub(super) fn outputs(&self) -> usize {
+        outputs(&self.conv2)
+    }
+
+    /// Values held at most when no gradients are recorded, for one picture of so many pixels:
+    /// at the first convolution input and norm, at the second all that is named in
+    /// [`forward`](Self::forward); each with its result and, in the Winograd form, 36 values per tile of
+    /// 16 pixels for every input channel and for the 32 output channels of each thread's task.
+    pub(crate) fn peak(&self, pixels: usize, threads: usize) -> usize {
+        let inputs = self.conv1.base().weight.dims().get(1).copied().unwrap_or(0);
+        let outputs = self.outputs();
+        let shortcut = usize::from(self.conv_shortcut.is_some()) * outputs;
+        let tiles = |channels: usize| (channels + 32 * threads) * 36 / 16;
+        let first = 2 * inputs + outputs + tiles(inputs);
+        let second = 2 * inputs + 3 * outputs + shortcut + tiles(outputs);
+        first.max(second) * pixels
+    }
+
+    /// What a training step holds for `pixels` of all `pictures`, of which each has so many input channels.
+    pub(super) fn held(&self, inputs: usize, pixels: usize, pictures: usize) -> Held {
+        let norms = Held {
+            kept: (inputs + self.outputs()) * pixels,
+            // Gradients of a convolution's result, of its input, of the norm's and of the residual.
+            backward: 4 * self.outputs().max(inputs) * pixels,
+        };
+        let shortcut = self.conv_shortcut.iter().map(|layer| layer.held(pixels));
+        let shift = self.time_emb_proj.iter().map(|layer| layer.held(pictures));
+        [self.conv1.held(pixels), self.conv2.held(pixels)]
+            .into_iter()
+            .chain(shortcut)
+            .chain(shift)
+            .fold(norms, Held::then)
     }
 
     pub(crate) fn visit(
