@@ -96,7 +96,7 @@ fn a_picture_is_drawn_again_to_the_byte() {
     let outcome = drawn(&grid, &third);
     assert!(outcome.status.success(), "{outcome:?}");
     let cells = pictures(&third);
-    let last = cells.get(1).expect("two cells and the grid");
+    let last = cells.last().expect("the grid and two cells");
     let alone = folder.join("4");
     let outcome = drawn(
         &["--from", &last.to_string_lossy(), "--init", &from],
