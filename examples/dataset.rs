@@ -140,6 +140,11 @@ fn clean_cache(folder: &Path, dataset: &Dataset, delete: bool) -> lora_data::Res
 fn load(options: &Options) -> lora_data::Result<Dataset> {
     let mut dataset = DatasetConfig {
         resolution: options.resolution,
+        min_bucket_reso: options
+            .resolution
+            .width
+            .min(options.resolution.height)
+            .min(256),
         batch_size: options.batch_size,
         bucket_no_upscale: options.bucket_no_upscale,
         ..Default::default()
