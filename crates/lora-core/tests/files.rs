@@ -971,3 +971,21 @@ fn layouts_refuse_what_they_cannot_say() {
         &["two models"],
     );
 }
+
+/// A length of 640 is stored as the bytes 80 02, with which pickles begin, too.
+#[test]
+fn a_header_may_have_any_length() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.safetensors");
+    let mut header = br#"{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#.to_vec();
+    header.resize(640, b' ');
+    let mut bytes = 640u64.to_le_bytes().to_vec();
+    bytes.extend(&header);
+    bytes.extend(1f32.to_le_bytes());
+    std::fs::write(&path, &bytes).unwrap();
+    let file = lora_core::format::TensorFile::open(&path).unwrap();
+    assert_eq!(file.names(), ["w"]);
+    std::fs::write(&path, b"\x80\x02}q\x00X\x01\x00\x00\x00wq\x01K\x01s.").unwrap();
+    let error = lora_core::format::TensorFile::open(&path).unwrap_err();
+    assert!(matches!(error, lora_core::Error::Pickle { .. }), "{error}");
+}

@@ -52,13 +52,15 @@ impl TensorFile {
         // by renaming and never change them in place.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
-        if map.starts_with(b"PK\x03\x04") || map.starts_with(b"\x80\x02") {
-            return Err(Error::Pickle {
+        // The first bytes are the header's length, which can be any: only a file that is no
+        // safetensors can be a pickle.
+        let pickled = map.starts_with(b"PK\x03\x04") || map.starts_with(b"\x80\x02");
+        let (length, header) = SafeTensors::read_metadata(&map).map_err(|e| match pickled {
+            true => Error::Pickle {
                 path: path.to_path_buf(),
-            });
-        }
-        let (length, header) =
-            SafeTensors::read_metadata(&map).map_err(|e| malformed(e.to_string()))?;
+            },
+            false => malformed(e.to_string()),
+        })?;
         let data_start = length + 8;
         Ok(Self {
             path: path.to_path_buf(),
