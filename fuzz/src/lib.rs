@@ -36,3 +36,19 @@ pub fn text(bytes: &[u8]) -> std::borrow::Cow<'_, str> {
 pub fn choice(bytes: &[u8]) -> Option<(u8, &[u8])> {
     bytes.split_first().map(|(first, rest)| (*first, rest))
 }
+
+/// Reads settings from a file of that name, checks them and writes them again.
+pub fn settings(name: &str, bytes: &[u8]) {
+    let Ok(import) = lora_train::gui::read_config(&file(name, bytes)) else {
+        return;
+    };
+    let _ = import.to_string();
+    if let Ok(config) = lora_train::TrainConfig::from_settings(&import.settings) {
+        let _ = (
+            config.validate(),
+            config.warnings(),
+            config.dump(&import.settings),
+        );
+        let _ = config.to_toml();
+    }
+}

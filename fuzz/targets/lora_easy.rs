@@ -1,21 +1,4 @@
 //! A config saved by LoRA_Easy_Training_Scripts.
 #![no_main]
 
-use libfuzzer_sys::fuzz_target;
-use lora_train::TrainConfig;
-use lora_train::gui::read_config;
-
-fuzz_target!(|bytes: &[u8]| {
-    let path = lora_fuzz::file("config.toml", bytes);
-    if let Ok(import) = read_config(&path) {
-        let _ = import.to_string();
-        if let Ok(config) = TrainConfig::from_settings(&import.settings) {
-            let _ = (
-                config.validate(),
-                config.warnings(),
-                config.dump(&import.settings),
-            );
-            let _ = config.to_toml();
-        }
-    }
-});
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| lora_fuzz::settings("config.toml", bytes));

@@ -449,7 +449,7 @@ pub(crate) fn multiply<S: Arithmetic, A: Element<S>, B: Element<S>>(
     // output are inside `dst`.
     unsafe {
         if let Some(panel) = panel_in_place::<S, B>(b) {
-            by_panel::<S, A>(out, accumulate, a, panel, parallel);
+            by_panels::<S, A>(out, accumulate, a, panel, panel.len(), parallel);
         } else if m >= n {
             by_rows::<S, A, B>(out, accumulate, a, b, parallel);
         } else {
@@ -522,40 +522,6 @@ fn panel_in_place<'a, S: Arithmetic, T: Element<S>>(b: Operand<'a, T>) -> Option
     Some(unsafe { std::slice::from_raw_parts(b.data.as_ptr().cast(), b.inner * PANEL) })
 }
 
-/// The right operand is one panel, rows of the left one are divided.
-///
-/// # Safety
-/// AVX-512 with BW, VL and BF16; the operand is checked, `panel` has its words, `out` the
-/// sizes of both.
-unsafe fn by_panel<S: Arithmetic, A: Element<S>>(
-    out: Output,
-    accumulate: bool,
-    a: Operand<'_, A>,
-    panel: &[u32],
-    parallel: bool,
-) {
-    let words = a.words::<S>();
-    let own = in_place::<S, A>(a);
-    each(a.outer.div_ceil(TASK_ROWS), parallel, |buffer, task| {
-        let from = task * TASK_ROWS;
-        let rows = TASK_ROWS.min(a.outer - from);
-        let (left, skipped) = match own {
-            Some(left) => (left, from),
-            None => {
-                // SAFETY: the caller's word, and rows are inside.
-                unsafe { a.rows::<S>(from, from + rows, buffer) };
-                (packed(buffer, words), 0)
-            }
-        };
-        for (first, depth) in parts(words) {
-            let part = &panel[first * PANEL..];
-            let add = accumulate || first > 0;
-            // SAFETY: rows and columns are inside.
-            unsafe { block::<S>(out, from, rows, 0, left, skipped, part, first, depth, add) };
-        }
-    });
-}
-
 /// The right operand is laid out at once, rows of the left one are divided.
 ///
 /// # Safety
@@ -578,6 +544,24 @@ unsafe fn by_rows<S: Arithmetic, A: Element<S>, B: Element<S>>(
         true => panels.par_chunks_mut(length).enumerate().for_each(lay),
         false => panels.chunks_mut(length).enumerate().for_each(lay),
     }
+    // SAFETY: the caller's word, and the panels are laid out.
+    unsafe { by_panels::<S, A>(out, accumulate, a, &panels, length, parallel) };
+}
+
+/// The right operand is laid out in panels of `length` words, rows of the left one are divided.
+///
+/// # Safety
+/// AVX-512 with BW, VL and BF16; the operand is checked, the panels have its words, `out` the
+/// sizes of both.
+unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
+    out: Output,
+    accumulate: bool,
+    a: Operand<'_, A>,
+    panels: &[u32],
+    length: usize,
+    parallel: bool,
+) {
+    let words = a.words::<S>();
     let own = in_place::<S, A>(a);
     each(a.outer.div_ceil(TASK_ROWS), parallel, |buffer, task| {
         let from = task * TASK_ROWS;

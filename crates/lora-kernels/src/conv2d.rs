@@ -280,29 +280,15 @@ impl Geometry {
             let pixels = rows.len() * self.ow;
             let input = &x[self.input(image, group)];
             let out = &mut y[self.output(image, group, rows.start)..];
-            if self.pointwise() {
-                let patches = View::rows(&input[rows.start * self.ow..], self.cg(), pixels, plane);
-                multiply_in(
-                    compute,
-                    out,
-                    plane,
-                    accumulate,
-                    self.weight(w, group),
-                    patches,
-                );
+            let patches = if self.pointwise() {
+                View::rows(&input[rows.start * self.ow..], self.cg(), pixels, plane)
             } else {
                 col.resize(self.patch() * pixels, 0.0);
                 self.unfold(input, rows, &mut col);
-                let patches = View::rows(col.as_slice(), self.patch(), pixels, pixels);
-                multiply_in(
-                    compute,
-                    out,
-                    plane,
-                    accumulate,
-                    self.weight(w, group),
-                    patches,
-                );
-            }
+                View::rows(col.as_slice(), self.patch(), pixels, pixels)
+            };
+            let weight = self.weight(w, group);
+            multiply_in(compute, out, plane, accumulate, weight, patches);
         });
     }
 
