@@ -3,7 +3,8 @@
 //!
 //! `cargo bench -p lora-benches --bench step -- [--mode train|sample] [--resolution 512]
 //! [--batch 1] [--rank 32] [--steps 3] [--warmup 1] [--checkpointing] [--storage f32|f16|bf16]
-//! [--compute f32|bf16] [--threads 2]`
+//! [--compute f32|bf16] [--threads 2] [--device cpu|cuda|metal]`, for GPUs with
+//! `--features cuda` behind `cargo bench`.
 //!
 //! One JSON object on the last line. A training step is forward pass, loss, backward pass,
 //! norm of all gradients, clipping and AdamW, for a LoRA on attention, feed-forward and
@@ -19,7 +20,7 @@ use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
 use lora_core::{Adaptable, AdapterConfig, AdapterSet, Targets};
 use lora_kernels::Compute;
-use lora_optim::{AdamW, AdamWConfig, Optimizer, ParamGroup, StepOptions};
+use lora_optim::{AdamW, AdamWConfig, OnHost, Optimizer, ParamGroup, StepOptions};
 use lora_sd15::{UNet, UnetConfig};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -37,6 +38,7 @@ struct Options {
     storage: DType,
     compute: Compute,
     threads: usize,
+    device: Device,
 }
 
 fn options() -> Result<Options> {
@@ -51,6 +53,7 @@ fn options() -> Result<Options> {
         storage: DType::F32,
         compute: Compute::F32,
         threads: 2,
+        device: Device::Cpu,
     };
     // cargo bench adds --bench.
     let mut args = std::env::args().skip(1).filter(|a| a != "--bench");
@@ -81,6 +84,14 @@ fn options() -> Result<Options> {
                     "f32" => Compute::F32,
                     "bf16" => Compute::Bf16,
                     _ => return Err(format!("--compute {value}: f32 or bf16").into()),
+                }
+            }
+            "--device" => {
+                o.device = match value.as_str() {
+                    "cpu" => Device::Cpu,
+                    "cuda" => Device::new_cuda(0)?,
+                    "metal" => Device::new_metal(0)?,
+                    _ => return Err(format!("--device {value}: cpu, cuda or metal").into()),
                 }
             }
             "--resolution" => o.resolution = number()?,
@@ -116,6 +127,11 @@ impl Noise {
     }
 }
 
+/// Waits until the device has done what it was given.
+fn wait(device: &Device) -> Result<()> {
+    Ok(device.synchronize()?)
+}
+
 /// Weights that keep the size of activations: matrices in `storage`, all else in f32.
 struct RandomWeights {
     storage: DType,
@@ -143,7 +159,7 @@ impl SimpleBackend for RandomWeights {
         }
         let inputs: usize = dims[1..].iter().product();
         let weight = Noise(seed).tensor(shape, 0.7 / (inputs.max(1) as f32).sqrt())?;
-        weight.to_dtype(self.storage)
+        weight.to_dtype(self.storage)?.to_device(device)
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
@@ -187,36 +203,45 @@ fn training<'a>(o: &'a Options, unet: &'a mut UNet) -> Result<(Step<'a>, usize)>
     let mut noise = Noise(1);
     for (_, var) in set.params() {
         let values = noise.tensor(var.shape().clone(), 1e-3)?;
+        let values = values.to_device(var.device())?;
         var.set(&(var.as_detached_tensor() + values)?)?;
     }
     let count = set.parameter_count();
     set.attach(unet, 1.0)?.strict()?;
-    let mut optimizer = AdamW::new(
-        vec![ParamGroup::new("unet", set.params())],
-        AdamWConfig {
-            lr: 1e-4,
-            ..AdamWConfig::default()
-        },
-    )?;
+    let config = AdamWConfig {
+        lr: 1e-4,
+        ..AdamWConfig::default()
+    };
+    let groups = vec![ParamGroup::new("unet", set.params())];
+    let build = |groups| Ok(Box::new(AdamW::new(groups, config)?) as Box<dyn Optimizer>);
+    let mut optimizer = match o.device.is_cpu() {
+        true => build(groups)?,
+        // As the trainer does it.
+        false => Box::new(OnHost::new(groups, build)?),
+    };
     optimizer.set_step_options(StepOptions {
         max_grad_norm: 1.0,
         ..StepOptions::default()
     })?;
     unet.set_gradient_checkpointing(o.checkpointing);
     let side = o.resolution / 8;
-    let latents = noise.tensor((o.batch, 4, side, side), 1.0)?;
-    let target = noise.tensor((o.batch, 4, side, side), 1.0)?;
-    let context = noise.tensor((o.batch, 77, 768), 1.0)?;
-    let timesteps = Tensor::full(500f32, o.batch, &Device::Cpu)?;
+    let mut input = |shape: &[usize]| noise.tensor(shape, 1.0)?.to_device(&o.device);
+    let latents = input(&[o.batch, 4, side, side])?;
+    let target = input(&[o.batch, 4, side, side])?;
+    let context = input(&[o.batch, 77, 768])?;
+    let timesteps = Tensor::full(500f32, o.batch, &o.device)?;
     let unet = &*unet;
     let step = move || {
         let start = Instant::now();
         let pred = unet.forward(&latents, &timesteps, &context)?;
         let loss = (pred - &target)?.sqr()?.mean_all()?;
+        wait(&o.device)?;
         let forward = start.elapsed().as_secs_f64();
         let grads = loss.backward()?;
+        wait(&o.device)?;
         let backward = start.elapsed().as_secs_f64();
         optimizer.step(&grads)?;
+        wait(&o.device)?;
         let whole = start.elapsed().as_secs_f64();
         if !loss.to_scalar::<f32>()?.is_finite() {
             return Err("the loss is not finite".into());
@@ -229,14 +254,16 @@ fn training<'a>(o: &'a Options, unet: &'a mut UNet) -> Result<(Step<'a>, usize)>
 fn sampling<'a>(o: &'a Options, unet: &'a UNet) -> Result<Step<'a>> {
     let mut noise = Noise(1);
     let side = o.resolution / 8;
-    let latents = noise.tensor((2 * o.batch, 4, side, side), 1.0)?;
-    let context = noise.tensor((2 * o.batch, 77, 768), 1.0)?;
-    let timesteps = Tensor::full(500f32, 2 * o.batch, &Device::Cpu)?;
+    let mut input = |shape: &[usize]| noise.tensor(shape, 1.0)?.to_device(&o.device);
+    let latents = input(&[2 * o.batch, 4, side, side])?;
+    let context = input(&[2 * o.batch, 77, 768])?;
+    let timesteps = Tensor::full(500f32, 2 * o.batch, &o.device)?;
     let step = move || {
         let start = Instant::now();
         let pair = unet.forward(&latents, &timesteps, &context)?;
         let parts = pair.chunk(2, 0)?;
         let guided = (&parts[0] + ((&parts[1] - &parts[0])? * 7.5)?)?;
+        wait(&o.device)?;
         let whole = start.elapsed().as_secs_f64();
         if !guided.sum_all()?.to_scalar::<f32>()?.is_finite() {
             return Err("the prediction is not finite".into());
@@ -262,10 +289,11 @@ fn main() -> Result<()> {
     rayon::ThreadPoolBuilder::new()
         .num_threads(o.threads)
         .build_global()?;
+    lora_kernels::keep_freed_device_memory(&o.device);
     let vb = VarBuilder::from_backend(
         Box::new(RandomWeights { storage: o.storage }),
         DType::F32,
-        Device::Cpu,
+        o.device.clone(),
     );
     let mut unet = UNet::new(&UnetConfig::default(), vb)?;
     unet.set_compute(o.compute)?;
@@ -302,6 +330,7 @@ fn main() -> Result<()> {
             "resolution": o.resolution,
             "rank": o.rank,
             "checkpointing": o.checkpointing,
+            "device": format!("{:?}", o.device.location()),
             "threads": o.threads,
             "steps": o.steps,
             "adapter_params": adapter_params,

@@ -16,7 +16,14 @@ fn main() {
     }
     for name in ["cpu", "cuda:0", "metal"] {
         match device(name) {
-            Ok(_) => println!("device {name}: answers"),
+            Ok(device) => match lora_kernels::device_memory(&device) {
+                Some((free, total)) => println!(
+                    "device {name}: answers, {} MB, {} MB free",
+                    total >> 20,
+                    free >> 20
+                ),
+                None => println!("device {name}: answers"),
+            },
             Err(why) => println!("device {name}: {why}"),
         }
     }

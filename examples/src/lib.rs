@@ -17,6 +17,12 @@ use lora_train::{Event, Outcome, TrainConfig, Trainer};
 /// # Errors
 /// When the name is unknown, or the device asked for does not answer.
 pub fn device(name: &str) -> Result<Device, String> {
+    let device = device_by_name(name)?;
+    lora_kernels::keep_freed_device_memory(&device);
+    Ok(device)
+}
+
+fn device_by_name(name: &str) -> Result<Device, String> {
     let number = |text: &str| {
         text.parse::<usize>()
             .map_err(|_| format!("device {name:?}: expected a number"))

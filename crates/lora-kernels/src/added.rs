@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use crate::conv2d::Geometry;
 use crate::matrix::{Values, View, fill_rows, multiply, multiply_in, reads_narrow};
 use crate::node::{Value, node};
-use crate::{Compute, Conv2dParams, fast, plain, values};
+use crate::{Compute, Conv2dParams, as_nodes, composed, fast, plain, values};
 
 /// What [`linear_added`] and [`conv2d_added`] add to the layer's own output.
 #[derive(Debug, Clone, Copy, Default)]
@@ -25,7 +25,7 @@ pub struct Added<'a> {
 
 impl Added<'_> {
     /// All tensors, in the order that gradients are returned in behind that of x.
-    fn tensors(&self) -> Vec<&Tensor> {
+    pub(crate) fn tensors(&self) -> Vec<&Tensor> {
         let pairs = self.low_rank.iter().flat_map(|(middle, up)| [middle, up]);
         pairs.chain(self.residual).chain(self.shift).collect()
     }
@@ -80,6 +80,9 @@ pub fn linear_added(
         candle_core::bail!("linear: a shift per sample is for convolutions");
     }
     if !added.fast(x, weight, bias) {
+        if as_nodes() && frozen(weight, bias) {
+            return composed::linear_added(x, weight, bias, compute, added);
+        }
         let y = match weight.dtype() == x.dtype() && !frozen(weight, bias) {
             true => crate::linear(x, weight, bias)?,
             false => plain::linear(x, &weight.to_dtype(x.dtype())?, bias)?,
@@ -194,6 +197,9 @@ pub fn conv2d_added(
     added: &Added<'_>,
 ) -> Result<Tensor> {
     if !added.fast(x, weight, bias) {
+        if as_nodes() && frozen(weight, bias) {
+            return composed::conv2d_added(x, weight, bias, params, compute, added);
+        }
         let y = match weight.dtype() == x.dtype() && !frozen(weight, bias) {
             true => crate::conv2d(x, weight, bias, params)?,
             false => plain::conv2d(x, &weight.to_dtype(x.dtype())?, bias, params)?,
@@ -320,7 +326,7 @@ fn wanted(x: &Tensor, added: &Added<'_>) -> Vec<bool> {
 }
 
 /// The low-rank pairs without their place in the graph.
-fn detached(added: &Added<'_>) -> Vec<(Tensor, Tensor)> {
+pub(crate) fn detached(added: &Added<'_>) -> Vec<(Tensor, Tensor)> {
     let pairs = added.low_rank.iter();
     pairs
         .map(|(middle, up)| (middle.detach(), up.detach()))

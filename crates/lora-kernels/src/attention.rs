@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use crate::math::{exp, sum, sum2, vectorized};
 use crate::matrix::{View, multiply_here};
-use crate::{Compute, fast, plain, values};
+use crate::{Compute, as_nodes, composed, fast, plain, values};
 #[cfg(target_arch = "x86_64")]
 use crate::{avx512, matrix::native_products};
 
@@ -31,7 +31,10 @@ pub fn attention(
     compute: Compute,
 ) -> Result<Tensor> {
     if !fast(&[q, k, v]) {
-        return plain::attention(q, k, v, heads, causal);
+        return match as_nodes() {
+            true => composed::attention(q, k, v, heads, causal, compute),
+            false => plain::attention(q, k, v, heads, causal),
+        };
     }
     let op = Attention {
         heads,

@@ -14,6 +14,7 @@ use std::marker::PhantomData;
 use half::bf16;
 use rayon::prelude::*;
 
+use crate::amx;
 use crate::matrix::PANEL;
 
 /// Rows of a tile; with four vectors of 16 columns its sums fill 24 registers.
@@ -46,6 +47,8 @@ pub(crate) trait Arithmetic: Copy + Send + Sync + 'static {
     type Value: Copy;
     /// Values per word.
     const VALUES: usize;
+    /// Whether matrix registers can do it, where there are any.
+    const MATRIX: bool;
 
     /// `sum + a b`, where words of several values add all their products.
     ///
@@ -65,6 +68,7 @@ pub(crate) struct Bf16;
 impl Arithmetic for F32 {
     type Value = f32;
     const VALUES: usize = 1;
+    const MATRIX: bool = false;
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
@@ -76,6 +80,7 @@ impl Arithmetic for F32 {
 impl Arithmetic for Bf16 {
     type Value = bf16;
     const VALUES: usize = 2;
+    const MATRIX: bool = true;
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
@@ -762,6 +767,20 @@ fn narrow_values(values: &[f32], out: &mut [bf16]) {
     }
 }
 
+/// Words of a value of each, rounded to bf16.
+pub(crate) fn pairs(first: &[f32], second: &[f32], out: &mut [u32]) {
+    check_processor();
+    let values = first.chunks(16).zip(second.chunks(16));
+    for ((first, second), out) in values.zip(out.chunks_mut(16)) {
+        let n = first.len().min(second.len()).min(out.len());
+        // SAFETY: the processor is able; `n` values are read and, under the mask, written.
+        unsafe {
+            let words = <f32 as Element<Bf16>>::across(first.as_ptr(), second.as_ptr(), n, false);
+            _mm512_mask_storeu_epi32(out.as_mut_ptr().cast(), mask16(n), words);
+        }
+    }
+}
+
 /// Multiplies `rows` rows of `left` from `left_row` on by one panel and writes, or adds,
 /// to the output from (`row`, `column`) on.
 ///
@@ -783,25 +802,137 @@ unsafe fn block<S: Arithmetic>(
     add: bool,
 ) {
     let columns = PANEL.min(out.columns - column);
-    let last = mask16((columns - 1) % 16 + 1);
     assert!((left_row + rows - 1) * left.stride + 2 * (first + depth) <= left.halves.len());
     assert!(depth * PANEL <= panel.len());
     let a = &left.halves[left_row * left.stride + 2 * first..];
-    for r in (0..rows).step_by(TILE) {
-        // SAFETY: the assertions above and the caller's word; `tile` touches `TILE` rows
-        // at most, here `rows - r`, and columns under the mask.
+    // SAFETY: the assertions above and the caller's word.
+    unsafe {
+        let whole = Part {
+            rows,
+            columns,
+            depth,
+            a: a.as_ptr(),
+            a_stride: left.stride,
+            b: panel.as_ptr(),
+            c: out.start.add(row * out.stride + column),
+            c_stride: out.stride,
+            add,
+        };
+        if S::MATRIX && crate::matrix_registers() {
+            whole.sum_in_matrices::<S>();
+        } else {
+            whole.sum::<S>();
+        }
+    }
+}
+
+/// A block of the output and what it is the product of.
+#[derive(Clone, Copy)]
+struct Part {
+    rows: usize,
+    /// At most [`PANEL`].
+    columns: usize,
+    /// Words.
+    depth: usize,
+    /// Words in halves.
+    a: *const u16,
+    a_stride: usize,
+    b: *const u32,
+    c: *mut f32,
+    c_stride: usize,
+    add: bool,
+}
+
+impl Part {
+    /// From this row, column and word on.
+    fn from(self, row: usize, column: usize, word: usize) -> Self {
+        Self {
+            rows: self.rows - row,
+            columns: self.columns - column,
+            depth: self.depth - word,
+            a: self.a.wrapping_add(row * self.a_stride + 2 * word),
+            b: self.b.wrapping_add(word * PANEL + column),
+            c: self.c.wrapping_add(row * self.c_stride + column),
+            add: self.add || word > 0,
+            ..self
+        }
+    }
+
+    /// # Safety
+    /// As for `block`, for rows, columns and words of this part.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn sum<S: Arithmetic>(self) {
+        if self.columns == 0 {
+            return;
+        }
+        let last = mask16((self.columns - 1) % 16 + 1);
+        for r in (0..self.rows).step_by(TILE) {
+            // SAFETY: the caller's word; `run` touches `TILE` rows at most, here
+            // `rows - r`, and columns under the mask.
+            unsafe {
+                let t = Tile {
+                    depth: self.depth,
+                    a: self.a.add(r * self.a_stride),
+                    a_stride: self.a_stride,
+                    b: self.b,
+                    c: self.c.add(r * self.c_stride),
+                    c_stride: self.c_stride,
+                    last,
+                    add: self.add,
+                };
+                t.run::<S>((self.rows - r).min(TILE), self.columns.div_ceil(16));
+            }
+        }
+    }
+
+    /// The same, as far as there are whole matrix registers of rows, columns and words.
+    ///
+    /// # Safety
+    /// As for [`sum`](Self::sum), and there are matrix registers.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn sum_in_matrices<S: Arithmetic>(self) {
+        let whole = |n: usize| n / amx::SIDE * amx::SIDE;
+        let (rows, columns, depth) = (whole(self.rows), whole(self.columns), whole(self.depth));
+        if rows == 0 || columns == 0 || depth == 0 {
+            // SAFETY: the caller's word.
+            return unsafe { self.sum::<S>() };
+        }
+        // SAFETY: there are matrix registers, and nothing else here takes them; rows, columns
+        // and words are inside this part.
         unsafe {
-            let t = Tile {
-                depth,
-                a: a.as_ptr().add(r * left.stride),
-                a_stride: left.stride,
-                b: panel.as_ptr(),
-                c: out.start.add((row + r) * out.stride + column),
-                c_stride: out.stride,
-                last,
-                add,
+            let mut registers = amx::Registers::take();
+            // A panel's 32 columns stay in the first-level cache for all rows.
+            for column in (0..columns).step_by(2 * amx::SIDE) {
+                for row in (0..rows).step_by(2 * amx::SIDE) {
+                    let part = self.from(row, column, 0);
+                    let tile = amx::Tile {
+                        a: part.a,
+                        a_stride: size_of::<u16>() * part.a_stride,
+                        b: part.b,
+                        b_stride: size_of::<u32>() * PANEL,
+                        offsets: &[0],
+                        step: size_of::<u32>() * PANEL * amx::SIDE,
+                        steps: depth / amx::SIDE,
+                        c: part.c,
+                        c_stride: size_of::<f32>() * part.c_stride,
+                        add: part.add,
+                    };
+                    registers.multiply_up_to(rows - row, columns - column, &tile);
+                }
+            }
+            drop(registers);
+            let inside = Self {
+                rows,
+                columns,
+                ..self
             };
-            t.run::<S>((rows - r).min(TILE), columns.div_ceil(16));
+            if depth < self.depth {
+                inside.from(0, 0, depth).sum::<S>();
+            }
+            let beside = Self { rows, ..self };
+            beside.from(0, columns, 0).sum::<S>();
+            self.from(rows, 0, 0).sum::<S>();
         }
     }
 }

@@ -11,9 +11,11 @@ use rayon::prelude::*;
 
 use crate::added::{Added, conv2d_added, frozen};
 use crate::channels::add_to_channels;
+#[cfg(target_arch = "x86_64")]
+use crate::implicit::Implicit;
 use crate::matrix::{Values, View, multiply, multiply_in, reads_narrow};
 use crate::winograd::Winograd;
-use crate::{Compute, fast, plain, values};
+use crate::{Compute, as_nodes, composed, fast, plain, values};
 
 /// Stride, padding (zeros, on all sides), dilation and groups of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +58,8 @@ pub fn conv2d(
     let y = if fast(&[x, weight]) {
         x.contiguous()?
             .apply_op2(&weight.contiguous()?, Conv2d(params))?
+    } else if as_nodes() {
+        composed::conv2d(x, weight, params)?
     } else {
         plain::conv2d(x, weight, None, params)?
     };
@@ -67,6 +71,24 @@ pub fn conv2d(
 
 /// Most values of one patch matrix (8 MB).
 const STRIP_VALUES: usize = 2 << 20;
+
+/// Ways without a matrix of patches.
+enum Direct {
+    Winograd(Winograd),
+    #[cfg(target_arch = "x86_64")]
+    Implicit(Implicit),
+}
+
+impl Direct {
+    /// One image.
+    fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
+        match self {
+            Self::Winograd(winograd) => winograd.run(y, accumulate, x, weight),
+            #[cfg(target_arch = "x86_64")]
+            Self::Implicit(implicit) => implicit.run(y, accumulate, x, weight),
+        }
+    }
+}
 
 /// Sizes of one convolution.
 #[derive(Clone, Copy)]
@@ -237,27 +259,43 @@ impl Geometry {
     }
 
     /// The faster way for this convolution or its gradient to the input, if there is one.
-    fn winograd(&self, transposed: bool) -> Option<Winograd> {
+    fn direct(&self, compute: Compute, transposed: bool) -> Option<Direct> {
         let shape = (self.kh, self.kw, self.p.stride, self.p.padding);
-        let plain = shape == (3, 3, 1, 1) && self.p.dilation == 1 && self.p.groups == 1;
+        if shape != (3, 3, 1, 1) || self.p.dilation != 1 || self.p.groups != 1 {
+            return None;
+        }
         let (c, o) = match transposed {
             true => (self.o, self.c),
             false => (self.c, self.o),
         };
+        let (h, w) = (self.h, self.w);
+        #[cfg(target_arch = "x86_64")]
+        if compute == Compute::Bf16 {
+            let implicit = Implicit {
+                c,
+                o,
+                h,
+                w,
+                transposed,
+            };
+            if implicit.fits() {
+                return Some(Direct::Implicit(implicit));
+            }
+        }
         let winograd = Winograd {
             c,
             o,
-            h: self.h,
-            w: self.w,
+            h,
+            w,
             transposed,
         };
-        (plain && winograd.pays()).then_some(winograd)
+        winograd.pays().then_some(Direct::Winograd(winograd))
     }
 
     /// Whether [`forward`](Self::forward), or with `transposed`
     /// [`input_gradient`](Self::input_gradient), takes weights of bf16 as they are.
     pub(crate) fn reads_narrow(&self, compute: Compute, transposed: bool) -> bool {
-        reads_narrow(compute) || self.winograd(transposed).is_some()
+        reads_narrow(compute) || self.direct(compute, transposed).is_some()
     }
 
     /// Writes the convolution to `y`, or adds it with `accumulate`.
@@ -270,9 +308,9 @@ impl Geometry {
         w: Values<'_>,
     ) {
         let plane = self.oh * self.ow;
-        if let Some(winograd) = self.winograd(false) {
+        if let Some(direct) = self.direct(compute, false) {
             let images = y.chunks_mut(self.o * plane).zip(x.chunks(self.c * plane));
-            images.for_each(|(y, x)| winograd.run(y, accumulate, x, w));
+            images.for_each(|(y, x)| direct.run(y, accumulate, x, w));
             return;
         }
         let mut col = Vec::new();
@@ -295,9 +333,9 @@ impl Geometry {
     pub(crate) fn input_gradient(&self, compute: Compute, w: Values<'_>, dy: &[f32]) -> Vec<f32> {
         let plane = self.oh * self.ow;
         let mut dx = vec![0f32; self.n * self.c * self.h * self.w];
-        if let Some(winograd) = self.winograd(true) {
+        if let Some(direct) = self.direct(compute, true) {
             let images = dx.chunks_mut(self.c * plane).zip(dy.chunks(self.o * plane));
-            images.for_each(|(dx, dy)| winograd.run(dx, false, dy, w));
+            images.for_each(|(dx, dy)| direct.run(dx, false, dy, w));
             return dx;
         }
         let mut col = Vec::new();

@@ -18,14 +18,17 @@
 //! * [`checkpoint`]: gradient checkpointing around any function, on any device
 //!
 //! Each takes and returns ordinary candle tensors. On a CPU with f32 tensors the
-//! fast path runs; for every other device or dtype the same function is composed
-//! of candle operations, in f32 whatever the [`Compute`].
+//! kernels run; for every other device or dtype the same function is composed of candle's
+//! operations, as one node of the graph with the same gradients. [`Compute::Bf16`] applies on
+//! GPUs to f32 tensors, too (there the products' results are rounded as well).
 //!
 //! Matrix products and attention have AVX-512 kernels for processors with AVX512_BF16, found at
 //! run time. Elsewhere products run on the [`gemm`] crate, those in bf16 on values rounded to
 //! bf16 and widened again. The environment variable `LORA_KERNELS`, read once, forces a path:
 //!
 //! * `plain`: candle's operations everywhere; [`plain`] has them by name
+//! * `composed`: on the CPU what other devices get, for tests
+//! * `avx512`: no AMX
 //! * `generic`: nothing that is compiled for a particular processor here; the gemm crate still
 //!   chooses its own kernels
 //! * anything else, or unset: what the processor has
@@ -45,13 +48,20 @@
 #![deny(unsafe_code)]
 
 mod added;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod avx512;
 mod channels;
 mod checkpoint;
+mod composed;
 mod conv2d;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod implicit;
 mod linear;
 mod math;
 mod matrix;
@@ -72,7 +82,9 @@ pub use attention::attention;
 pub use checkpoint::checkpoint;
 pub use conv2d::{Conv2dParams, conv2d};
 pub use linear::linear;
-pub use memory::{keep_candle_to_one_thread, keep_freed_memory};
+pub use memory::{
+    device_memory, keep_candle_to_one_thread, keep_freed_device_memory, keep_freed_memory,
+};
 pub use norm::{group_norm, layer_norm};
 pub use pointwise::{geglu, silu};
 pub use upsample::upsample_nearest2x;
@@ -94,8 +106,12 @@ pub enum Compute {
 enum Path {
     /// candle's operations.
     Plain,
+    /// What other devices get, on the CPU.
+    Composed,
     /// No instruction beyond the target's, except those inside the gemm crate.
     Generic,
+    /// What the processor has, but not its matrix registers.
+    Vectors,
     /// What the processor has.
     Native,
 }
@@ -105,7 +121,9 @@ fn path() -> Path {
     static PATH: OnceLock<Path> = OnceLock::new();
     *PATH.get_or_init(|| match std::env::var("LORA_KERNELS").as_deref() {
         Ok("plain") => Path::Plain,
+        Ok("composed") => Path::Composed,
         Ok("generic") => Path::Generic,
+        Ok("avx512") => Path::Vectors,
         _ => Path::Native,
     })
 }
@@ -118,12 +136,15 @@ fn path() -> Path {
 pub fn level() -> &'static str {
     match path() {
         Path::Plain => return "plain operations (LORA_KERNELS=plain)",
+        Path::Composed => return "composed operations (LORA_KERNELS=composed)",
         Path::Generic => return "generic kernels (LORA_KERNELS=generic)",
-        Path::Native => {}
+        Path::Vectors | Path::Native => {}
     }
     #[cfg(target_arch = "x86_64")]
     {
-        if avx512::available() {
+        if avx512::available() && matrix_registers() {
+            "AVX-512 with BF16, and AMX"
+        } else if avx512::available() {
             "AVX-512 with BF16"
         } else if is_x86_feature_detected!("avx512f") {
             "AVX-512"
@@ -137,13 +158,36 @@ pub fn level() -> &'static str {
     std::env::consts::ARCH
 }
 
-/// Whether the fast path applies to these operands: all f32, on a CPU, and not
-/// switched off by `LORA_KERNELS=plain`.
+/// Whether products in bf16 use the matrix registers of AMX.
+#[cfg(target_arch = "x86_64")]
+fn matrix_registers() -> bool {
+    path() == Path::Native && amx::available()
+}
+
+/// Whether the kernels apply to these operands: all f32, on a CPU, and not switched off by
+/// `LORA_KERNELS`.
 fn fast(tensors: &[&Tensor]) -> bool {
-    path() != Path::Plain
+    !matches!(path(), Path::Plain | Path::Composed)
         && tensors
             .iter()
             .all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
+}
+
+/// Whether operations without a kernel are single nodes ([`composed`]); if not, they are
+/// candle's own.
+fn as_nodes() -> bool {
+    path() != Path::Plain
+}
+
+/// `f(inputs)`, of which the graph keeps the inputs only, unless it is to be candle's own.
+fn recomputed(
+    inputs: &[&Tensor],
+    f: impl Fn(&[Tensor]) -> candle_core::Result<Tensor> + Send + Sync + 'static,
+) -> candle_core::Result<Tensor> {
+    match as_nodes() {
+        true => checkpoint(inputs, f),
+        false => f(&inputs.iter().map(|t| (*t).clone()).collect::<Vec<_>>()),
+    }
 }
 
 /// The f32 values of a contiguous CPU operand.

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tenso
 
 use crate::added::{Added, frozen, linear_added};
 use crate::matrix::{View, fill_rows, multiply};
-use crate::{Compute, fast, plain, values};
+use crate::{Compute, as_nodes, composed, fast, plain, values};
 
 /// Linear layer: `x` `[.., i]`, `weight` `[o, i]`, `bias` `[o]`; returns `[.., o]`.
 ///
@@ -17,7 +17,10 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let mut operands = vec![x, weight];
     operands.extend(bias);
     if !fast(&operands) {
-        return plain::linear(x, weight, bias);
+        return match as_nodes() {
+            true => composed::linear(x, weight, bias),
+            false => plain::linear(x, weight, bias),
+        };
     }
     let x = x.contiguous()?;
     let weight = weight.contiguous()?;

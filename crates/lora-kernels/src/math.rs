@@ -9,8 +9,8 @@ use crate::{Path, path};
 /// inside must be `#[inline(always)]` to take part.
 pub(crate) fn vectorized<R>(body: impl FnOnce() -> R) -> R {
     match path() {
-        Path::Native => Arch::new().dispatch(body),
-        Path::Generic | Path::Plain => body(),
+        Path::Native | Path::Vectors => Arch::new().dispatch(body),
+        Path::Generic | Path::Plain | Path::Composed => body(),
     }
 }
 

@@ -37,7 +37,7 @@ impl<'a> From<&'a [bf16]> for Values<'a> {
 }
 
 impl<'a> Values<'a> {
-    fn len(self) -> usize {
+    pub(crate) fn len(self) -> usize {
         match self {
             Values::F32(v) => v.len(),
             Values::Bf16(v) => v.len(),
@@ -186,7 +186,7 @@ pub(crate) fn multiply_here(
 /// Whether products run on the kernels here; else on those of the gemm crate.
 pub(crate) fn native_products() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return path() == Path::Native && avx512::available();
+    return matches!(path(), Path::Native | Path::Vectors) && avx512::available();
     #[cfg(not(target_arch = "x86_64"))]
     false
 }

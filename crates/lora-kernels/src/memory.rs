@@ -1,4 +1,6 @@
-//! What a program can set at its start.
+//! What a program can set at its start, and what a GPU has left.
+
+use candle_core::Device;
 
 /// Asks the C allocator to keep freed memory for the next operation instead of
 /// returning it to the system, which would fill it with zeros again, page by page:
@@ -36,4 +38,42 @@ pub fn keep_candle_to_one_thread() {
         // SAFETY: there is no other thread that could read or write the environment.
         unsafe { std::env::set_var(NAME, "1") };
     }
+}
+
+/// Lets a CUDA device keep what was freed for the next operation. Otherwise it gives all of it
+/// back to the driver whenever the program waits for a result, and asks for it again.
+///
+/// For programs, at their start; does nothing for other devices.
+#[allow(unsafe_code)]
+pub fn keep_freed_device_memory(device: &Device) {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        use candle_core::cuda_backend::cudarc::driver::sys;
+        let keep = u64::MAX;
+        // SAFETY: the device exists; the pool is written before it is read, and the attribute
+        // is a u64 that the call reads.
+        unsafe {
+            let mut pool: sys::CUmemoryPool = std::ptr::null_mut();
+            let cu_device = device.cuda_stream().context().cu_device();
+            if sys::cuDeviceGetDefaultMemPool(&mut pool, cu_device) == sys::CUresult::CUDA_SUCCESS {
+                sys::cuMemPoolSetAttribute(
+                    pool,
+                    sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                    (&raw const keep).cast_mut().cast(),
+                );
+            }
+        }
+    }
+    let _ = device;
+}
+
+/// Bytes of a GPU's own memory, free and in all; `None` for a CPU, and where the device does
+/// not tell (Metal).
+pub fn device_memory(device: &Device) -> Option<(usize, usize)> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        return device.cuda_stream().context().mem_get_info().ok();
+    }
+    let _ = device;
+    None
 }

@@ -86,13 +86,13 @@ fn put(slot: &Slot, gradient: Option<Tensor>) {
     *slot.lock().unwrap_or_else(|e| e.into_inner()) = gradient;
 }
 
-/// The tensor alone in its storage.
+/// The tensor alone in its storage, as the copy on the CPU wants it.
 fn compact(t: &Tensor) -> Result<Tensor> {
     let alone = {
         let (storage, layout) = t.storage_and_layout();
         let whole = match &*storage {
             Storage::Cpu(storage) => cpu_len(storage) == t.elem_count(),
-            _ => false,
+            _ => return Ok(t.clone()),
         };
         whole && layout.is_contiguous() && layout.start_offset() == 0
     };
@@ -178,6 +178,17 @@ impl Joint {
     }
 }
 
+/// The laid out part of a storage as a storage of its own.
+fn copy<S>(storage: &S, layout: &Layout) -> Result<S>
+where
+    S: BackendStorage<Device: BackendDevice<Storage = S>>,
+{
+    let device = storage.device();
+    let mut copy = device.zeros_impl(layout.shape(), storage.dtype())?;
+    storage.copy_strided_src(&mut copy, 0, layout)?;
+    Ok(copy)
+}
+
 impl CustomOp1 for Joint {
     fn name(&self) -> &'static str {
         self.name
@@ -197,14 +208,14 @@ impl CustomOp1 for Joint {
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
         self.copied(|storage, layout| match storage {
-            Storage::Cuda(s) => s.try_clone(layout).map(Some),
+            Storage::Cuda(s) => copy(s, layout).map(Some),
             _ => Ok(None),
         })
     }
 
     fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
         self.copied(|storage, layout| match storage {
-            Storage::Metal(s) => s.try_clone(layout).map(Some),
+            Storage::Metal(s) => copy(s, layout).map(Some),
             _ => Ok(None),
         })
     }

@@ -6,15 +6,19 @@ use rayon::prelude::*;
 
 use crate::math::{sigmoid, sum, sum2, vectorized};
 use crate::pointwise::with_values;
-use crate::{fast, plain, values};
+use crate::{as_nodes, composed, fast, plain, values};
 
 /// Layer norm over the last axis: `x` `[.., c]`, `weight` and `bias` `[c]`.
 ///
 /// # Errors
 /// When the shapes do not fit.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    if !fast(&[x, weight, bias]) || weight.track_op() || bias.track_op() {
+    let trained = weight.track_op() || bias.track_op();
+    if trained || !as_nodes() {
         return plain::layer_norm(x, weight, bias, eps);
+    }
+    if !fast(&[x, weight, bias]) {
+        return composed::norm(x, weight, bias, None, eps, false);
     }
     let op = Norm {
         groups: None,
@@ -38,8 +42,12 @@ pub fn group_norm(
     eps: f64,
     silu: bool,
 ) -> Result<Tensor> {
-    if !fast(&[x, weight, bias]) || weight.track_op() || bias.track_op() {
+    let trained = weight.track_op() || bias.track_op();
+    if trained || !as_nodes() {
         return plain::group_norm(x, weight, bias, groups, eps, silu);
+    }
+    if !fast(&[x, weight, bias]) {
+        return composed::norm(x, weight, bias, Some(groups), eps, silu);
     }
     let op = Norm {
         groups: Some(groups),

@@ -112,6 +112,16 @@ fn normalize(x: &Tensor, eps: f64) -> Result<Tensor> {
 /// longer queries are cut. With gradients every score is kept anyway.
 const MAX_SCORES: usize = 64 << 20;
 
+/// Minus infinity where query `start + row` must not see key `column`, else 0: `[rows, lk]`.
+pub(crate) fn causal_mask(start: usize, rows: usize, lk: usize, like: &Tensor) -> Result<Tensor> {
+    let hidden = |i: usize| match i % lk > start + i / lk {
+        true => f32::NEG_INFINITY,
+        false => 0.0,
+    };
+    let mask: Vec<f32> = (0..rows * lk).map(hidden).collect();
+    Tensor::from_vec(mask, (rows, lk), like.device())?.to_dtype(like.dtype())
+}
+
 /// See [`attention`](crate::attention()). The softmax is computed in f32.
 ///
 /// # Errors
@@ -146,15 +156,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
             .matmul(&kt)?
             .to_dtype(DType::F32)?;
         if causal {
-            let hidden = |i: usize| {
-                if i % lk > start + i / lk {
-                    f32::NEG_INFINITY
-                } else {
-                    0.0
-                }
-            };
-            let mask: Vec<f32> = (0..len * lk).map(hidden).collect();
-            scores = scores.broadcast_add(&Tensor::from_vec(mask, (len, lk), scores.device())?)?;
+            scores = scores.broadcast_add(&causal_mask(start, len, lk, &scores)?)?;
         }
         let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
         parts.push(weights.matmul(&v)?);

@@ -276,6 +276,11 @@ fn large_3x3_convolutions_agree_with_candle() {
 }
 
 #[test]
-fn generic_kernels() {
-    common::again_with_generic_kernels();
+fn other_path_generic() {
+    common::again_with("generic");
+}
+
+#[test]
+fn other_path_composed() {
+    common::again_with("composed");
 }

@@ -66,7 +66,7 @@ fn linear_of_exact_operands() {
 
 #[test]
 fn convolution_of_exact_operands() {
-    // The last two are done by Winograd's algorithm.
+    // The last three are done by Winograd's algorithm or, two of them, in AMX registers.
     for (n, i, o, k, stride, groups, h, w) in [
         (2, 5, 7, 3, 1, 1, 9, 6),
         (1, 4, 3, 3, 2, 1, 8, 6),
@@ -76,6 +76,7 @@ fn convolution_of_exact_operands() {
         (2, 70, 65, 3, 1, 1, 8, 8),
         (1, 33, 40, 3, 1, 1, 35, 29),
         (2, 32, 32, 3, 1, 1, 32, 32),
+        (2, 96, 64, 3, 1, 1, 11, 37),
     ] {
         let p = Conv2dParams {
             stride,
@@ -212,6 +213,6 @@ fn infinities_and_empty_operands() {
 }
 
 #[test]
-fn generic_kernels() {
-    common::again_with_generic_kernels();
+fn other_path_generic() {
+    common::again_with("generic");
 }

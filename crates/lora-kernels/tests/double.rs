@@ -203,6 +203,11 @@ fn activations_and_upsampling() {
 }
 
 #[test]
-fn generic_kernels() {
-    common::again_with_generic_kernels();
+fn other_path_generic() {
+    common::again_with("generic");
+}
+
+#[test]
+fn other_path_composed() {
+    common::again_with("composed");
 }

@@ -326,7 +326,7 @@ fn norms_with_trained_scales_still_give_them_gradients() {
 }
 
 #[test]
-fn norms_keep_their_digits_beside_a_large_mean() {
+fn kernels_keep_their_digits_beside_a_large_mean() {
     let x = (filled(1, &[1, 4, 16, 16]) + 1000.0).unwrap();
     let (w, b) = (filled(2, &[4]), filled(3, &[4]));
     let got = group_norm(&x, &w, &b, 2, 1e-5, false).unwrap();
@@ -369,6 +369,11 @@ fn pointwise_operations_agree_with_candle() {
 }
 
 #[test]
-fn generic_kernels() {
-    common::again_with_generic_kernels();
+fn other_path_generic() {
+    common::again_with("generic");
+}
+
+#[test]
+fn other_path_composed() {
+    common::again_with("composed");
 }

@@ -19,6 +19,7 @@ mod lane;
 mod lion;
 mod lion8bit;
 mod number;
+mod on_host;
 mod optimizer;
 mod plain;
 mod prodigy;
@@ -53,6 +54,7 @@ pub use sgd::{Sgd, SgdConfig};
 // What they share.
 pub use error::{Error, Result};
 pub use group::{GradSource, ParamGroup};
+pub use on_host::OnHost;
 pub use optimizer::{GroupReport, Optimizer, StepOptions, StepReport, WeightChange};
 pub use registry::{REFERENCE_NAMES, from_reference};
 pub use schedule::LrSchedule;

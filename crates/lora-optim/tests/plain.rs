@@ -7,7 +7,7 @@ mod common;
 
 use candle_core::DType;
 use common::{Problem, all, build, run};
-use lora_optim::{OnChange, WeightChange};
+use lora_optim::{OnChange, OnHost, Optimizer, WeightChange};
 use serde_json::{Value, json};
 
 /// Options whose whole-tensor formulas differ from those of the table in `common`.
@@ -98,6 +98,44 @@ fn a_run_of_plain_operations_resumes_bit_for_bit() {
             worst <= allowed(name),
             "{name} {options}: differs by {worst}"
         );
+    }
+}
+
+/// An optimizer that keeps copies of the parameters, as for a GPU.
+#[test]
+fn on_the_host_every_bit_is_the_same() {
+    for (name, options, _) in all().into_iter().chain(more()) {
+        let [direct, copied] = [false, true].map(|copied| {
+            let problem = Problem::new(DType::F32, true);
+            let start = || -> Box<dyn Optimizer> {
+                match copied {
+                    true => {
+                        let inner = |groups| Ok(build(name, &options, groups));
+                        Box::new(OnHost::new(problem.groups(), inner).unwrap())
+                    }
+                    false => build(name, &options, problem.groups()),
+                }
+            };
+            let mut optimizer = start();
+            run(&problem, &mut *optimizer, 0, 4);
+            optimizer.set_training(false).unwrap();
+            let judged = problem.bits();
+            optimizer.set_training(true).unwrap();
+            let scaled = problem.vars["b"].affine(0.5, 0.0).unwrap();
+            problem.vars["b"].set(&scaled).unwrap();
+            let change = WeightChange::Scaled {
+                name: "b",
+                factor: 0.5,
+            };
+            optimizer.weights_changed(&change).unwrap();
+            run(&problem, &mut *optimizer, 4, 6);
+            let state = optimizer.state().unwrap();
+            let mut optimizer = start();
+            optimizer.load_state(&state, OnChange::Refuse).unwrap();
+            run(&problem, &mut *optimizer, 6, 8);
+            (judged, problem.bits())
+        });
+        assert!(direct == copied, "{name} {options}");
     }
 }
 

@@ -56,7 +56,7 @@ pub struct MemoryEstimate {
     pub optimizer: usize,
     /// The batch it is for.
     pub batch: LargestBatch,
-    /// What the system has left for this process, where it tells.
+    /// What the system, or the GPU, has left for this process, where it tells.
     pub available: Option<usize>,
     /// What would help, and what the run would take then.
     pub savings: Vec<(String, usize)>,
@@ -72,7 +72,7 @@ impl MemoryEstimate {
     pub fn warning(&self) -> Option<String> {
         let available = self.available.filter(|there| self.peak() > *there)?;
         let mut text = format!(
-            "this run will need about {}, and {} are free: it will probably be ended by the system",
+            "this run will need about {}, and {} are free: it will probably fail",
             megabytes(self.peak()),
             megabytes(available)
         );
@@ -118,6 +118,7 @@ pub(crate) fn estimate(
     config: &TrainConfig,
     dataset: &Dataset,
     model: &mut dyn Model,
+    device: &Device,
     trained: usize,
     text_encoder: bool,
     samples: &[SamplePrompt],
@@ -129,14 +130,22 @@ pub(crate) fn estimate(
         return Ok(None);
     };
     let copies = 1.0 + f64::from(u8::from(config.ema_decay.is_some()));
-    let optimizer = (trained as f64 * (4.0 * copies + state_bytes(config)?)) as usize;
-    let own = resident().unwrap_or(0);
+    let state = match device.is_cpu() {
+        true => state_bytes(config)?,
+        // It is on the CPU; gradients and weights are joined on their way.
+        false => 8.0,
+    };
+    let optimizer = (trained as f64 * (4.0 * copies + state)) as usize;
     let mut estimate = MemoryEstimate {
         model: needs,
         adapters: 4 * trained,
         optimizer,
         batch,
-        available: available().map(|free| free + own),
+        available: match device {
+            Device::Cpu => available().map(|free| free + resident().unwrap_or(0)),
+            // The weights are there already.
+            _ => lora_kernels::device_memory(device).map(|(free, _)| free + needs.weights),
+        },
         savings: Vec::new(),
     };
     estimate.savings = savings(config, model, &estimate)?;

@@ -9,7 +9,7 @@ use lora_data::{
 };
 use lora_optim::kohya::{GroupOptions, KohyaOptimizer, KohyaScheduler, block_index};
 use lora_optim::schedule::Constant;
-use lora_optim::{LrSchedule, Optimizer, ParamGroup};
+use lora_optim::{LrSchedule, OnHost, Optimizer, ParamGroup};
 use lora_sd15::Checkpoint;
 
 use crate::config::{Steps, TrainConfig};
@@ -274,12 +274,17 @@ pub fn param_groups(config: &TrainConfig, adapters: &AdapterSet) -> Result<Vec<P
     Ok(groups)
 }
 
-/// The optimizer by sd-scripts' name and arguments.
+/// The optimizer by sd-scripts' name and arguments; on the CPU, wherever the adapters are.
 pub(crate) fn optimizer(
     config: &TrainConfig,
     groups: Vec<ParamGroup>,
 ) -> Result<Box<dyn Optimizer>> {
-    Ok(kohya_optimizer(config).build(groups)?)
+    let build = |groups| kohya_optimizer(config).build(groups);
+    let elsewhere = |group: &ParamGroup| group.params.iter().any(|(_, v)| !v.device().is_cpu());
+    match groups.iter().any(elsewhere) {
+        true => Ok(Box::new(OnHost::new(groups, build)?)),
+        false => Ok(build(groups)?),
+    }
 }
 
 /// Prodigy without `betas` gets (0.9, 0.99) here.

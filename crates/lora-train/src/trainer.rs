@@ -233,6 +233,7 @@ impl Trainer {
             &config,
             &dataset,
             model.as_mut(),
+            device,
             plan.parameters(),
             learns_text,
             &samples,

@@ -69,14 +69,20 @@ pub(crate) fn compare(
     }
 }
 
-/// Runs the other tests of this program again without the processor's own instructions. (The
-/// plain path is what they compare with.)
-pub(crate) fn again_with_generic_kernels() {
+/// Runs the other tests of this program again on another path: `generic`, without the
+/// processor's own instructions, or `composed`, as on a GPU. (The plain path is what they
+/// compare with.)
+pub(crate) fn again_with(path: &str) {
     let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--skip", "generic_kernels"])
-        .env("LORA_KERNELS", "generic")
+        .args([
+            "--skip",
+            "other_path",
+            "--skip",
+            "kernels_keep_their_digits",
+        ])
+        .env("LORA_KERNELS", path)
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "LORA_KERNELS=generic\n{text}");
+    assert!(output.status.success(), "LORA_KERNELS={path}\n{text}");
 }
