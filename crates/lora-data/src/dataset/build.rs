@@ -14,7 +14,7 @@ use super::{
 use crate::bucket::cover;
 use crate::{
     BucketFit, BucketTable, DataConfig, DatasetConfig, Error, Finding, FindingKind, FolderFound,
-    Result, Size,
+    Result, Size, SubsetConfig, Transparency,
 };
 
 pub(crate) fn build(config: DataConfig, findings: Vec<Finding>) -> Result<Dataset> {
@@ -51,6 +51,8 @@ struct Builder {
     stats: Vec<DatasetStats>,
     findings: Vec<Finding>,
     undecodable: Vec<(PathBuf, String)>,
+    /// Images with an alpha channel that is no mask.
+    transparent: Vec<PathBuf>,
 }
 
 impl Builder {
@@ -107,6 +109,15 @@ impl Builder {
                 undecodable,
                 ..SubsetStats::default()
             };
+            self.note_alpha(subset, &listing);
+            if subset.face_crop_aug_range.is_some() && config.enable_bucket {
+                let what = "face_crop_aug_range has no effect with buckets";
+                let advice = "set enable_bucket to false, or leave it out";
+                self.findings.push(
+                    Finding::warning(FindingKind::OptionWithoutEffect, what, advice)
+                        .at(subset.image_dir.clone().unwrap_or_default()),
+                );
+            }
             let split = if subset.is_reg {
                 0.0
             } else {
@@ -142,6 +153,54 @@ impl Builder {
         }
         self.register(config, stats, by_role);
         Ok(())
+    }
+
+    /// Remembers alpha channels that are not used, and reports masks that are not there.
+    fn note_alpha(&mut self, subset: &SubsetConfig, listing: &SubsetListing) {
+        let with_alpha = || listing.images.iter().filter(|image| image.has_alpha);
+        if !subset.alpha_mask {
+            let without_mask = with_alpha().filter(|image| image.mask.is_none());
+            self.transparent
+                .extend(without_mask.map(|image| image.path.clone()));
+        } else if with_alpha().next().is_none() && !listing.images.is_empty() && !subset.is_reg {
+            let what = format!(
+                "`{}`: alpha_mask is on, but no image has an alpha channel",
+                listing.name
+            );
+            let advice = "every pixel counts in the loss; save the images with transparency, or switch it off";
+            self.findings
+                .push(Finding::warning(FindingKind::Masks, what, advice));
+        }
+    }
+
+    /// Alpha channels that are not used as masks, and masks that are asked for and absent.
+    fn report_masks(&mut self, config: &DataConfig) {
+        if !self.transparent.is_empty() {
+            let what = format!(
+                "{} of {} images have an alpha channel while alpha_mask is off: {}",
+                self.transparent.len(),
+                self.images.len(),
+                some_names(self.transparent.iter().map(PathBuf::as_path))
+            );
+            let fate = match config.transparency {
+                Transparency::Composite([255, 255, 255]) => "are laid on white".to_owned(),
+                Transparency::Composite([r, g, b]) => format!("are laid on the colour {r},{g},{b}"),
+                Transparency::Drop => "show whatever colour is stored below them".to_owned(),
+            };
+            let advice = format!(
+                "transparent parts {fate} and are trained; switch alpha_mask on to leave them out of the loss"
+            );
+            self.findings
+                .push(Finding::warning(FindingKind::Masks, what, advice));
+        }
+        let mut subsets = config.datasets.iter().flat_map(|dataset| &dataset.subsets);
+        let has_masks = self.images.iter().any(|image| image.mask.is_some());
+        if config.masked_loss && !has_masks && !subsets.any(|subset| subset.alpha_mask) {
+            let what = "masked_loss is on, but there are no masks";
+            let advice = "every pixel counts in the loss; give conditioning_data_dir, or switch alpha_mask on";
+            self.findings
+                .push(Finding::warning(FindingKind::Masks, what, advice));
+        }
     }
 
     /// Balances, counts and keeps the images of one dataset.
@@ -227,10 +286,11 @@ impl Builder {
         }
     }
 
-    fn finish(self, config: DataConfig) -> Result<Dataset> {
+    fn finish(mut self, config: DataConfig) -> Result<Dataset> {
         if !self.images.iter().any(|image| image.role == Role::Train) {
             return Err(self.nothing_found(&config));
         }
+        self.report_masks(&config);
         let mut buckets: BTreeMap<(usize, Size), Vec<usize>> = BTreeMap::new();
         for (number, image) in self
             .images
@@ -249,6 +309,7 @@ impl Builder {
             stats: self.stats,
             findings: self.findings,
             buckets,
+            layouts: Vec::new(),
         })
     }
 

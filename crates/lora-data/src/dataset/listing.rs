@@ -22,6 +22,8 @@ pub(super) struct Listed {
     /// What the tag statistics count: the caption, or only the tags of a metadata entry.
     pub(super) tags: Option<String>,
     pub(super) size: Size,
+    /// Pixels may be transparent.
+    pub(super) has_alpha: bool,
 }
 
 /// The images of a subset.
@@ -133,13 +135,13 @@ fn check_all(
     candidates: impl IndexedParallelIterator<Item = Result<Candidate>>,
     run: &DataConfig,
 ) -> Result<SubsetListing> {
-    let checked = candidates.map(|candidate| candidate.map(|c| (usable_size(&c.path, run), c)));
+    let checked = candidates.map(|candidate| candidate.map(|c| (usable_header(&c.path, run), c)));
     let checked: Vec<_> = checked.collect::<Result<_>>()?;
     let mut listing = SubsetListing::default();
     let mut blank = Vec::new();
-    for (size, candidate) in checked {
-        match size {
-            Ok(size) => {
+    for (header, candidate) in checked {
+        match header {
+            Ok(header) => {
                 if candidate.is_blank_file {
                     blank.push(candidate.path.clone());
                 }
@@ -149,7 +151,11 @@ fn check_all(
                     caption: candidate.caption,
                     caption_source: candidate.source,
                     tags: candidate.tags,
-                    size,
+                    size: match run.exif_orientation {
+                        true => header.shown(),
+                        false => header.stored,
+                    },
+                    has_alpha: header.has_alpha,
                 });
             }
             Err(error) => listing.undecodable.push((candidate.path, reason(&error))),
@@ -176,17 +182,13 @@ fn check_all(
     Ok(listing)
 }
 
-/// The size as shown of an image that can be decoded, as far as the check goes.
-fn usable_size(path: &Path, run: &DataConfig) -> Result<Size> {
+/// The header of an image that can be decoded, as far as the check goes.
+fn usable_header(path: &Path, run: &DataConfig) -> Result<Header> {
     let header = read_header(path)?;
     if run.decode_check == DecodeCheck::Full || header.looks_cut_off {
         decode_completely(path, &header)?;
     }
-    Ok(if run.exif_orientation {
-        header.shown()
-    } else {
-        header.stored
-    })
+    Ok(header)
 }
 
 fn decode_completely(path: &Path, header: &Header) -> Result<()> {
