@@ -143,6 +143,24 @@ pub(crate) fn estimate(
     Ok(Some(estimate))
 }
 
+/// What to say before weights of `bytes` are read for which there is not enough memory; with
+/// 16 bits per value the denoiser's would leave `narrow`.
+pub(crate) fn too_large(bytes: usize, narrow: usize) -> Option<String> {
+    let free = available().filter(|free| bytes > *free)?;
+    let mut text = format!(
+        "the weights alone need {}, and {} are free: the system will probably end this program while it reads them",
+        megabytes(bytes),
+        megabytes(free)
+    );
+    if narrow < bytes {
+        text += &format!(
+            "; with mixed_precision = \"bf16\" they need {}",
+            megabytes(narrow)
+        );
+    }
+    Some(text)
+}
+
 /// The settings that would make the peak smaller.
 fn savings(
     config: &TrainConfig,

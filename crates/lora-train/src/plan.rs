@@ -43,7 +43,7 @@ pub struct Plan {
     pub prior_loss_weight: f64,
     /// Bytes per value of the files.
     pub value_size: usize,
-    /// Files that will be written, in order; a long list is cut in the middle.
+    /// Adapter files and state folders that will be there at the end.
     pub files: Vec<String>,
     /// Intermediate files by epoch: one every so many epochs.
     pub save_every_n_epochs: Option<usize>,
@@ -117,17 +117,34 @@ impl Plan {
         };
         if let Some(every) = config.save_every_n_steps {
             let count = self.total_steps / every;
-            let first = count - kept(count, config.save_last_n_steps, every);
+            let keep = config.save_last_n_steps;
+            let first = count - kept(count, keep, every);
             self.files
                 .extend((first..count).map(|i| naming.step((i + 1) * every)));
+            if config.save_state {
+                let keep = config.save_last_n_steps_state.or(keep);
+                let first = count - kept(count, keep, every);
+                self.files
+                    .extend((first..count).map(|i| naming.step_state((i + 1) * every)));
+            }
         }
         if let Some(every) = self.save_every_n_epochs {
             let count = self.epochs.saturating_sub(1) / every;
-            let first = count - kept(count, config.save_last_n_epochs, 1);
+            let keep = config.save_last_n_epochs;
+            let first = count - kept(count, keep, 1);
             self.files
                 .extend((first..count).map(|i| naming.epoch((i + 1) * every)));
+            if config.save_state {
+                let keep = config.save_last_n_epochs_state.or(keep);
+                let first = count - kept(count, keep, 1);
+                self.files
+                    .extend((first..count).map(|i| naming.epoch_state((i + 1) * every)));
+            }
         }
         self.files.push(naming.last());
+        if config.save_state || config.save_state_on_train_end {
+            self.files.push(naming.last_state());
+        }
         self
     }
 }

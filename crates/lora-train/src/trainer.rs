@@ -167,6 +167,12 @@ impl Trainer {
                 let checkpoint = setup::checkpoint(&config)?;
                 let (text, v) = (config.text(), config.v_parameterization);
                 let storage = config.weight_storage();
+                let (bytes, narrow) = Sd15::weight_bytes(&checkpoint, storage);
+                if device.is_cpu()
+                    && let Some(warning) = memory::too_large(bytes, narrow)
+                {
+                    observer.event(&Event::Warning(&warning));
+                }
                 Box::new(Sd15::load(&checkpoint, text, v, storage, device)?)
             }
         };
@@ -247,7 +253,7 @@ impl Trainer {
         let latents = LatentSource::new(
             &dataset,
             model.as_ref(),
-            config.cache_latents,
+            config.caches_latents(),
             folder,
             device,
             |done, total| observer.event(&Event::Encoding { done, total }),
@@ -557,7 +563,7 @@ impl Trainer {
     }
 
     fn scale_norms(&mut self) -> Result<Option<lora_core::NormReport>> {
-        let Some(max_norm) = self.config.scale_weight_norms else {
+        let Some(max_norm) = self.config.max_norm() else {
             return Ok(None);
         };
         let report = self.adapters.scale_norms(max_norm)?;
