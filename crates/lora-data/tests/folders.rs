@@ -428,7 +428,7 @@ fn alpha_channels_and_masks_that_do_not_fit_the_options_are_said_once() {
     folder
         .rgba("2_cut/a.png", 64, 64, [200, 0, 0, 0])
         .rgba("2_cut/b.webp", 64, 64, [200, 0, 0, 128])
-        .image("2_cut/c.png", 64, 64)
+        .rgba("2_cut/c.png", 64, 64, [200, 0, 0, 255])
         .jpeg("2_photo/d.jpg", 64, 64);
     let none: Option<&str> = None;
     let findings = |alpha_mask: bool, masked_loss: bool| -> Vec<String> {

@@ -385,4 +385,12 @@ mod tests {
         let (free, own) = (available().unwrap(), resident().unwrap());
         assert!(free > 1 << 20 && own > 1 << 20);
     }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn weights_that_cannot_fit_are_said_before_they_are_read() {
+        assert_eq!(too_large(1 << 20, 1 << 19), None);
+        let warning = too_large(1 << 60, 1 << 59).unwrap();
+        assert!(warning.contains("mixed_precision"), "{warning}");
+    }
 }

@@ -509,6 +509,11 @@ fn checked(option: &OptionRow, value: Value, place: &str) -> Result<Value> {
         (_, Value::Integer(_) | Value::Array(_)) if option.name == "resolution" => {
             resolution_text(&value)
         }
+        (Kind::Integer, Value::Integer(number)) if *number < 0 => {
+            return fail(format!(
+                "expected a whole number of at least 0, got {number}"
+            ));
+        }
         (Kind::Switch, Value::Boolean(_))
         | (Kind::Integer, Value::Integer(_))
         | (Kind::Text, Value::String(_))
@@ -645,10 +650,48 @@ mod tests {
             ("learning_rate", Value::String("1e-4".into()), "a number"),
             ("loss_type", Value::String("foo".into()), "huber"),
             ("network_dim", Value::Float(1.5), "whole"),
+            ("seed", Value::Integer(-1), "at least 0"),
         ] {
             let error = settings.set(name, value, "file").unwrap_err().to_string();
             assert!(error.contains(name) && error.contains(hint), "{error}");
         }
+    }
+
+    #[test]
+    fn one_setting_decides_the_length_of_a_run() {
+        let needed = "--pretrained_model_name_or_path m --train_data_dir d --output_dir o";
+        let line = |more: &str| {
+            let (settings, _) =
+                Settings::from_arguments(&words(&format!("{needed}{more}"))).unwrap();
+            settings
+        };
+        let length = |settings: &Settings| {
+            let config = crate::TrainConfig::from_settings(settings).unwrap();
+            (config.max_train_epochs, config.max_train_steps)
+        };
+        assert_eq!(length(&line("")), (None, 1600));
+        assert_eq!(length(&line(" --max_train_steps 50")), (None, 50));
+
+        let both = line(" --max_train_epochs 2 --max_train_steps 50");
+        let error = crate::TrainConfig::from_settings(&both).unwrap_err();
+        assert!(error.to_string().contains("leave one out"), "{error}");
+
+        // GUIs write both into one file: then epochs decide, and the other is named.
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("both.toml");
+        std::fs::write(&path, "max_train_epochs = 2\nmax_train_steps = 1600\n").unwrap();
+        let mut settings = Settings::from_toml(&path).unwrap();
+        assert_eq!(settings.without_effect()[0].0, "max_train_steps");
+        settings.overlay(line(""));
+        assert_eq!(length(&settings), (Some(2), 1600));
+        let written = crate::TrainConfig::from_settings(&settings)
+            .and_then(|config| config.to_toml())
+            .unwrap();
+        assert!(!written.contains("max_train_steps"), "{written}");
+
+        // The command line beats the file, whichever way it counts.
+        settings.overlay(line(" --max_train_steps 50"));
+        assert_eq!(length(&settings), (None, 50));
     }
 
     #[test]

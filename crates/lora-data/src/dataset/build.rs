@@ -51,7 +51,7 @@ struct Builder {
     stats: Vec<DatasetStats>,
     findings: Vec<Finding>,
     undecodable: Vec<(PathBuf, String)>,
-    /// Images with an alpha channel that is no mask.
+    /// Images whose transparency is no mask.
     transparent: Vec<PathBuf>,
 }
 
@@ -155,14 +155,16 @@ impl Builder {
         Ok(())
     }
 
-    /// Remembers alpha channels that are not used, and reports masks that are not there.
+    /// Remembers images whose transparency is not used, and reports masks that are not there.
     fn note_alpha(&mut self, subset: &SubsetConfig, listing: &SubsetListing) {
-        let with_alpha = || listing.images.iter().filter(|image| image.has_alpha);
-        if !subset.alpha_mask {
-            let without_mask = with_alpha().filter(|image| image.mask.is_none());
-            self.transparent
-                .extend(without_mask.map(|image| image.path.clone()));
-        } else if with_alpha().next().is_none() && !listing.images.is_empty() && !subset.is_reg {
+        let images = &listing.images;
+        let transparent = images
+            .iter()
+            .filter(|i| i.is_transparent && i.mask.is_none());
+        self.transparent
+            .extend(transparent.map(|image| image.path.clone()));
+        let expects_alpha = subset.alpha_mask && !subset.is_reg && !images.is_empty();
+        if expects_alpha && !images.iter().any(|image| image.has_alpha) {
             let what = format!(
                 "`{}`: alpha_mask is on, but no image has an alpha channel",
                 listing.name
@@ -173,11 +175,11 @@ impl Builder {
         }
     }
 
-    /// Alpha channels that are not used as masks, and masks that are asked for and absent.
+    /// Transparent pixels that are not masked, and masks that are asked for and absent.
     fn report_masks(&mut self, config: &DataConfig) {
         if !self.transparent.is_empty() {
             let what = format!(
-                "{} of {} images have an alpha channel while alpha_mask is off: {}",
+                "{} of {} images have transparent pixels while alpha_mask is off: {}",
                 self.transparent.len(),
                 self.images.len(),
                 some_names(self.transparent.iter().map(PathBuf::as_path))
@@ -188,7 +190,7 @@ impl Builder {
                 Transparency::Drop => "show whatever colour is stored below them".to_owned(),
             };
             let advice = format!(
-                "transparent parts {fate} and are trained; switch alpha_mask on to leave them out of the loss"
+                "these {fate} and are trained; switch alpha_mask on to leave them out of the loss"
             );
             self.findings
                 .push(Finding::warning(FindingKind::Masks, what, advice));
