@@ -128,7 +128,10 @@ pub(crate) fn estimate(
     let Some(needs) = model.memory(&batch) else {
         return Ok(None);
     };
-    let copies = 1.0 + f64::from(u8::from(config.ema_decay.is_some()));
+    // Gradients, their sum over several batches, the average.
+    let copies = 1.0
+        + f64::from(u8::from(config.gradient_accumulation_steps > 1))
+        + f64::from(u8::from(config.ema_decay.is_some()));
     let optimizer = (trained as f64 * (4.0 * copies + state_bytes(config)?)) as usize;
     let own = resident().unwrap_or(0);
     let mut estimate = MemoryEstimate {

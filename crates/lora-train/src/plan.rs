@@ -1,7 +1,7 @@
 //! The sum that people get wrong: pictures, repeats, batches, updates, epochs.
 
 use lora_core::{AdapterConfig, AdapterSet, Family};
-use lora_data::{Dataset, StepCount};
+use lora_data::{Dataset, Role, StepCount};
 
 use crate::config::TrainConfig;
 use crate::{MemoryEstimate, Naming};
@@ -24,6 +24,8 @@ pub struct Plan {
     pub train_images: usize,
     /// Regularization pictures times repeats, before balancing.
     pub reg_images: usize,
+    /// The same as they are drawn, after balancing.
+    pub reg_draws: usize,
     /// Batches of one epoch.
     pub batches_per_epoch: usize,
     /// Updates of one epoch.
@@ -69,6 +71,12 @@ impl Plan {
         Self {
             train_images: dataset.num_train_images(),
             reg_images: dataset.num_reg_images(),
+            reg_draws: dataset
+                .images()
+                .iter()
+                .filter(|image| image.role == Role::Regularization)
+                .map(|image| image.repeats as usize)
+                .sum(),
             batches_per_epoch,
             updates_per_epoch: count.updates_per_epoch,
             epochs,
@@ -203,8 +211,8 @@ impl std::fmt::Display for Plan {
         writeln!(
             f,
             "{} pictures a pass ({} for regularization) -> {} batches -> {} updates per epoch; {} epochs, {} updates",
-            self.train_images + self.reg_images,
-            self.reg_images,
+            self.train_images + self.reg_draws,
+            self.reg_draws,
             self.batches_per_epoch,
             self.updates_per_epoch,
             self.epochs,
@@ -225,7 +233,9 @@ impl std::fmt::Display for Plan {
         if self.reg_images > 0 {
             writeln!(
                 f,
-                "regularization pictures are training pictures whose loss counts {} times",
+                "regularization: training pictures like the others, repeated until they are as many, whose \
+                 loss counts {} times (prior_loss_weight); to keep what the base model draws instead, \
+                 set custom_attributes.diff_output_preservation in a dataset_config",
                 self.prior_loss_weight
             )?;
         }
