@@ -39,6 +39,8 @@ pub struct Plan {
     /// The family of the adapters and what its dim means, such as `LoHa of dim 2, alpha 1: rank
     /// up to 4`.
     pub network: String,
+    /// How captions are encoded, such as `captions: up to 75 tokens, clip skip 1`.
+    pub captions: String,
     /// What is trained, by kind of layer.
     pub trained: Vec<TrainedKind>,
     /// Factor of the loss of regularization pictures.
@@ -83,6 +85,7 @@ impl Plan {
             total_steps,
             seed,
             network: network(config),
+            captions: captions(config),
             trained: Vec::new(),
             prior_loss_weight: config.prior_loss_weight,
             value_size: config.save_dtype().map_or(4, |dtype| dtype.size_in_bytes()),
@@ -186,6 +189,20 @@ fn network(config: &TrainConfig) -> String {
     }
 }
 
+/// Length, clip skip and weights of captions: what sample pictures elsewhere must agree with.
+fn captions(config: &TrainConfig) -> String {
+    let text = config.text();
+    format!(
+        "captions: up to {} tokens, clip skip {}{}",
+        75 * text.chunks,
+        text.clip_skip,
+        match text.weighted {
+            true => ", (word:1.2) weighs",
+            false => "",
+        }
+    )
+}
+
 /// The kind of a layer, from its name in adapter files.
 fn kind_of(name: &str) -> &'static str {
     let has = |part: &str| name.contains(part);
@@ -221,6 +238,7 @@ impl std::fmt::Display for Plan {
         if !self.network.is_empty() {
             writeln!(f, "{}", self.network)?;
         }
+        writeln!(f, "{}", self.captions)?;
         for kind in &self.trained {
             writeln!(
                 f,
