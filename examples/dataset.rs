@@ -6,6 +6,8 @@
 //! folder, a plain folder of images, or a dataset config file. Exits with 1 when
 //! the dataset cannot be used, and with `--strict` also when something was found.
 //!
+//! `--images` lists every picture with its size, its bucket and what the crop takes away.
+//!
 //! `--clean-cache out/latent-cache` lists the cached latents that edited and removed pictures
 //! left behind; `--delete` deletes them.
 
@@ -57,6 +59,9 @@ struct Options {
     /// Write a contact sheet of the pictures as they are trained
     #[arg(long, value_name = "FILE.png")]
     sheet: Option<PathBuf>,
+    /// List every picture: size, resized size, bucket, what the crop takes away
+    #[arg(long)]
+    images: bool,
     /// Do not decode the pictures (finds no near-duplicates)
     #[arg(long)]
     quick: bool,
@@ -94,6 +99,9 @@ fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
     };
     print!("{}", DatasetReport::new(&dataset, &config));
 
+    if options.images {
+        print_images(&dataset);
+    }
     let doctor = DoctorConfig {
         look_at_images: !options.quick,
         trigger: options.trigger.clone(),
@@ -118,6 +126,22 @@ fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
     } else {
         ExitCode::SUCCESS
     })
+}
+
+/// One line per picture, so that the worst can be sorted out.
+fn print_images(dataset: &Dataset) {
+    println!("original     resized      bucket       cropped  scale  image");
+    for image in dataset.images() {
+        println!(
+            "{:<12} {:<12} {:<12} {:>5.1} %  {:>5.2}  {}",
+            image.size.to_string(),
+            image.resized.to_string(),
+            image.bucket.to_string(),
+            100.0 * image.cropped(),
+            image.enlarged(),
+            image.path.display()
+        );
+    }
 }
 
 /// Lists what no picture of the dataset needs, and deletes it if asked to.

@@ -52,6 +52,7 @@ fn run(command: Command) -> Outcome<()> {
             clients,
             layers,
         } => inspect(&file, clients, layers),
+        Command::Verify { file } => verify(&file),
         Command::Merge {
             adapters,
             base,
@@ -113,7 +114,7 @@ fn run(command: Command) -> Outcome<()> {
                 ..ExtractOptions::new(rank)
             };
             let (set, reports) = extract(&Weights::open(base)?, &Weights::open(tuned)?, &options)?;
-            save(&set, &reports, &write)
+            save(&set, &reports, &write, &[])
         }
         Command::Resize {
             file,
@@ -132,7 +133,7 @@ fn run(command: Command) -> Outcome<()> {
                 ..ResizeOptions::new(rank)
             };
             let (set, reports) = resize(&load(&file)?, &options)?;
-            save(&set, &reports, &write)
+            save(&set, &reports, &write, &[&file])
         }
         Command::Convert {
             file,
@@ -144,16 +145,16 @@ fn run(command: Command) -> Outcome<()> {
         } => {
             let (set, base) = (load(&file)?, open(base)?);
             if rank.is_none() && client.is_none() && write.layout.is_some() {
-                return save(&set, &[], &write);
+                return save(&set, &[], &write, &[&file]);
             }
             let rank = rank.unwrap_or(RankRule::Energy(0.99));
             let Some(client) = client else {
                 let (set, reports) = convert(&set, rank, max, base.as_ref())?;
-                return save(&set, &reports, &write);
+                return save(&set, &reports, &write, &[&file]);
             };
             let (set, changes) = convert_for(client, &set, rank, base.as_ref())?;
             summarise(&changes, write.verbose);
-            save(&set, &[], &write)
+            save(&set, &[], &write, &[&file])
         }
         Command::Compose {
             adapters,
@@ -166,17 +167,18 @@ fn run(command: Command) -> Outcome<()> {
             write,
         } => {
             let sets = load_all(&adapters)?;
+            let files: Vec<&Path> = adapters.iter().map(|a| a.path.as_path()).collect();
             if sd_scripts {
                 let sets: Vec<_> = sets
                     .iter()
                     .zip(&adapters)
                     .map(|(s, a)| (s, a.unet))
                     .collect();
-                return save(&compose_as_sd_scripts(&sets, concat)?, &[], &write);
+                return save(&compose_as_sd_scripts(&sets, concat)?, &[], &write, &files);
             }
             let adapters = strengths(&adapters, &sets, &blocks)?;
             let (set, reports) = compose(&adapters, rank, max, open(base)?.as_ref())?;
-            save(&set, &reports, &write)
+            save(&set, &reports, &write, &files)
         }
         Command::Diff {
             first,
@@ -218,7 +220,28 @@ fn strengths<'a>(
     Ok(all)
 }
 
-fn save(set: &AdapterSet, reports: &[LayerReport], write: &Write) -> Outcome<()> {
+/// The dtype that holds every value of these files; f16 when there are none.
+fn common_dtype(files: &[&Path]) -> Outcome<DType> {
+    let mut dtypes = BTreeSet::new();
+    for path in files {
+        let file = TensorFile::open(path)?;
+        let names = file.names();
+        dtypes.extend(
+            names
+                .iter()
+                .filter_map(|name| file.dtype(name))
+                .map(|d| d.as_str()),
+        );
+    }
+    Ok(match dtypes.into_iter().collect::<Vec<_>>()[..] {
+        [] | ["f16"] => DType::F16,
+        ["bf16"] => DType::BF16,
+        _ => DType::F32,
+    })
+}
+
+/// Writes `set`, which was made of the adapters in `files`.
+fn save(set: &AdapterSet, reports: &[LayerReport], write: &Write, files: &[&Path]) -> Outcome<()> {
     let rank = |report: &LayerReport| report.rank.map_or("-".into(), |r| r.to_string());
     if write.verbose {
         for r in reports {
@@ -232,7 +255,10 @@ fn save(set: &AdapterSet, reports: &[LayerReport], write: &Write) -> Outcome<()>
         }
     }
     let options = SaveOptions {
-        dtype: Some(write.dtype.into()),
+        dtype: Some(match write.dtype {
+            Some(dtype) => dtype.into(),
+            None => common_dtype(files)?,
+        }),
         layout: write.layout.map(Into::into).unwrap_or_default(),
         ..SaveOptions::default()
     };
@@ -306,6 +332,26 @@ fn inspect(path: &Path, clients: bool, layers: bool) -> Outcome<()> {
                 );
             }
         }
+    }
+    Ok(())
+}
+
+fn verify(path: &Path) -> Outcome<()> {
+    let report = FileReport::open_checking_values(path)?;
+    for finding in &report.findings {
+        let kind = match finding.kind.is_error() {
+            true => "error",
+            false => "note",
+        };
+        println!("{kind}: {}", finding.message);
+    }
+    match report.errors().count() {
+        0 => println!(
+            "{}: {} layers, no errors",
+            path.display(),
+            report.layers.len()
+        ),
+        count => return Err(format!("{}: {count} errors", path.display()).into()),
     }
     Ok(())
 }

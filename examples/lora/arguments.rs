@@ -26,6 +26,8 @@ pub(crate) enum Command {
         #[arg(long)]
         layers: bool,
     },
+    /// Lists unknown and missing keys and values that are no numbers; exits with 1 if there are any.
+    Verify { file: PathBuf },
     /// Adds adapters to a checkpoint (LDM file or diffusers folder).
     Merge {
         /// FILE[:MULTIPLIER[:TEXT_ENCODER_MULTIPLIER]]
@@ -165,9 +167,9 @@ pub(crate) enum Command {
 pub(crate) struct Write {
     #[arg(long, short)]
     pub(crate) output: PathBuf,
-    /// Dtype of the result.
-    #[arg(long, value_enum, default_value = "f16")]
-    pub(crate) dtype: Float,
+    /// Dtype of the result; that of the adapters it is made of if left out, f16 for extract.
+    #[arg(long, value_enum)]
+    pub(crate) dtype: Option<Float>,
     /// Names and parts as this program writes them; kohya unless given.
     #[arg(long, value_enum)]
     pub(crate) layout: Option<Layout>,

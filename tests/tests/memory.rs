@@ -42,6 +42,12 @@ fn config(task: &str, folder: &Path) -> TrainConfig {
             train_batch_size: 6,
             ..lora
         },
+        // Ten batches per update hold no more than one.
+        "accumulation" => TrainConfig {
+            gradient_accumulation_steps: 10,
+            max_train_steps: 1,
+            ..lora
+        },
         "dora" => TrainConfig {
             network_module: Some("lycoris.kohya".into()),
             network_args: vec!["algo=locon".into(), "dora_wd=True".into()],
@@ -92,7 +98,15 @@ fn child_process() {
 fn the_estimate_is_within_15_percent_of_the_peak() {
     let folder = tempfile::tempdir().unwrap();
     let mut wrong = Vec::new();
-    for task in ["lora", "checkpointing", "loha", "lokr", "dora", "samples"] {
+    for task in [
+        "lora",
+        "checkpointing",
+        "loha",
+        "lokr",
+        "dora",
+        "samples",
+        "accumulation",
+    ] {
         let child = Command::new(std::env::current_exe().unwrap())
             .args(["child_process", "--exact", "--quiet", "--nocapture"])
             .env(TASK, format!("{task} {}", folder.path().display()))

@@ -42,6 +42,8 @@ pub enum FindingKind {
     ForeignCache,
     /// An option that is accepted and has no effect.
     OptionWithoutEffect,
+    /// Transparent images while `alpha_mask` is off, or masks that are asked for and absent.
+    Masks,
     /// An entry of a metadata file without an image, or the other way round.
     Metadata,
     // From the doctor.

@@ -41,6 +41,16 @@ pub enum Layout {
     Plain,
 }
 
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Layout::Parent => "the parent of folders named `N_name`",
+            Layout::Numbered => "one folder named `N_name`",
+            Layout::Plain => "a plain folder of images, without repeats in its name",
+        })
+    }
+}
+
 /// The subsets found below a path.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SubsetsFound {

@@ -4,8 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 
 use crate::{
-    BucketCount, CaptionSource, CaptionTime, Dataset, ImageRecord, PlanItem, Role, Size, StepCount,
-    Streams, SubsetStats,
+    BucketCount, CaptionSource, CaptionTime, Dataset, ImageRecord, Layout, PlanItem, Role, Size,
+    StepCount, Streams, SubsetStats,
 };
 
 /// What the report should assume about the run.
@@ -51,6 +51,8 @@ pub enum RunLength {
 /// Numbers of a dataset and a run over it. `Display` writes them for people.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DatasetReport {
+    /// How each path was understood; empty when a dataset config names the folders.
+    pub layouts: Vec<(PathBuf, Layout)>,
     /// One entry per dataset.
     pub datasets: Vec<DatasetLines>,
     /// Batches and updates.
@@ -115,6 +117,7 @@ impl DatasetReport {
             images
         };
         Self {
+            layouts: dataset.layouts().to_vec(),
             datasets: (0..dataset.stats().len())
                 .map(|number| dataset_lines(dataset, number))
                 .collect(),
@@ -225,6 +228,15 @@ fn tags(dataset: &Dataset) -> Vec<(String, usize)> {
 
 impl fmt::Display for DatasetReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (path, layout) in &self.layouts {
+            writeln!(f, "{}: read as {layout}", path.display())?;
+        }
+        if self.layouts.is_empty() {
+            writeln!(
+                f,
+                "Folders as the dataset config or metadata file names them"
+            )?;
+        }
         for (number, dataset) in self.datasets.iter().enumerate() {
             if self.datasets.len() > 1 {
                 writeln!(f, "Dataset {}", number + 1)?;

@@ -6,8 +6,8 @@ use std::fs;
 
 use common::{Folder, gray};
 use lora_data::{
-    CaptionConfig, CaptionSource, CaptionTime, DataConfig, Dataset, DatasetConfig, DecodeCheck,
-    Error, FindingKind, Size, Streams, SubsetConfig,
+    CaptionConfig, CaptionSource, CaptionTime, DataConfig, Dataset, DatasetConfig, DatasetReport,
+    DecodeCheck, Error, FindingKind, Layout, ReportConfig, Size, Streams, SubsetConfig,
 };
 
 fn load(folder: &Folder) -> lora_data::Result<Dataset> {
@@ -33,9 +33,12 @@ fn the_parent_one_numbered_folder_and_a_plain_folder_all_work() {
         (parent.num_train_images(), captions(&parent)),
         (6, vec!["alice", "alice"])
     );
+    let layout = |dataset: &Dataset| dataset.layouts()[0].1;
+    assert_eq!(layout(&parent), Layout::Parent);
     let numbered =
         Dataset::from_folder(folder.path().join("3_alice"), &DatasetConfig::default()).unwrap();
     assert_eq!(numbered.num_train_images(), 6);
+    assert_eq!(layout(&numbered), Layout::Numbered);
     fs::rename(folder.path().join("3_alice"), folder.path().join("photos")).unwrap();
     let repeats = DatasetConfig {
         subset: SubsetConfig {
@@ -48,6 +51,12 @@ fn the_parent_one_numbered_folder_and_a_plain_folder_all_work() {
     assert_eq!(
         (plain.num_train_images(), captions(&plain)),
         (8, vec!["", ""])
+    );
+    assert_eq!(layout(&plain), Layout::Plain);
+    let report = DatasetReport::new(&plain, &ReportConfig::default()).to_string();
+    assert!(
+        report.contains("photos: read as a plain folder"),
+        "{report}"
     );
 }
 
@@ -411,4 +420,48 @@ fn metadata_files_give_captions_and_tags() {
     folder.file("meta.json", b"{\n \"a.png\": {\"caption\": 3}\n}");
     let error = Dataset::load(config).unwrap_err().to_string();
     assert!(error.contains("line 2"), "{error}");
+}
+
+#[test]
+fn alpha_channels_and_masks_that_do_not_fit_the_options_are_said_once() {
+    let folder = Folder::new();
+    folder
+        .rgba("2_cut/a.png", 64, 64, [200, 0, 0, 0])
+        .rgba("2_cut/b.webp", 64, 64, [200, 0, 0, 128])
+        .rgba("2_cut/c.png", 64, 64, [200, 0, 0, 255])
+        .jpeg("2_photo/d.jpg", 64, 64);
+    let none: Option<&str> = None;
+    let findings = |alpha_mask: bool, masked_loss: bool| -> Vec<String> {
+        let options = DatasetConfig {
+            subset: SubsetConfig {
+                alpha_mask,
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        let run = DataConfig {
+            masked_loss,
+            ..Default::default()
+        };
+        let dataset = Dataset::from_folders(folder.path(), none, &options, &run).unwrap();
+        let about_masks = dataset.findings().iter();
+        about_masks
+            .filter(|finding| finding.kind == FindingKind::Masks)
+            .map(ToString::to_string)
+            .collect()
+    };
+    let off = findings(false, false);
+    assert_eq!(off.len(), 1, "{off:?}");
+    for part in ["2 of 4 images", "a.png, b.webp", "on white", "alpha_mask"] {
+        assert!(off[0].contains(part), "{off:?}");
+    }
+    // The photos have no channel to be a mask.
+    let on = findings(true, true);
+    assert_eq!(on.len(), 1, "{on:?}");
+    assert!(on[0].contains("2_photo"), "{on:?}");
+    let asked = findings(false, true);
+    assert!(
+        asked.iter().any(|text| text.contains("there are no masks")),
+        "{asked:?}"
+    );
 }

@@ -88,7 +88,7 @@ pub struct TrainConfig {
     pub resolution: String,
     /// Pictures per step.
     pub train_batch_size: usize,
-    /// Epochs; beats `max_train_steps`.
+    /// Epochs; beats `max_train_steps`. Both on the command line are an error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_train_epochs: Option<usize>,
     /// Updates.
@@ -172,7 +172,7 @@ pub struct TrainConfig {
     pub masked_loss: bool,
     /// Draw one latent per picture for the whole run; else a new one every time.
     pub cache_latents: bool,
-    /// Keep encoded pictures in `OUTPUT_DIR/latent-cache` for later runs.
+    /// Keep encoded pictures in `OUTPUT_DIR/latent-cache` for later runs; implies `cache_latents`.
     pub cache_latents_to_disk: bool,
     /// Part of the pictures that is held back for validation.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -261,7 +261,7 @@ pub struct TrainConfig {
     pub lr_scheduler_min_lr_ratio: Option<f64>,
     /// Clips all gradients together; 0 = off.
     pub max_grad_norm: f64,
-    /// Largest norm of a layer's delta.
+    /// Largest norm of a layer's delta; 0 = off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_weight_norms: Option<f64>,
     /// How the UNet's frozen weights are kept in memory: `no` (as in the file), `fp16`,
@@ -426,6 +426,9 @@ pub struct TrainConfig {
     pub metadata_is_negative_embedding: Option<String>,
 }
 
+/// The options that set the length of a run; the first beats the second, as in sd-scripts.
+pub(crate) const LENGTH: [&str; 2] = ["max_train_epochs", "max_train_steps"];
+
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
@@ -589,11 +592,20 @@ impl TrainConfig {
     pub fn from_settings(settings: &Settings) -> Result<Self> {
         let mut table = settings.used()?;
         table.remove("config_file");
+        let [epochs, steps] = LENGTH.map(|name| settings.origin(name));
+        if epochs.is_some() && steps.is_some() {
+            if epochs == Some("command line") && steps == epochs {
+                return bad(
+                    "max_train_epochs and max_train_steps both set the length of the run: leave one out",
+                );
+            }
+            table.remove("max_train_steps");
+        }
         let mut config: Self = table
             .try_into()
             .map_err(|e: toml::de::Error| Error::Config {
                 place: "settings".into(),
-                what: e.message().to_string(),
+                what: e.to_string().trim().replace('\n', ", "),
             })?;
         config.inline = settings.inline.clone();
         config.validate()?;
@@ -619,10 +631,15 @@ impl TrainConfig {
     /// # Errors
     /// When a value cannot be written as TOML.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(self).map_err(|e| Error::Config {
+        let fail = |e: toml::ser::Error| Error::Config {
             place: "settings".into(),
             what: e.to_string(),
-        })
+        };
+        let mut table = toml::Table::try_from(self).map_err(fail)?;
+        if self.max_train_epochs.is_some() {
+            table.remove("max_train_steps");
+        }
+        toml::to_string(&table).map_err(fail)
     }
 
     /// Every effective setting as TOML, with a comment that says where it came from.
@@ -732,35 +749,38 @@ impl TrainConfig {
         if self.scale_v_pred_loss_like_noise_pred && !self.v_parameterization {
             return bad("scale_v_pred_loss_like_noise_pred needs v_parameterization");
         }
-        if self.v_pred_like_loss.is_some() && self.v_parameterization {
+        if self.v_pred_like_loss.unwrap_or(0.0) != 0.0 && self.v_parameterization {
             return bad("v_pred_like_loss cannot be combined with v_parameterization");
         }
         for (name, every) in [
             ("save_every_n_epochs", self.save_every_n_epochs),
             ("save_every_n_steps", self.save_every_n_steps),
             ("save_n_epoch_ratio", self.save_n_epoch_ratio),
+            ("save_last_n_epochs", self.save_last_n_epochs),
+            ("save_last_n_steps", self.save_last_n_steps),
+            ("save_last_n_epochs_state", self.save_last_n_epochs_state),
+            ("save_last_n_steps_state", self.save_last_n_steps_state),
         ] {
             if every == Some(0) {
                 return bad(format!(
-                    "{name}: expected at least 1; leave it out for none"
+                    "{name}: expected at least 1; leave it out if it is not wanted"
                 ));
             }
         }
         for (name, every) in [
-            ("sample_every_n_epochs", self.sample_every_n_epochs),
-            ("sample_every_n_steps", self.sample_every_n_steps),
             ("validate_every_n_epochs", self.validate_every_n_epochs),
             ("validate_every_n_steps", self.validate_every_n_steps),
         ] {
             if every == Some(0) {
                 return bad(format!(
-                    "{name}: expected at least 1; leave it out for never"
+                    "{name}: expected at least 1; without validation_split there is no validation"
                 ));
             }
         }
+        let set = |every: Option<usize>| every.is_some_and(|n| n > 0);
         let draws = self.sample_at_first
-            || self.sample_every_n_epochs.is_some()
-            || self.sample_every_n_steps.is_some();
+            || set(self.sample_every_n_epochs)
+            || set(self.sample_every_n_steps);
         if draws && self.sample_prompts.is_none() && self.inline.samples.is_none() {
             return bad("sample pictures need sample_prompts, a file of prompts");
         }
@@ -791,8 +811,27 @@ impl TrainConfig {
         if self.log_with.is_some() && self.logging_dir.is_none() {
             return bad("log_with needs logging_dir");
         }
-        if self.cache_latents && (self.color_aug || self.random_crop) {
+        if self.caches_latents() && (self.color_aug || self.random_crop) {
             return bad("cache_latents cannot be combined with color_aug or random_crop");
+        }
+        if self.base_weights_multiplier.len() > self.base_weights.len() {
+            return bad(format!(
+                "base_weights_multiplier has {} numbers for {} base_weights: give at most one for each",
+                self.base_weights_multiplier.len(),
+                self.base_weights.len()
+            ));
+        }
+        for (name, value) in [
+            ("min_snr_gamma", self.min_snr_gamma.unwrap_or(0.0)),
+            ("scale_weight_norms", self.scale_weight_norms.unwrap_or(0.0)),
+            ("max_grad_norm", self.max_grad_norm),
+        ] {
+            if value.is_nan() || value < 0.0 {
+                return bad(format!("{name} {value}: expected 0, which is off, or more"));
+            }
+        }
+        if !(self.huber_c > 0.0 && self.huber_scale > 0.0) {
+            return bad("huber_c and huber_scale: expected numbers above 0");
         }
         let noise = self.noise();
         if noise.min_timestep >= TIMESTEPS
@@ -857,6 +896,67 @@ impl TrainConfig {
                 self.max_train_steps
             ));
         }
+        if self.max_train_epochs.is_none()
+            && self.max_train_steps == Self::default().max_train_steps
+        {
+            list.push(format!(
+                "max_train_steps {}, which is the default, decides the length of the run; give \
+                 max_train_epochs to count passes over the pictures",
+                self.max_train_steps
+            ));
+        }
+        for arg in &self.network_args {
+            let reason = match arg.split_once('=').map(|(k, v)| (k.trim(), v.trim())) {
+                Some(("bypass_mode", "True" | "true")) => {
+                    "the branch is computed in the faster way"
+                }
+                Some(("block_size", _)) => "only algo=dylora has blocks",
+                _ => continue,
+            };
+            list.push(format!("network_args: {arg} has no effect: {reason}"));
+        }
+        let is_file = self.dataset_config.is_some() || self.inline.dataset.is_some();
+        for (name, given, instead) in [
+            (
+                "train_data_dir",
+                self.train_data_dir.is_some() && is_file,
+                "dataset_config",
+            ),
+            (
+                "in_json",
+                self.in_json.is_some() && is_file,
+                "dataset_config",
+            ),
+            (
+                "reg_data_dir",
+                self.reg_data_dir.is_some() && is_file,
+                "dataset_config",
+            ),
+            (
+                "reg_data_dir",
+                self.reg_data_dir.is_some() && !is_file && self.in_json.is_some(),
+                "in_json",
+            ),
+        ] {
+            if given {
+                list.push(format!(
+                    "{name} has no effect: {instead} names the pictures"
+                ));
+            }
+        }
+        for (name, every) in [
+            ("sample_every_n_epochs", self.sample_every_n_epochs),
+            ("sample_every_n_steps", self.sample_every_n_steps),
+        ] {
+            if every == Some(0) {
+                list.push(format!("{name} is 0: no sample pictures are drawn by it"));
+            }
+        }
+        if let (Some(_), Some(steps)) = (self.sample_every_n_epochs, self.sample_every_n_steps) {
+            list.push(format!(
+                "sample_every_n_steps {steps} has no effect: sample_every_n_epochs decides"
+            ));
+        }
         let optimizer = self.optimizer_type.to_lowercase();
         let long_memory = |arg: &String| {
             let plain: String = arg.chars().filter(|c| !" ()".contains(*c)).collect();
@@ -890,6 +990,17 @@ impl TrainConfig {
             ));
         }
         list
+    }
+
+    /// Whether each picture gets one latent for the whole run; `cache_latents_to_disk` implies
+    /// it, as in sd-scripts.
+    pub fn caches_latents(&self) -> bool {
+        self.cache_latents || self.cache_latents_to_disk
+    }
+
+    /// The largest norm of a layer's delta; 0 sets no limit, as in sd-scripts.
+    pub(crate) fn max_norm(&self) -> Option<f64> {
+        self.scale_weight_norms.filter(|norm| *norm > 0.0)
     }
 
     /// How the UNet's frozen weights are kept, by `mixed_precision`; as in the file for

@@ -129,7 +129,10 @@ pub(crate) fn estimate(
     let Some(needs) = model.memory(&batch) else {
         return Ok(None);
     };
-    let copies = 1.0 + f64::from(u8::from(config.ema_decay.is_some()));
+    // Gradients, their sum over several batches, the average.
+    let copies = 1.0
+        + f64::from(u8::from(config.gradient_accumulation_steps > 1))
+        + f64::from(u8::from(config.ema_decay.is_some()));
     let state = match device.is_cpu() {
         true => state_bytes(config)?,
         // It is on the CPU; gradients and weights are joined on their way.
@@ -150,6 +153,24 @@ pub(crate) fn estimate(
     };
     estimate.savings = savings(config, model, &estimate)?;
     Ok(Some(estimate))
+}
+
+/// What to say before weights of `bytes` are read for which there is not enough memory; with
+/// 16 bits per value the denoiser's would leave `narrow`.
+pub(crate) fn too_large(bytes: usize, narrow: usize) -> Option<String> {
+    let free = available().filter(|free| bytes > *free)?;
+    let mut text = format!(
+        "the weights alone need {}, and {} are free: the system will probably end this program while it reads them",
+        megabytes(bytes),
+        megabytes(free)
+    );
+    if narrow < bytes {
+        text += &format!(
+            "; with mixed_precision = \"bf16\" they need {}",
+            megabytes(narrow)
+        );
+    }
+    Some(text)
 }
 
 /// The settings that would make the peak smaller.
@@ -375,5 +396,13 @@ mod tests {
     fn linux_tells_how_much_there_is() {
         let (free, own) = (available().unwrap(), resident().unwrap());
         assert!(free > 1 << 20 && own > 1 << 20);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn weights_that_cannot_fit_are_said_before_they_are_read() {
+        assert_eq!(too_large(1 << 20, 1 << 19), None);
+        let warning = too_large(1 << 60, 1 << 59).unwrap();
+        assert!(warning.contains("mixed_precision"), "{warning}");
     }
 }

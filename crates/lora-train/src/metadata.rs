@@ -150,7 +150,7 @@ fn run(m: &mut Writer, config: &TrainConfig, plan: &Plan, started_at: f64) -> Re
         "ss_max_token_length",
         config.max_token_length.filter(|l| *l != 75),
     );
-    m.flag("ss_cache_latents", config.cache_latents);
+    m.flag("ss_cache_latents", config.caches_latents());
     m.text("ss_seed", plan.seed);
     m.text("ss_lowram", "False");
     m.option("ss_training_comment", config.training_comment.as_deref());

@@ -118,18 +118,19 @@ impl Sd15 {
         storage: WeightStorage,
         device: &Device,
     ) -> Result<Self> {
-        let others = match storage {
-            WeightStorage::F32 => WeightStorage::F32,
-            _ => WeightStorage::AsStored,
-        };
-        let bytes = |unet, others| {
-            checkpoint.weight_bytes(Part::Unet, unet)
-                + checkpoint.weight_bytes(Part::TextEncoder, others)
-                + checkpoint.weight_bytes(Part::Vae, others)
-        };
-        let narrow = bytes(WeightStorage::Bf16, WeightStorage::AsStored);
-        let weights = (bytes(storage, others), narrow);
+        let others = storage_of_others(storage);
+        let weights = Self::weight_bytes(checkpoint, storage);
         let mut sd = StableDiffusion::from_checkpoint_stored(checkpoint, storage, others, device)?;
+        let layers = sd.text_encoder.config().num_hidden_layers;
+        if text.clip_skip > layers {
+            return Err(Error::Config {
+                place: "settings".into(),
+                what: format!(
+                    "clip_skip {}: the text encoder has {layers} layers",
+                    text.clip_skip
+                ),
+            });
+        }
         sd.prediction = if v_prediction {
             Prediction::V
         } else {
@@ -141,6 +142,28 @@ impl Sd15 {
             text,
             weights,
         })
+    }
+
+    /// Bytes of all weights in memory, kept as `storage` says and with the UNet's rounded to 16
+    /// bits; read from the file's header.
+    pub(crate) fn weight_bytes(checkpoint: &Checkpoint, storage: WeightStorage) -> (usize, usize) {
+        let bytes = |unet, others| {
+            checkpoint.weight_bytes(Part::Unet, unet)
+                + checkpoint.weight_bytes(Part::TextEncoder, others)
+                + checkpoint.weight_bytes(Part::Vae, others)
+        };
+        (
+            bytes(storage, storage_of_others(storage)),
+            bytes(WeightStorage::Bf16, WeightStorage::AsStored),
+        )
+    }
+}
+
+/// How text encoder and VAE are kept beside a UNet kept as `storage` says.
+fn storage_of_others(storage: WeightStorage) -> WeightStorage {
+    match storage {
+        WeightStorage::F32 => WeightStorage::F32,
+        _ => WeightStorage::AsStored,
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use toml::{Table, Value};
 
-use crate::config::Inline;
+use crate::config::{Inline, LENGTH};
 use crate::{Error, Result};
 
 /// What kind of value an option takes.
@@ -92,10 +92,10 @@ pub const OPTIONS: &[OptionRow] = &[
     row("conditioning_data_dir", Kind::Text, &[], Status::Used),
     row("config_file", Kind::Text, &[], Status::Used),
     row("console_log_file", Kind::Text, &[], Status::NoEffect("redirect standard error instead")),
-    row("console_log_level", Kind::Text, &["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], Status::NoEffect("set RUST_LOG instead")),
+    row("console_log_level", Kind::Text, &["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], Status::NoEffect("all messages are shown, on standard error")),
     row("console_log_simple", Kind::Switch, &[], Status::NoEffect("logs are plain already")),
-    row("cpu_offload_checkpointing", Kind::Switch, &[], Status::NoEffect("there is no separate device memory on a CPU")),
-    row("dataset_class", Kind::Text, &[], Status::Refused("loads Python code")),
+    row("cpu_offload_checkpointing", Kind::Switch, &[], Status::NoEffect("it belongs to other networks; gradient_checkpointing saves memory")),
+    row("dataset_class", Kind::Text, &[], Status::Refused("it loads Python code; describe the pictures in a dataset_config")),
     row("dataset_config", Kind::Text, &[], Status::Used),
     row("dataset_repeats", Kind::Integer, &[], Status::Used),
     row("ddp_gradient_as_bucket_view", Kind::Switch, &[], Status::NoEffect("one process trains")),
@@ -103,19 +103,19 @@ pub const OPTIONS: &[OptionRow] = &[
     row("ddp_timeout", Kind::Integer, &[], Status::NoEffect("one process trains")),
     row("debiased_estimation_loss", Kind::Switch, &[], Status::Used),
     row("debug_dataset", Kind::Switch, &[], Status::Refused("use the dataset example to see what training will see")),
-    row("deepspeed", Kind::Switch, &[], Status::Refused("one process trains")),
+    row("deepspeed", Kind::Switch, &[], Status::Refused("one process trains; leave it out")),
     row("dim_from_weights", Kind::Switch, &[], Status::Used),
     row("dynamo_backend", Kind::Text, &["no", "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt", "tensort", "ipex", "tvm"], Status::NoEffect("there is nothing to compile")),
     row("enable_bucket", Kind::Switch, &[], Status::Used),
     row("enable_wildcard", Kind::Switch, &[], Status::Used),
     row("face_crop_aug_range", Kind::Text, &[], Status::Used),
     row("flip_aug", Kind::Switch, &[], Status::Used),
-    row("fp16_master_weights_and_gradients", Kind::Switch, &[], Status::Refused("adapters are always trained in f32")),
-    row("fp8_base", Kind::Switch, &[], Status::Refused("f32 and bf16 are available")),
-    row("fp8_base_unet", Kind::Switch, &[], Status::Refused("f32 and bf16 are available")),
-    row("full_bf16", Kind::Switch, &[], Status::Refused("adapters are always trained in f32; use save_precision for small files")),
-    row("full_fp16", Kind::Switch, &[], Status::Refused("adapters are always trained in f32; use save_precision for small files")),
-    row("fused_backward_pass", Kind::Switch, &[], Status::Refused("it belongs to other networks")),
+    row("fp16_master_weights_and_gradients", Kind::Switch, &[], Status::Refused("adapters are always trained in f32; leave it out")),
+    row("fp8_base", Kind::Switch, &[], Status::Refused("leave it out; mixed_precision bf16 keeps the frozen weights in 16 bits")),
+    row("fp8_base_unet", Kind::Switch, &[], Status::Refused("leave it out; mixed_precision bf16 keeps the frozen weights in 16 bits")),
+    row("full_bf16", Kind::Switch, &[], Status::Refused("adapters are always trained in f32: leave it out, and use save_precision for small files")),
+    row("full_fp16", Kind::Switch, &[], Status::Refused("adapters are always trained in f32: leave it out, and use save_precision for small files")),
+    row("fused_backward_pass", Kind::Switch, &[], Status::Refused("it belongs to other networks; leave it out")),
     row("gradient_accumulation_steps", Kind::Integer, &[], Status::Used),
     row("gradient_checkpointing", Kind::Switch, &[], Status::Used),
     row("highvram", Kind::Switch, &[], Status::NoEffect("memory is managed automatically")),
@@ -139,7 +139,7 @@ pub const OPTIONS: &[OptionRow] = &[
     row("log_prefix", Kind::Text, &[], Status::Used),
     row("log_tracker_config", Kind::Text, &[], Status::NoEffect("nothing is uploaded")),
     row("log_tracker_name", Kind::Text, &[], Status::Used),
-    row("log_with", Kind::Text, &["tensorboard", "wandb", "all"], Status::Used),
+    row("log_with", Kind::Text, &["tensorboard"], Status::Used),
     row("logging_dir", Kind::Text, &[], Status::Used),
     row("loss_type", Kind::Text, &["l1", "l2", "huber", "smooth_l1"], Status::Used),
     row("lowram", Kind::Switch, &[], Status::NoEffect("memory is managed automatically")),
@@ -191,9 +191,9 @@ pub const OPTIONS: &[OptionRow] = &[
     row("no_metadata", Kind::Switch, &[], Status::Used),
     row("noise_offset", Kind::Number, &[], Status::Used),
     row("noise_offset_random_strength", Kind::Switch, &[], Status::Used),
-    row("offload_optimizer_device", Kind::Text, &["cpu", "nvme"], Status::Refused("one process trains")),
+    row("offload_optimizer_device", Kind::Text, &["cpu", "nvme"], Status::Refused("it belongs to deepspeed; an 8-bit optimizer keeps a smaller state")),
     row("offload_optimizer_nvme_path", Kind::Text, &[], Status::NoEffect("one process trains")),
-    row("offload_param_device", Kind::Text, &["cpu", "nvme"], Status::Refused("one process trains")),
+    row("offload_param_device", Kind::Text, &["cpu", "nvme"], Status::Refused("it belongs to deepspeed; mixed_precision bf16 keeps the frozen weights in 16 bits")),
     row("offload_param_nvme_path", Kind::Text, &[], Status::NoEffect("one process trains")),
     row("optimizer_args", Kind::List, &[], Status::Used),
     row("optimizer_type", Kind::Text, &[], Status::Used),
@@ -208,7 +208,7 @@ pub const OPTIONS: &[OptionRow] = &[
     row("resize_interpolation", Kind::Text, &["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"], Status::Used),
     row("resolution", Kind::Text, &[], Status::Used),
     row("resume", Kind::Text, &[], Status::Used),
-    row("resume_from_huggingface", Kind::Switch, &[], Status::Refused("downloading is not supported")),
+    row("resume_from_huggingface", Kind::Switch, &[], Status::Refused("downloading is not supported; download the state and give its folder as resume")),
     row("sample_at_first", Kind::Switch, &[], Status::Used),
     row("sample_every_n_epochs", Kind::Integer, &[], Status::Used),
     row("sample_every_n_steps", Kind::Integer, &[], Status::Used),
@@ -220,12 +220,12 @@ pub const OPTIONS: &[OptionRow] = &[
     row("save_last_n_epochs_state", Kind::Integer, &[], Status::Used),
     row("save_last_n_steps", Kind::Integer, &[], Status::Used),
     row("save_last_n_steps_state", Kind::Integer, &[], Status::Used),
-    row("save_model_as", Kind::Text, &["ckpt", "pt", "safetensors"], Status::Used),
+    row("save_model_as", Kind::Text, &["safetensors"], Status::Used),
     row("save_n_epoch_ratio", Kind::Integer, &[], Status::Used),
     row("save_precision", Kind::Text, &["float", "fp16", "bf16"], Status::Used),
     row("save_state", Kind::Switch, &[], Status::Used),
     row("save_state_on_train_end", Kind::Switch, &[], Status::Used),
-    row("save_state_to_huggingface", Kind::Switch, &[], Status::Refused("uploading is not supported")),
+    row("save_state_to_huggingface", Kind::Switch, &[], Status::Refused("uploading is not supported; save_state writes it to output_dir")),
     row("scale_v_pred_loss_like_noise_pred", Kind::Switch, &[], Status::Used),
     row("scale_weight_norms", Kind::Number, &[], Status::Used),
     row("sdpa", Kind::Switch, &[], Status::NoEffect("changes speed only")),
@@ -370,8 +370,12 @@ impl Settings {
         Ok(())
     }
 
-    /// Puts `other` on top of these settings.
+    /// Puts `other` on top of these settings. Where it sets the length of the run, in epochs or
+    /// in steps, what is below does not.
     pub fn overlay(&mut self, other: Settings) {
+        if LENGTH.iter().any(|name| other.get(name).is_some()) {
+            LENGTH.iter().for_each(|name| self.remove(name));
+        }
         self.values.extend(other.values);
         let Inline { dataset, samples } = other.inline;
         self.inline.dataset = dataset.or(self.inline.dataset.take());
@@ -402,6 +406,11 @@ impl Settings {
 
     /// Options that are set and have no effect, with the reason.
     pub fn without_effect(&self) -> Vec<(&'static str, &'static str)> {
+        let both = LENGTH.iter().all(|name| self.get(name).is_some());
+        let steps = both.then_some((
+            "max_train_steps",
+            "max_train_epochs decides the length of the run, as in sd-scripts",
+        ));
         let active = |row: &OptionRow| {
             self.get(row.name)
                 .is_some_and(|v| *v != Value::Boolean(false))
@@ -411,6 +420,7 @@ impl Settings {
                 Status::NoEffect(reason) if active(row) => Some((row.name, reason)),
                 _ => None,
             })
+            .chain(steps)
             .collect()
     }
 
@@ -498,6 +508,11 @@ fn checked(option: &OptionRow, value: Value, place: &str) -> Result<Value> {
     let value = match (option.kind, &value) {
         (_, Value::Integer(_) | Value::Array(_)) if option.name == "resolution" => {
             resolution_text(&value)
+        }
+        (Kind::Integer, Value::Integer(number)) if *number < 0 => {
+            return fail(format!(
+                "expected a whole number of at least 0, got {number}"
+            ));
         }
         (Kind::Switch, Value::Boolean(_))
         | (Kind::Integer, Value::Integer(_))
@@ -635,10 +650,48 @@ mod tests {
             ("learning_rate", Value::String("1e-4".into()), "a number"),
             ("loss_type", Value::String("foo".into()), "huber"),
             ("network_dim", Value::Float(1.5), "whole"),
+            ("seed", Value::Integer(-1), "at least 0"),
         ] {
             let error = settings.set(name, value, "file").unwrap_err().to_string();
             assert!(error.contains(name) && error.contains(hint), "{error}");
         }
+    }
+
+    #[test]
+    fn one_setting_decides_the_length_of_a_run() {
+        let needed = "--pretrained_model_name_or_path m --train_data_dir d --output_dir o";
+        let line = |more: &str| {
+            let (settings, _) =
+                Settings::from_arguments(&words(&format!("{needed}{more}"))).unwrap();
+            settings
+        };
+        let length = |settings: &Settings| {
+            let config = crate::TrainConfig::from_settings(settings).unwrap();
+            (config.max_train_epochs, config.max_train_steps)
+        };
+        assert_eq!(length(&line("")), (None, 1600));
+        assert_eq!(length(&line(" --max_train_steps 50")), (None, 50));
+
+        let both = line(" --max_train_epochs 2 --max_train_steps 50");
+        let error = crate::TrainConfig::from_settings(&both).unwrap_err();
+        assert!(error.to_string().contains("leave one out"), "{error}");
+
+        // GUIs write both into one file: then epochs decide, and the other is named.
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("both.toml");
+        std::fs::write(&path, "max_train_epochs = 2\nmax_train_steps = 1600\n").unwrap();
+        let mut settings = Settings::from_toml(&path).unwrap();
+        assert_eq!(settings.without_effect()[0].0, "max_train_steps");
+        settings.overlay(line(""));
+        assert_eq!(length(&settings), (Some(2), 1600));
+        let written = crate::TrainConfig::from_settings(&settings)
+            .and_then(|config| config.to_toml())
+            .unwrap();
+        assert!(!written.contains("max_train_steps"), "{written}");
+
+        // The command line beats the file, whichever way it counts.
+        settings.overlay(line(" --max_train_steps 50"));
+        assert_eq!(length(&settings), (None, 50));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The sum that people get wrong: pictures, repeats, batches, updates, epochs.
 
 use lora_core::{AdapterConfig, AdapterSet, Family};
-use lora_data::{Dataset, StepCount};
+use lora_data::{Dataset, Role, StepCount};
 
 use crate::config::TrainConfig;
 use crate::{MemoryEstimate, Naming};
@@ -24,6 +24,8 @@ pub struct Plan {
     pub train_images: usize,
     /// Regularization pictures times repeats, before balancing.
     pub reg_images: usize,
+    /// The same as they are drawn, after balancing.
+    pub reg_draws: usize,
     /// Batches of one epoch.
     pub batches_per_epoch: usize,
     /// Updates of one epoch.
@@ -37,13 +39,15 @@ pub struct Plan {
     /// The family of the adapters and what its dim means, such as `LoHa of dim 2, alpha 1: rank
     /// up to 4`.
     pub network: String,
+    /// How captions are encoded, such as `captions: up to 75 tokens, clip skip 1`.
+    pub captions: String,
     /// What is trained, by kind of layer.
     pub trained: Vec<TrainedKind>,
     /// Factor of the loss of regularization pictures.
     pub prior_loss_weight: f64,
     /// Bytes per value of the files.
     pub value_size: usize,
-    /// Files that will be written, in order; a long list is cut in the middle.
+    /// Adapter files and state folders that will be there at the end.
     pub files: Vec<String>,
     /// Intermediate files by epoch: one every so many epochs.
     pub save_every_n_epochs: Option<usize>,
@@ -69,12 +73,19 @@ impl Plan {
         Self {
             train_images: dataset.num_train_images(),
             reg_images: dataset.num_reg_images(),
+            reg_draws: dataset
+                .images()
+                .iter()
+                .filter(|image| image.role == Role::Regularization)
+                .map(|image| image.repeats as usize)
+                .sum(),
             batches_per_epoch,
             updates_per_epoch: count.updates_per_epoch,
             epochs,
             total_steps,
             seed,
             network: network(config),
+            captions: captions(config),
             trained: Vec::new(),
             prior_loss_weight: config.prior_loss_weight,
             value_size: config.save_dtype().map_or(4, |dtype| dtype.size_in_bytes()),
@@ -117,17 +128,34 @@ impl Plan {
         };
         if let Some(every) = config.save_every_n_steps {
             let count = self.total_steps / every;
-            let first = count - kept(count, config.save_last_n_steps, every);
+            let keep = config.save_last_n_steps;
+            let first = count - kept(count, keep, every);
             self.files
                 .extend((first..count).map(|i| naming.step((i + 1) * every)));
+            if config.save_state {
+                let keep = config.save_last_n_steps_state.or(keep);
+                let first = count - kept(count, keep, every);
+                self.files
+                    .extend((first..count).map(|i| naming.step_state((i + 1) * every)));
+            }
         }
         if let Some(every) = self.save_every_n_epochs {
             let count = self.epochs.saturating_sub(1) / every;
-            let first = count - kept(count, config.save_last_n_epochs, 1);
+            let keep = config.save_last_n_epochs;
+            let first = count - kept(count, keep, 1);
             self.files
                 .extend((first..count).map(|i| naming.epoch((i + 1) * every)));
+            if config.save_state {
+                let keep = config.save_last_n_epochs_state.or(keep);
+                let first = count - kept(count, keep, 1);
+                self.files
+                    .extend((first..count).map(|i| naming.epoch_state((i + 1) * every)));
+            }
         }
         self.files.push(naming.last());
+        if config.save_state || config.save_state_on_train_end {
+            self.files.push(naming.last_state());
+        }
         self
     }
 }
@@ -161,6 +189,20 @@ fn network(config: &TrainConfig) -> String {
     }
 }
 
+/// Length, clip skip and weights of captions: what sample pictures elsewhere must agree with.
+fn captions(config: &TrainConfig) -> String {
+    let text = config.text();
+    format!(
+        "captions: up to {} tokens, clip skip {}{}",
+        75 * text.chunks,
+        text.clip_skip,
+        match text.weighted {
+            true => ", (word:1.2) weighs",
+            false => "",
+        }
+    )
+}
+
 /// The kind of a layer, from its name in adapter files.
 fn kind_of(name: &str) -> &'static str {
     let has = |part: &str| name.contains(part);
@@ -186,8 +228,8 @@ impl std::fmt::Display for Plan {
         writeln!(
             f,
             "{} pictures a pass ({} for regularization) -> {} batches -> {} updates per epoch; {} epochs, {} updates",
-            self.train_images + self.reg_images,
-            self.reg_images,
+            self.train_images + self.reg_draws,
+            self.reg_draws,
             self.batches_per_epoch,
             self.updates_per_epoch,
             self.epochs,
@@ -196,6 +238,7 @@ impl std::fmt::Display for Plan {
         if !self.network.is_empty() {
             writeln!(f, "{}", self.network)?;
         }
+        writeln!(f, "{}", self.captions)?;
         for kind in &self.trained {
             writeln!(
                 f,
@@ -208,7 +251,9 @@ impl std::fmt::Display for Plan {
         if self.reg_images > 0 {
             writeln!(
                 f,
-                "regularization pictures are training pictures whose loss counts {} times",
+                "regularization: training pictures like the others, repeated until they are as many, whose \
+                 loss counts {} times (prior_loss_weight); to keep what the base model draws instead, \
+                 set custom_attributes.diff_output_preservation in a dataset_config",
                 self.prior_loss_weight
             )?;
         }

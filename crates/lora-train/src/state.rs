@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::config::TrainConfig;
+use crate::config::{LENGTH, TrainConfig};
 use crate::naming::Naming;
 use crate::{Error, Result};
 
@@ -121,12 +121,11 @@ impl RunState {
         let (Value::Object(saved), Value::Object(settings)) = (&self.config, &now.config) else {
             return Err(Error::resume(path, "its settings cannot be read"));
         };
-        let length = ["max_train_epochs", "max_train_steps"];
         let names: std::collections::BTreeSet<&String> =
             saved.keys().chain(settings.keys()).collect();
         for name in names {
             let (was, is) = (saved.get(name), settings.get(name));
-            if was == is || is_free(name) || length.contains(&name.as_str()) {
+            if was == is || is_free(name) || LENGTH.contains(&name.as_str()) {
                 continue;
             }
             let text = |v: Option<&Value>| v.map_or("not given".into(), Value::to_string);

@@ -1,12 +1,13 @@
 //! The trainer: wires dataset, model, adapters and optimizer, and runs the loop.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use candle_core::Device;
 use candle_core::backprop::GradStore;
+use candle_core::{Device, Tensor, Var};
 use lora_core::{AdapterSet, Component};
 use lora_data::{BatchPlan, Dataset, DatasetReport, Pixels, ReportConfig, RunLength, Streams};
 use lora_optim::{Ema, EmaConfig, LrSchedule, Optimizer, StepOptions, Watch, WeightChange};
@@ -167,6 +168,12 @@ impl Trainer {
                 let checkpoint = setup::checkpoint(&config)?;
                 let (text, v) = (config.text(), config.v_parameterization);
                 let storage = config.weight_storage();
+                let (bytes, narrow) = Sd15::weight_bytes(&checkpoint, storage);
+                if device.is_cpu()
+                    && let Some(warning) = memory::too_large(bytes, narrow)
+                {
+                    observer.event(&Event::Warning(&warning));
+                }
                 Box::new(Sd15::load(&checkpoint, text, v, storage, device)?)
             }
         };
@@ -248,7 +255,7 @@ impl Trainer {
         let latents = LatentSource::new(
             &dataset,
             model.as_ref(),
-            config.cache_latents,
+            config.caches_latents(),
             folder,
             device,
             |done, total| observer.event(&Event::Encoding { done, total }),
@@ -441,7 +448,8 @@ impl Trainer {
         if value.is_finite() {
             let batches = self.config.gradient_accumulation_steps as f64;
             let gradients = (loss / batches)?.backward().map_err(Error::from);
-            window.add(gradients.map_err(|error| self.explain(error, batch))?)?;
+            let gradients = gradients.map_err(|error| self.explain(error, batch))?;
+            window.add(&gradients, &self.adapters.params())?;
         } else {
             drop(loss);
             self.not_finite("the loss", batch, observer)?;
@@ -451,7 +459,8 @@ impl Trainer {
         let updated = window.batches == self.config.gradient_accumulation_steps || last;
         if updated {
             window.batches = 0;
-            if let Some(grads) = window.grads.take() {
+            let grads = std::mem::take(&mut window.grads);
+            if !grads.is_empty() {
                 self.lr_schedule
                     .apply(self.at.step as u64, self.optimizer.as_mut());
                 let report = self.optimizer.step(&grads)?;
@@ -558,7 +567,7 @@ impl Trainer {
     }
 
     fn scale_norms(&mut self) -> Result<Option<lora_core::NormReport>> {
-        let Some(max_norm) = self.config.scale_weight_norms else {
+        let Some(max_norm) = self.config.max_norm() else {
             return Ok(None);
         };
         let report = self.adapters.scale_norms(max_norm)?;
@@ -650,17 +659,25 @@ impl Trainer {
 struct Window {
     /// Batches in it.
     batches: usize,
-    grads: Option<GradStore>,
+    /// Sums by parameter name.
+    grads: BTreeMap<String, Tensor>,
     /// Time spent waiting for the pictures of the last batch.
     waited: std::time::Duration,
 }
 
 impl Window {
-    /// Sums gradients over the window.
-    fn add(&mut self, grads: GradStore) -> Result<()> {
-        match &mut self.grads {
-            None => self.grads = Some(grads),
-            Some(sum) => sum.extend(grads)?,
+    /// Sums gradients over the window. Of a batch's gradients only those of the parameters are
+    /// kept: the others are as large as its activations.
+    fn add(&mut self, grads: &GradStore, params: &[(String, Var)]) -> Result<()> {
+        for (name, var) in params {
+            let Some(grad) = grads.get(var) else {
+                continue;
+            };
+            let sum = match self.grads.get(name) {
+                Some(sum) => (sum + grad)?,
+                None => grad.clone(),
+            };
+            self.grads.insert(name.clone(), sum.detach());
         }
         Ok(())
     }

@@ -97,9 +97,10 @@ impl Trainer {
             let data = self
                 .latents
                 .means(&self.dataset, batch, self.model.as_ref())?;
+            // After any token warm-up: all tags, whenever it is measured.
             let time = CaptionTime {
                 epoch: 1,
-                step: 0,
+                step: usize::MAX,
                 max_train_steps: 1,
             };
             let captions: Vec<String> = batch

@@ -14,7 +14,7 @@ use super::{
 use crate::bucket::cover;
 use crate::{
     BucketFit, BucketTable, DataConfig, DatasetConfig, Error, Finding, FindingKind, FolderFound,
-    Result, Size,
+    Result, Size, SubsetConfig, Transparency,
 };
 
 pub(crate) fn build(config: DataConfig, findings: Vec<Finding>) -> Result<Dataset> {
@@ -51,6 +51,8 @@ struct Builder {
     stats: Vec<DatasetStats>,
     findings: Vec<Finding>,
     undecodable: Vec<(PathBuf, String)>,
+    /// Images whose transparency is no mask.
+    transparent: Vec<PathBuf>,
 }
 
 impl Builder {
@@ -107,6 +109,15 @@ impl Builder {
                 undecodable,
                 ..SubsetStats::default()
             };
+            self.note_alpha(subset, &listing);
+            if subset.face_crop_aug_range.is_some() && config.enable_bucket {
+                let what = "face_crop_aug_range has no effect with buckets";
+                let advice = "set enable_bucket to false, or leave it out";
+                self.findings.push(
+                    Finding::warning(FindingKind::OptionWithoutEffect, what, advice)
+                        .at(subset.image_dir.clone().unwrap_or_default()),
+                );
+            }
             let split = if subset.is_reg {
                 0.0
             } else {
@@ -142,6 +153,56 @@ impl Builder {
         }
         self.register(config, stats, by_role);
         Ok(())
+    }
+
+    /// Remembers images whose transparency is not used, and reports masks that are not there.
+    fn note_alpha(&mut self, subset: &SubsetConfig, listing: &SubsetListing) {
+        let images = &listing.images;
+        let transparent = images
+            .iter()
+            .filter(|i| i.is_transparent && i.mask.is_none());
+        self.transparent
+            .extend(transparent.map(|image| image.path.clone()));
+        let expects_alpha = subset.alpha_mask && !subset.is_reg && !images.is_empty();
+        if expects_alpha && !images.iter().any(|image| image.has_alpha) {
+            let what = format!(
+                "`{}`: alpha_mask is on, but no image has an alpha channel",
+                listing.name
+            );
+            let advice = "every pixel counts in the loss; save the images with transparency, or switch it off";
+            self.findings
+                .push(Finding::warning(FindingKind::Masks, what, advice));
+        }
+    }
+
+    /// Transparent pixels that are not masked, and masks that are asked for and absent.
+    fn report_masks(&mut self, config: &DataConfig) {
+        if !self.transparent.is_empty() {
+            let what = format!(
+                "{} of {} images have transparent pixels while alpha_mask is off: {}",
+                self.transparent.len(),
+                self.images.len(),
+                some_names(self.transparent.iter().map(PathBuf::as_path))
+            );
+            let fate = match config.transparency {
+                Transparency::Composite([255, 255, 255]) => "are laid on white".to_owned(),
+                Transparency::Composite([r, g, b]) => format!("are laid on the colour {r},{g},{b}"),
+                Transparency::Drop => "show whatever colour is stored below them".to_owned(),
+            };
+            let advice = format!(
+                "these {fate} and are trained; switch alpha_mask on to leave them out of the loss"
+            );
+            self.findings
+                .push(Finding::warning(FindingKind::Masks, what, advice));
+        }
+        let mut subsets = config.datasets.iter().flat_map(|dataset| &dataset.subsets);
+        let has_masks = self.images.iter().any(|image| image.mask.is_some());
+        if config.masked_loss && !has_masks && !subsets.any(|subset| subset.alpha_mask) {
+            let what = "masked_loss is on, but there are no masks";
+            let advice = "every pixel counts in the loss; give conditioning_data_dir, or switch alpha_mask on";
+            self.findings
+                .push(Finding::warning(FindingKind::Masks, what, advice));
+        }
     }
 
     /// Balances, counts and keeps the images of one dataset.
@@ -227,10 +288,11 @@ impl Builder {
         }
     }
 
-    fn finish(self, config: DataConfig) -> Result<Dataset> {
+    fn finish(mut self, config: DataConfig) -> Result<Dataset> {
         if !self.images.iter().any(|image| image.role == Role::Train) {
             return Err(self.nothing_found(&config));
         }
+        self.report_masks(&config);
         let mut buckets: BTreeMap<(usize, Size), Vec<usize>> = BTreeMap::new();
         for (number, image) in self
             .images
@@ -249,6 +311,7 @@ impl Builder {
             stats: self.stats,
             findings: self.findings,
             buckets,
+            layouts: Vec::new(),
         })
     }
 

@@ -22,6 +22,10 @@ pub(super) struct Listed {
     /// What the tag statistics count: the caption, or only the tags of a metadata entry.
     pub(super) tags: Option<String>,
     pub(super) size: Size,
+    /// The file has an alpha channel.
+    pub(super) has_alpha: bool,
+    /// Some pixels are transparent, and `alpha_mask` is off.
+    pub(super) is_transparent: bool,
 }
 
 /// The images of a subset.
@@ -48,7 +52,7 @@ pub(super) fn list(subset: &SubsetConfig, run: &DataConfig) -> Result<SubsetList
                 tags: Some(entry.tags),
                 is_blank_file: false,
             });
-            let mut listing = check_all(entries.map(Ok), run)?;
+            let mut listing = check_all(entries.map(Ok), run, subset.alpha_mask)?;
             listing.findings.extend(found.findings);
             listing.name = base_name(file);
             listing
@@ -90,7 +94,11 @@ fn list_folder(dir: &Path, subset: &SubsetConfig, run: &DataConfig) -> Result<Su
     let folder = FolderListing::read(dir)?;
     let extensions = file::extensions(subset.caption_extension.as_deref());
     let candidate = |path: PathBuf| caption_candidate(path, &folder.others, &extensions, subset);
-    let mut listing = check_all(folder.images.clone().into_par_iter().map(candidate), run)?;
+    let mut listing = check_all(
+        folder.images.clone().into_par_iter().map(candidate),
+        run,
+        subset.alpha_mask,
+    )?;
     listing.name = base_name(dir);
     listing
         .findings
@@ -132,14 +140,24 @@ fn caption_candidate(
 fn check_all(
     candidates: impl IndexedParallelIterator<Item = Result<Candidate>>,
     run: &DataConfig,
+    uses_alpha: bool,
 ) -> Result<SubsetListing> {
-    let checked = candidates.map(|candidate| candidate.map(|c| (usable_size(&c.path, run), c)));
+    let checked = candidates.map(|candidate| {
+        candidate.map(|c| {
+            let header = usable_header(&c.path, run);
+            // Many programs write an alpha channel without need: only its values tell.
+            let is_transparent = !uses_alpha
+                && header.as_ref().is_ok_and(|header| header.has_alpha)
+                && has_transparent_pixels(&c.path);
+            (header, is_transparent, c)
+        })
+    });
     let checked: Vec<_> = checked.collect::<Result<_>>()?;
     let mut listing = SubsetListing::default();
     let mut blank = Vec::new();
-    for (size, candidate) in checked {
-        match size {
-            Ok(size) => {
+    for (header, is_transparent, candidate) in checked {
+        match header {
+            Ok(header) => {
                 if candidate.is_blank_file {
                     blank.push(candidate.path.clone());
                 }
@@ -149,7 +167,12 @@ fn check_all(
                     caption: candidate.caption,
                     caption_source: candidate.source,
                     tags: candidate.tags,
-                    size,
+                    size: match run.exif_orientation {
+                        true => header.shown(),
+                        false => header.stored,
+                    },
+                    has_alpha: header.has_alpha,
+                    is_transparent,
                 });
             }
             Err(error) => listing.undecodable.push((candidate.path, reason(&error))),
@@ -176,17 +199,22 @@ fn check_all(
     Ok(listing)
 }
 
-/// The size as shown of an image that can be decoded, as far as the check goes.
-fn usable_size(path: &Path, run: &DataConfig) -> Result<Size> {
+/// The header of an image that can be decoded, as far as the check goes.
+fn usable_header(path: &Path, run: &DataConfig) -> Result<Header> {
     let header = read_header(path)?;
     if run.decode_check == DecodeCheck::Full || header.looks_cut_off {
         decode_completely(path, &header)?;
     }
-    Ok(if run.exif_orientation {
-        header.shown()
-    } else {
-        header.stored
-    })
+    Ok(header)
+}
+
+fn has_transparent_pixels(path: &Path) -> bool {
+    let options = DecodeOptions {
+        keep_alpha: true,
+        ..DecodeOptions::default()
+    };
+    let alpha = decode_file(path, options).ok().and_then(|p| p.alpha);
+    alpha.is_some_and(|alpha| alpha.iter().any(|a| *a < 255))
 }
 
 fn decode_completely(path: &Path, header: &Header) -> Result<()> {

@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 
 use crate::caption::CaptionSource;
 use crate::{
-    BatchPlan, CaptionTime, DataConfig, DatasetConfig, Finding, Place, PlanItem, Purpose, Result,
-    Size, Streams, SubsetConfig, find_subsets, process_caption,
+    BatchPlan, CaptionTime, DataConfig, DatasetConfig, Finding, Layout, Place, PlanItem, Purpose,
+    Result, Size, Streams, SubsetConfig, find_subsets, process_caption,
 };
 
 /// The images of a run: listed, captioned and sorted into buckets, not yet decoded.
@@ -52,6 +52,7 @@ pub struct Dataset {
     stats: Vec<DatasetStats>,
     findings: Vec<Finding>,
     buckets: BTreeMap<(usize, Size), Vec<usize>>,
+    layouts: Vec<(PathBuf, Layout)>,
 }
 
 /// What an image is for.
@@ -116,6 +117,7 @@ impl Dataset {
     ) -> Result<Self> {
         let found = find_subsets(train.as_ref(), false, &options.subset)?;
         let mut findings = found.findings;
+        let mut layouts = vec![(train.as_ref().to_path_buf(), found.layout)];
         let mut dataset = DatasetConfig {
             subsets: found.subsets,
             ..options.clone()
@@ -123,15 +125,17 @@ impl Dataset {
         if let Some(path) = regularization {
             let found = find_subsets(path.as_ref(), true, &options.subset)?;
             findings.extend(found.findings);
+            layouts.push((path.as_ref().to_path_buf(), found.layout));
             dataset.subsets.extend(found.subsets);
         }
-        build::build(
-            DataConfig {
-                datasets: vec![dataset],
-                ..run.clone()
-            },
-            findings,
-        )
+        let config = DataConfig {
+            datasets: vec![dataset],
+            ..run.clone()
+        };
+        Ok(Self {
+            layouts,
+            ..build::build(config, findings)?
+        })
     }
 
     /// Reads every dataset and subset of a config.
@@ -155,6 +159,12 @@ impl Dataset {
     /// What was noticed while listing. Nothing is printed.
     pub fn findings(&self) -> &[Finding] {
         &self.findings
+    }
+
+    /// How each path that was searched for folders was understood; empty for a dataset config,
+    /// which names its folders.
+    pub fn layouts(&self) -> &[(PathBuf, Layout)] {
+        &self.layouts
     }
 
     /// Counts per dataset, for reports and metadata.

@@ -24,6 +24,8 @@ pub struct Header {
     pub looks_cut_off: bool,
     /// It is a JPEG, whose decoder does not notice a missing end.
     pub is_jpeg: bool,
+    /// Pixels may be transparent: the file has an alpha channel or a transparent colour.
+    pub has_alpha: bool,
 }
 
 impl Header {
@@ -93,6 +95,7 @@ fn by_decoder(path: &Path) -> Result<Header> {
         orientation: Orientation::NoTransforms,
         looks_cut_off: false,
         is_jpeg: false,
+        has_alpha: false,
     })
 }
 
@@ -114,6 +117,7 @@ fn parse(file: &mut BufReader<File>, length: u64) -> io::Result<Option<Header>> 
 fn parse_png(file: &mut BufReader<File>, length: u64) -> io::Result<Header> {
     let mut stored = None;
     let mut orientation = Orientation::NoTransforms;
+    let mut has_alpha = false;
     file.seek_relative(8)?;
     loop {
         let size = u32::from_be_bytes(take(file)?);
@@ -125,7 +129,14 @@ fn parse_png(file: &mut BufReader<File>, length: u64) -> io::Result<Header> {
                     u32::from_be_bytes(take(file)?),
                 ];
                 stored = Some(Size::new(width, height));
-                skip(file, i64::from(size) - 8 + 4)?;
+                let [_depth, color]: [u8; 2] = take(file)?;
+                // Grey or RGB with alpha.
+                has_alpha = matches!(color, 4 | 6);
+                skip(file, i64::from(size) - 10 + 4)?;
+            }
+            b"tRNS" => {
+                has_alpha = true;
+                skip(file, i64::from(size) + 4)?;
             }
             b"eXIf" => {
                 orientation = exif_orientation(&take_vec(file, size as usize)?);
@@ -142,6 +153,7 @@ fn parse_png(file: &mut BufReader<File>, length: u64) -> io::Result<Header> {
         orientation,
         looks_cut_off,
         is_jpeg: false,
+        has_alpha,
     })
 }
 
@@ -182,6 +194,7 @@ fn parse_jpeg(file: &mut BufReader<File>, length: u64) -> io::Result<Header> {
         orientation: orientation.unwrap_or(Orientation::NoTransforms),
         looks_cut_off,
         is_jpeg: true,
+        has_alpha: false,
     })
 }
 
@@ -203,6 +216,7 @@ fn parse_webp(file: &mut BufReader<File>, length: u64) -> io::Result<Header> {
     skip(file, 4)?;
     let mut stored = None;
     let mut orientation = Orientation::NoTransforms;
+    let mut has_alpha = false;
     let mut position = 12;
     while position + 8 <= riff_end.min(length) {
         let kind: [u8; 4] = take(file)?;
@@ -211,6 +225,11 @@ fn parse_webp(file: &mut BufReader<File>, length: u64) -> io::Result<Header> {
         match &kind {
             b"VP8X" | b"VP8L" | b"VP8 " if stored.is_none() => {
                 let bytes: [u8; 10] = take(file)?;
+                has_alpha = match &kind {
+                    b"VP8X" => bytes[0] & 0x10 != 0,
+                    b"VP8L" => bytes[4] & 0x10 != 0,
+                    _ => false,
+                };
                 stored = Some(webp_size(&kind, bytes));
                 skip(file, padded as i64 - 10)?;
                 // Only the extended layout can carry EXIF.
@@ -233,6 +252,7 @@ fn parse_webp(file: &mut BufReader<File>, length: u64) -> io::Result<Header> {
         orientation,
         looks_cut_off: riff_end > length,
         is_jpeg: false,
+        has_alpha,
     })
 }
 
@@ -273,6 +293,7 @@ fn parse_bmp(file: &mut BufReader<File>) -> io::Result<Header> {
         orientation: Orientation::NoTransforms,
         looks_cut_off: false,
         is_jpeg: false,
+        has_alpha: false,
     })
 }
 

@@ -119,6 +119,18 @@ impl KohyaScheduler {
             )?;
             return class(&self.lr_scheduler_type, args);
         }
+        if self.lr_scheduler != "piecewise_constant" {
+            // Warm-up, cycles and power have options of their own.
+            if let Some(key) = args.keys().next() {
+                return Err(Error::Argument {
+                    argument: format!("lr_scheduler_args: {key}"),
+                    problem: format!(
+                        "lr_scheduler {} takes none: leave it out, or give the class as lr_scheduler_type",
+                        self.lr_scheduler
+                    ),
+                });
+            }
+        }
         let waves = self.lr_scheduler_num_cycles / 2.0;
         let body: Box<dyn LrSchedule> = match self.lr_scheduler.as_str() {
             "constant" => {

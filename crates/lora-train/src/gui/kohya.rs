@@ -418,10 +418,12 @@ impl<'a> Reader<'a> {
                     self.import.settings.inline.samples = value.as_str().map(str::to_string);
                 }
                 "sample_sampler" if !self.samples() => {}
-                "log_with" if value.as_str() == Some("wandb") => self
-                    .import
-                    .left_out
-                    .push("log_with wandb: nothing is uploaded".into()),
+                "log_with" if matches!(value.as_str(), Some("wandb" | "all")) => {
+                    self.import.left_out.push(
+                        "log_with: nothing is uploaded; logging_dir alone makes TensorBoard files"
+                            .into(),
+                    )
+                }
                 "stop_text_encoder_training" => {
                     let percent = number(value).unwrap_or(0.0);
                     self.import.changed.push(format!(
