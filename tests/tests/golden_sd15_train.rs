@@ -161,3 +161,15 @@ fn golden_sd15_training_attention_is_followed_step_by_step() {
 fn golden_sd15_training_all_layers_is_followed_step_by_step() {
     follow("lora_train_all");
 }
+
+/// The operations that GPUs get, forced on the CPU in a process of its own.
+#[test]
+fn golden_sd15_training_with_the_operations_of_gpus() {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .arg("step_by_step")
+        .env("LORA_KERNELS", "composed")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "LORA_KERNELS=composed\n{text}");
+}
