@@ -175,7 +175,8 @@ pub trait Adapter: Debug + Send + Sync {
     }
 
     /// What the adapter adds to the layer's output for input `x`. The default runs
-    /// the layer's operation with [`delta`](Adapter::delta).
+    /// the layer's operation with [`delta`](Adapter::delta), which it computes again in the
+    /// backward pass instead of keeping it. The layer's weight may be stored in 16 bits.
     ///
     /// # Errors
     /// When the shapes do not fit.
@@ -186,9 +187,11 @@ pub trait Adapter: Debug + Send + Sync {
         multiplier: f64,
         _pass: Option<&Pass<'_>>,
     ) -> Result<Tensor> {
-        let delta = self.delta(&layer.weight, multiplier)?;
-        let bias = self.bias_delta(layer.bias.as_ref(), multiplier)?;
-        layer.op.apply(x, &delta, bias.as_ref())
+        let Some(bias) = self.bias_delta(layer.bias.as_ref(), multiplier)? else {
+            return crate::family::delta_branch(self, x, layer, multiplier);
+        };
+        let delta = self.delta(&layer.weight_in(x.dtype())?, multiplier)?;
+        layer.op.apply(x, &delta, Some(&bias))
     }
 
     /// The branch as a product that the layer adds to its own in one pass: `middle`
@@ -220,10 +223,10 @@ pub trait Adapter: Debug + Send + Sync {
             };
         }
         Held {
-            // The delta, the branch and its sum with the layer's own output.
-            kept: outputs * inputs + 2 * outputs * rows,
-            // Its gradient and three products of its size.
-            backward: 4 * outputs * inputs,
+            // The branch and its sum with the layer's own output.
+            kept: 2 * outputs * rows,
+            // The delta, its gradient and three products of its size.
+            backward: 5 * outputs * inputs,
         }
     }
 

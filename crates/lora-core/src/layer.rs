@@ -74,19 +74,12 @@ pub struct BaseLayer {
 }
 
 impl BaseLayer {
-    /// This layer with its weight in `dtype`, for adapters that compute with the weight;
-    /// `wide` keeps the copy where one is needed.
-    fn widened<'a>(&'a self, dtype: DType, wide: &'a mut Option<Self>) -> Result<&'a Self> {
-        if self.weight.dtype() == dtype || self.op.is_norm() {
-            return Ok(self);
+    /// The weight in `dtype`, for adapters that compute with it; a norm's as it is.
+    pub(crate) fn weight_in(&self, dtype: DType) -> Result<Tensor> {
+        match self.op.is_norm() {
+            true => Ok(self.weight.clone()),
+            false => self.weight.to_dtype(dtype),
         }
-        if wide.is_none() {
-            *wide = Some(Self {
-                weight: self.weight.to_dtype(dtype)?,
-                ..self.clone()
-            });
-        }
-        Ok(wide.as_ref().unwrap_or(self))
     }
 }
 
@@ -293,7 +286,6 @@ impl Layer {
     ) -> Result<Tensor> {
         // Low-rank branches are added to the base product; others follow.
         let (mut low_rank, mut branches) = (Vec::new(), Vec::new());
-        let mut wide = None;
         for attachment in &self.attached {
             let multiplier = attachment.control.multiplier();
             if multiplier == 0.0 {
@@ -305,8 +297,7 @@ impl Layer {
                     low_rank.push(pair);
                     return Ok(());
                 }
-                let base = self.base.widened(x.dtype(), &mut wide)?;
-                branches.push(adapter.branch(x, base, multiplier, pass)?);
+                branches.push(adapter.branch(x, &self.base, multiplier, pass)?);
                 Ok::<(), candle_core::Error>(())
             })?;
         }

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Module;
 use lora_core::format::write_tensors;
 use lora_core::{
@@ -440,7 +440,7 @@ fn branches_agree_with_deltas() {
             bias: Some(counting(&[4])),
             op,
         };
-        let x = counting(x);
+        let x = Var::from_tensor(&counting(x)).unwrap();
         for config in samples().into_iter().map(|(family, _)| AdapterConfig {
             family,
             rank: 2,
@@ -460,7 +460,10 @@ fn branches_agree_with_deltas() {
             let (_, adapter) = set.iter().next().unwrap();
             // Away from the start, where there is nothing to see.
             let adapter = adapter
-                .map(&mut |t| t.detach() + (counting(t.dims()) * 0.3)?)
+                .map(&mut |t| {
+                    let moved = (t.detach() + (counting(t.dims()) * 0.3)?)?;
+                    Ok(Var::from_tensor(&moved)?.into_inner())
+                })
                 .unwrap();
             adapter.check("fc", weight).unwrap();
             let got = adapter.branch(&x, &layer, 0.7, None).unwrap();
@@ -472,6 +475,26 @@ fn branches_agree_with_deltas() {
             let size = flat(&want).iter().fold(0f32, |m, v| m.max(v.abs()));
             for (g, w) in flat(&got).iter().zip(flat(&want)) {
                 assert!((g - w).abs() <= 1e-5 * size, "{op:?} {config:?}: {g} {w}");
+            }
+            let grads = |y: &Tensor| {
+                let loss = (y * counting(y.dims())).unwrap().sum_all().unwrap();
+                loss.backward().unwrap()
+            };
+            let (got, want) = (grads(&got), grads(&want));
+            let factors = adapter.factors().into_iter();
+            for (name, leaf) in factors.chain([("x", x.as_tensor())]) {
+                let (Some(got), Some(want)) = (got.get(leaf), want.get(leaf)) else {
+                    assert!(
+                        got.get(leaf).is_none() && want.get(leaf).is_none(),
+                        "{name}"
+                    );
+                    continue;
+                };
+                let size = flat(want).iter().fold(1e-3f32, |m, v| m.max(v.abs()));
+                for (g, w) in flat(got).iter().zip(flat(want)) {
+                    let what = format!("{op:?} {config:?} {name}: {g} {w}");
+                    assert!((g - w).abs() <= 1e-4 * size, "{what}");
+                }
             }
         }
     }

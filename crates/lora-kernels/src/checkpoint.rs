@@ -66,7 +66,7 @@ pub fn checkpoint(
 }
 
 /// A scalar whose gradient with respect to its argument is the given tensor.
-struct Seed(Tensor);
+pub(crate) struct Seed(pub(crate) Tensor);
 
 impl CustomOp1 for Seed {
     fn name(&self) -> &'static str {

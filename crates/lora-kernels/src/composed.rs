@@ -152,21 +152,35 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     let wanted = [x, weight].map(Tensor::track_op);
     let with_bias = bias.is_some();
     let gradients: Gradients = Box::new(move |dy| {
-        let dy = rows(&dy.contiguous()?)?;
-        let mut all = vec![None, None];
-        if wanted[0] {
-            all[0] = Some(dy.matmul(&w)?.reshape(input.shape())?);
-        }
-        if wanted[1] {
-            all[1] = Some(dy.t()?.matmul(&rows(&input)?)?);
-        }
+        let dy = dy.contiguous()?;
+        let (dx, dw) = linear_gradients(&input, &w, &dy, wanted)?;
+        let mut all = vec![dx, dw];
         if with_bias {
-            all.push(Some(dy.sum(0)?));
+            all.push(Some(rows(&dy)?.sum(0)?));
         }
         Ok(all)
     });
     let args: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
     node("linear", &args, Value::Tensor(y), gradients)
+}
+
+/// The gradients to x and weight that are wanted.
+pub(crate) fn linear_gradients(
+    x: &Tensor,
+    weight: &Tensor,
+    dy: &Tensor,
+    wanted: [bool; 2],
+) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    let dy = rows(dy)?;
+    let dx = match wanted[0] {
+        true => Some(dy.matmul(weight)?.reshape(x.shape())?),
+        false => None,
+    };
+    let dw = match wanted[1] {
+        true => Some(dy.t()?.matmul(&rows(x)?)?),
+        false => None,
+    };
+    Ok((dx, dw))
 }
 
 /// See [`conv2d_added`](crate::conv2d_added); weight and bias are frozen.
@@ -179,10 +193,8 @@ pub(crate) fn conv2d_added(
     what: &Added<'_>,
 ) -> Result<Tensor> {
     let layer = Conv {
-        weight: weight.detach(),
-        size: x.dims4().map(|(_, _, h, w)| (h, w))?,
-        params,
         dtype: product_dtype(x, compute),
+        ..Conv::new(x, weight, params)?
     };
     added(layer, x, bias, what)
 }
@@ -196,6 +208,16 @@ struct Conv {
 }
 
 impl Conv {
+    fn new(x: &Tensor, weight: &Tensor, params: Conv2dParams) -> Result<Self> {
+        let (_, _, h, w) = x.dims4()?;
+        Ok(Self {
+            weight: weight.detach(),
+            size: (h, w),
+            params,
+            dtype: x.dtype(),
+        })
+    }
+
     /// One group's gradient to the input: a convolution with the weight transposed and turned
     /// by 180 degrees, of gradients set apart by the stride. (candle's transposed convolution
     /// is a direct loop on GPUs.)
@@ -333,20 +355,35 @@ impl Layer for Conv {
 
 /// See [`conv2d`](crate::conv2d()), without a bias; the weight is trained.
 pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, params: Conv2dParams) -> Result<Tensor> {
-    let layer = Conv {
-        weight: weight.detach(),
-        size: x.dims4().map(|(_, _, h, w)| (h, w))?,
-        params,
-        dtype: x.dtype(),
-    };
-    let input = x.detach();
+    let layer = Conv::new(x, weight, params)?;
+    let (input, w) = (x.detach(), weight.detach());
     let y = layer.forward(&input)?;
+    let wanted = [x, weight].map(Tensor::track_op);
     let gradients: Gradients = Box::new(move |dy| {
-        let dy = dy.contiguous()?;
-        let dx = layer.input_gradient(&dy)?;
-        Ok(vec![Some(dx), Some(layer.weight_gradient(&input, &dy)?)])
+        let (dx, dw) = conv2d_gradients(params, &input, &w, &dy.contiguous()?, wanted)?;
+        Ok(vec![dx, dw])
     });
     node("conv2d", &[x, weight], Value::Tensor(y), gradients)
+}
+
+/// The gradients to x and weight that are wanted.
+pub(crate) fn conv2d_gradients(
+    params: Conv2dParams,
+    x: &Tensor,
+    weight: &Tensor,
+    dy: &Tensor,
+    wanted: [bool; 2],
+) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    let layer = Conv::new(x, weight, params)?;
+    let dx = match wanted[0] {
+        true => Some(layer.input_gradient(dy)?),
+        false => None,
+    };
+    let dw = match wanted[1] {
+        true => Some(layer.weight_gradient(x, dy)?),
+        false => None,
+    };
+    Ok((dx, dw))
 }
 
 /// Layer norm of `x` `[.., c]`, or, of `groups`, group norm of `x` `[n, c, h, w]` with SiLU

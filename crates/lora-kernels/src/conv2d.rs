@@ -451,20 +451,31 @@ impl CustomOp2 for Conv2d {
         _: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let g = Geometry::new(x.shape(), w.shape(), self.0)?;
-        let dy = dy.detach().contiguous()?;
-        let dx = if x.track_op() {
-            Some(w.detach().apply_op2_no_bwd(&dy, &InputGradient(g))?)
-        } else {
-            None
-        };
-        let dw = if w.track_op() {
-            Some(x.detach().apply_op2_no_bwd(&dy, &WeightGradient(g))?)
-        } else {
-            None
-        };
-        Ok((dx, dw))
+        gradients(self.0, x, w, dy, [x.track_op(), w.track_op()])
     }
+}
+
+/// The gradients to x and weight that are wanted; all contiguous.
+pub(crate) fn gradients(
+    params: Conv2dParams,
+    x: &Tensor,
+    w: &Tensor,
+    dy: &Tensor,
+    wanted: [bool; 2],
+) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    let g = Geometry::new(x.shape(), w.shape(), params)?;
+    let dy = dy.detach().contiguous()?;
+    let dx = if wanted[0] {
+        Some(w.detach().apply_op2_no_bwd(&dy, &InputGradient(g))?)
+    } else {
+        None
+    };
+    let dw = if wanted[1] {
+        Some(x.detach().apply_op2_no_bwd(&dy, &WeightGradient(g))?)
+    } else {
+        None
+    };
+    Ok((dx, dw))
 }
 
 /// `dx` from (weight, dy).

@@ -15,6 +15,7 @@
 //! * [`attention`]: scaled dot-product attention that never holds all scores
 //! * [`layer_norm`], [`group_norm`] (SiLU behind it if wanted), [`silu`], [`geglu`]
 //! * [`upsample_nearest2x`]: nearest-neighbour doubling
+//! * [`with_computed_weight`]: a layer whose weight is computed from trained factors
 //! * [`checkpoint`]: gradient checkpointing around any function, on any device
 //!
 //! Each takes and returns ordinary candle tensors. On a CPU with f32 tensors the
@@ -58,6 +59,7 @@ mod avx512;
 mod channels;
 mod checkpoint;
 mod composed;
+mod computed;
 mod conv2d;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
@@ -80,6 +82,7 @@ use candle_core::{DType, Tensor};
 pub use added::{Added, conv2d_added, linear_added};
 pub use attention::attention;
 pub use checkpoint::checkpoint;
+pub use computed::{Product, with_computed_weight};
 pub use conv2d::{Conv2dParams, conv2d};
 pub use linear::linear;
 pub use memory::{

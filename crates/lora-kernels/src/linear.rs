@@ -66,23 +66,33 @@ impl Linear {
     }
 
     fn backward(x: &Tensor, w: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (o, i) = w.dims2()?;
-        let dy = dy.detach().contiguous()?.reshape(((), o))?;
-        let dx = if x.track_op() {
-            Some(
-                dy.apply_op2_no_bwd(&w.detach(), &Product)?
-                    .reshape(x.shape())?,
-            )
-        } else {
-            None
-        };
-        let dw = if w.track_op() {
-            Some(dy.apply_op2_no_bwd(&x.detach().reshape(((), i))?, &ProductTn)?)
-        } else {
-            None
-        };
-        Ok((dx, dw))
+        gradients(x, w, dy, [x.track_op(), w.track_op()])
     }
+}
+
+/// The gradients to x and weight that are wanted; all contiguous.
+pub(crate) fn gradients(
+    x: &Tensor,
+    w: &Tensor,
+    dy: &Tensor,
+    wanted: [bool; 2],
+) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    let (o, i) = w.dims2()?;
+    let dy = dy.detach().contiguous()?.reshape(((), o))?;
+    let dx = if wanted[0] {
+        Some(
+            dy.apply_op2_no_bwd(&w.detach(), &Product)?
+                .reshape(x.shape())?,
+        )
+    } else {
+        None
+    };
+    let dw = if wanted[1] {
+        Some(dy.apply_op2_no_bwd(&x.detach().reshape(((), i))?, &ProductTn)?)
+    } else {
+        None
+    };
+    Ok((dx, dw))
 }
 
 impl CustomOp2 for Linear {

@@ -4,10 +4,10 @@
 
 mod common;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use lora_kernels::{
-    Compute, Conv2dParams, attention, conv2d, geglu, group_norm, layer_norm, linear, plain, silu,
-    upsample_nearest2x,
+    Compute, Conv2dParams, Product, attention, conv2d, geglu, group_norm, layer_norm, linear,
+    plain, silu, upsample_nearest2x, with_computed_weight,
 };
 
 /// A repeatable tensor with values in -1..1.
@@ -201,6 +201,38 @@ fn long_convolutions_are_cut_into_strips_without_a_seam() {
     let got = conv2d(&x, &w, None, p).unwrap();
     let want = plain::conv2d(&x, &w, None, p).unwrap();
     assert_close("strips", &got, &want);
+}
+
+#[test]
+fn a_computed_weight_gives_its_factors_the_gradients_of_a_kept_one() {
+    let p = Conv2dParams {
+        stride: 2,
+        padding: 1,
+        ..Conv2dParams::default()
+    };
+    compare(
+        "convolution",
+        &[&[2, 4, 7, 9], &[6, 4, 3, 3]],
+        &|t| with_computed_weight(Product::Conv2d(p), &t[0], &[&t[1]], |w| w[0].sqr()),
+        &|t| {
+            reference(
+                &t[0],
+                &t[1].sqr()?,
+                &Tensor::zeros(6, DType::F32, &Device::Cpu)?,
+                p,
+            )
+        },
+    );
+    compare(
+        "linear layer",
+        &[&[2, 5, 8], &[6, 3], &[3, 8]],
+        &|t| {
+            with_computed_weight(Product::Linear, &t[0], &[&t[1], &t[2]], |w| {
+                w[0].matmul(&w[1])
+            })
+        },
+        &|t| plain::linear(&t[0], &t[1].matmul(&t[2])?, None),
+    );
 }
 
 #[test]

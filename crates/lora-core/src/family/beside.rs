@@ -233,7 +233,8 @@ impl Adapter for Beside {
     ) -> Result<Tensor> {
         let mut y = self.inner.branch(x, layer, multiplier, pass)?;
         if let Some(residual) = &self.residual {
-            let weight = (residual.dense(&layer.weight)? * (self.scale() * multiplier))?;
+            let weight =
+                (residual.dense(&layer.weight_in(x.dtype())?)? * (self.scale() * multiplier))?;
             y = (y + layer.op.apply(x, &weight, None)?)?;
         }
         let Some(bias) = &self.bias else {

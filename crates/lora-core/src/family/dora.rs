@@ -181,14 +181,14 @@ impl Adapter for Dora {
     fn held(&self, layer: &BaseLayer, rows: usize) -> Held {
         let (outputs, inputs) = self.matrix_dims();
         let weight = outputs * inputs;
-        // A weight of 16 bits is widened, and kept so.
+        // A weight of 16 bits is widened.
         let widened = usize::from(layer.weight.dtype() != DType::F32) * weight;
         Held {
+            // The branch and its sum with the layer's own output.
+            kept: 2 * outputs * rows,
             // The inner delta and what it is scaled from, weight plus delta, its squares, the same
-            // scaled, the difference to the weight, that scaled; the branch and its sum with the
-            // layer's own output.
-            kept: widened + 8 * weight + 2 * outputs * rows,
-            backward: 4 * weight,
+            // scaled, the difference to the weight, that scaled, and gradients.
+            backward: widened + 12 * weight,
         }
     }
 

@@ -272,9 +272,11 @@ impl Adapter for Lora {
         pass: Option<&Pass<'_>>,
     ) -> Result<Tensor> {
         let Some((middle, up)) = self.low_rank(x, layer, multiplier, pass)? else {
-            return layer
-                .op
-                .apply(x, &self.delta(&layer.weight, multiplier)?, None);
+            return layer.op.apply(
+                x,
+                &self.delta(&layer.weight_in(x.dtype())?, multiplier)?,
+                None,
+            );
         };
         match layer.op {
             LayerOp::Linear => lora_kernels::linear(&middle, &up, None),

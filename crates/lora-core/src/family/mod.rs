@@ -20,6 +20,7 @@ mod tlora;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
+use lora_kernels::{Product, with_computed_weight};
 use rand::RngCore;
 
 use crate::adapter::Adapter;
@@ -160,8 +161,35 @@ pub(crate) fn branch_with_row_dropout(
     multiplier: f64,
     pass: Option<&Pass<'_>>,
 ) -> candle_core::Result<Tensor> {
-    let delta = adapter.delta(&layer.weight, multiplier)?;
-    drop_rows(layer.op.apply(x, &delta, None)?, &layer.op, pass)
+    let y = delta_branch(adapter, x, layer, multiplier)?;
+    drop_rows(y, &layer.op, pass)
+}
+
+/// The layer's operation with an adapter's delta for its weight. While it is trained the graph
+/// keeps the factors only, and the backward pass builds the delta again.
+pub(crate) fn delta_branch<A: Adapter + ?Sized>(
+    adapter: &A,
+    x: &Tensor,
+    layer: &BaseLayer,
+    multiplier: f64,
+) -> candle_core::Result<Tensor> {
+    let factors: Vec<&Tensor> = adapter.factors().into_iter().map(|(_, t)| t).collect();
+    let trained = factors.iter().any(|t| t.track_op());
+    let product = match layer.op {
+        LayerOp::Linear if trained => Product::Linear,
+        LayerOp::Conv2d(params) if trained => Product::Conv2d(params),
+        _ => {
+            let delta = adapter.delta(&layer.weight_in(x.dtype())?, multiplier)?;
+            return layer.op.apply(x, &delta, None);
+        }
+    };
+    let (base, dtype) = (layer.weight.detach(), x.dtype());
+    let shape = adapter.map(&mut |t| Ok(t.detach()))?;
+    with_computed_weight(product, x, &factors, move |factors| {
+        let mut factors = factors.iter();
+        let adapter = shape.map(&mut |t| Ok(factors.next().unwrap_or(t).clone()))?;
+        adapter.delta(&base.to_dtype(dtype)?, multiplier)
+    })
 }
 
 /// Rank dropout as LyCORIS applies it: whole rows of the delta, which are channels of the

@@ -1,0 +1,106 @@
+//! Products with a weight that is computed from trained factors.
+
+use candle_core::{Result, Tensor, Var};
+
+use crate::checkpoint::Seed;
+use crate::node::{Value, node};
+use crate::{Conv2dParams, as_nodes, composed, conv2d, fast, linear};
+
+/// How a computed weight is multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Product {
+    /// `x W^T`, as [`linear`](crate::linear()).
+    Linear,
+    /// As [`conv2d`](crate::conv2d()).
+    Conv2d(Conv2dParams),
+}
+
+impl Product {
+    fn apply(self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Linear => linear::linear(x, weight, None),
+            Self::Conv2d(params) => conv2d::conv2d(x, weight, None, params),
+        }
+    }
+
+    /// The gradients to x, if wanted, and to the weight.
+    fn gradients(
+        self,
+        x: &Tensor,
+        weight: &Tensor,
+        dy: &Tensor,
+        to_x: bool,
+    ) -> Result<(Option<Tensor>, Tensor)> {
+        let kernels = fast(&[x, weight, dy]);
+        let (x, weight) = (x.contiguous()?, weight.contiguous()?);
+        let (dx, dw) = match self {
+            Self::Linear if kernels => linear::gradients(&x, &weight, dy, [to_x, true])?,
+            Self::Linear => composed::linear_gradients(&x, &weight, dy, [to_x, true])?,
+            Self::Conv2d(p) if kernels => conv2d::gradients(p, &x, &weight, dy, [to_x, true])?,
+            Self::Conv2d(p) => composed::conv2d_gradients(p, &x, &weight, dy, [to_x, true])?,
+        };
+        match dw {
+            Some(dw) => Ok((dx, dw)),
+            None => candle_core::bail!("no gradient to a computed weight"),
+        }
+    }
+}
+
+/// The product of `x` and the weight `f(factors)`, of which the graph keeps x and the factors
+/// only: the backward pass computes the weight again. Gradients go to x and to the factors.
+///
+/// `f` must compute the same when called again and take everything that is tracked from its
+/// argument.
+///
+/// ```
+/// use candle_core::{Device, Var};
+/// use lora_kernels::{Product, with_computed_weight};
+/// let x = Var::new(&[[1f32, 2.]], &Device::Cpu)?;
+/// let root = Var::new(&[[3f32, 4.]], &Device::Cpu)?;
+/// let y = with_computed_weight(Product::Linear, &x, &[&root], |t| t[0].sqr())?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[41.0]]);
+/// let grads = y.backward()?;
+/// assert_eq!(grads.get(&root).unwrap().to_vec2::<f32>()?, [[6.0, 16.0]]); // 2 root x
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of `f`, and when the shapes do not fit.
+pub fn with_computed_weight(
+    product: Product,
+    x: &Tensor,
+    factors: &[&Tensor],
+    f: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    if !as_nodes() {
+        let factors: Vec<Tensor> = factors.iter().map(|t| (*t).clone()).collect();
+        return product.apply(x, &f(&factors)?);
+    }
+    let detached: Vec<Tensor> = factors.iter().map(|t| t.detach()).collect();
+    let tracked: Vec<bool> = factors.iter().map(|t| t.track_op()).collect();
+    let (input, to_x) = (x.detach(), x.track_op());
+    let y = product.apply(&input, &f(&detached)?)?;
+    let gradients = move |dy: &Tensor| {
+        let mut leaves = Vec::with_capacity(detached.len());
+        for (factor, tracked) in detached.iter().zip(&tracked) {
+            leaves.push(match tracked {
+                true => Var::from_tensor(factor)?.into_inner(),
+                false => factor.clone(),
+            });
+        }
+        let weight = f(&leaves)?;
+        let dy = dy.contiguous()?;
+        let (dx, dw) = product.gradients(&input, &weight.detach(), &dy, to_x)?;
+        let mut all = vec![dx];
+        let mut store = weight.apply_op1(Seed(dw))?.backward()?;
+        all.extend(leaves.iter().map(|leaf| store.remove(leaf)));
+        Ok(all)
+    };
+    let args: Vec<&Tensor> = std::iter::once(x).chain(factors.iter().copied()).collect();
+    node(
+        "computed_weight",
+        &args,
+        Value::Tensor(y),
+        Box::new(gradients),
+    )
+}
