@@ -28,6 +28,7 @@ use lora_core::algebra::{
 };
 use lora_core::format::{FileReport, TensorFile};
 use lora_core::{AdapterSet, SaveOptions};
+use lora_examples::println;
 
 #[path = "lora/arguments.rs"]
 mod arguments;
