@@ -9,7 +9,7 @@ use crate::{demo_model, portraits};
 use candle_core::{DType, Device};
 use clap::Parser;
 use lora_core::Adaptable;
-use lora_core::format::{FileReport, sha256_of_file};
+use lora_core::format::sha256_of_file;
 use lora_kernels::Compute;
 use lora_sd15::prompt::{Styles, extract_tags};
 use lora_sd15::sampler::{Prediction, SigmaSchedule};
@@ -530,10 +530,9 @@ impl Arguments {
             for tag in extract_tags(&cell.job.prompt).1 {
                 if !sd.has_adapter(&tag.name) {
                     let path = find_adapter(&self.lora_dir, &tag.name)?;
-                    for finding in FileReport::open(&path)?.errors() {
-                        eprintln!("warning: left out of {}: {}", tag.name, finding.message);
+                    for what in sd.load_adapter(&tag.name, path)? {
+                        eprintln!("warning: left out of the adapter {}: {what}", tag.name);
                     }
-                    sd.load_adapter(&tag.name, path)?;
                 }
             }
         }

@@ -174,6 +174,8 @@ fn every_key_is_accounted_for() {
     let set = lenient(&path);
     assert_eq!(set.len(), 2);
     assert_eq!(set.bundled_embeddings().count(), 1);
+    let left_out = set.left_out().join("\n");
+    assert!(left_out.contains("nonsense"), "{left_out}");
 }
 
 #[test]

@@ -27,6 +27,7 @@ pub struct JsonLog {
     waiting: Vec<Value>,
     validations: Vec<(usize, f64)>,
     broken: bool,
+    trouble: Option<String>,
 }
 
 impl JsonLog {
@@ -41,6 +42,7 @@ impl JsonLog {
             waiting: Vec::new(),
             validations: Vec::new(),
             broken: false,
+            trouble: None,
         }
     }
 
@@ -62,7 +64,8 @@ impl JsonLog {
 
     /// The log is no reason to end a run of hours.
     fn give_up(&mut self, error: &dyn std::fmt::Display) {
-        tracing::warn!("{}: {error}; no more is logged", self.path.display());
+        let path = self.path.display();
+        self.trouble = Some(format!("{path}: {error}; no more is logged"));
         self.broken = true;
     }
 
@@ -198,7 +201,11 @@ impl Observer for JsonLog {
         if matches!(event, Event::Finished { .. })
             && let Err(error) = self.draw()
         {
-            tracing::warn!("{error}");
+            self.trouble = Some(error.to_string());
         }
+    }
+
+    fn trouble(&mut self) -> Option<String> {
+        self.trouble.take()
     }
 }
