@@ -64,9 +64,10 @@ impl JsonLog {
 
     /// The log is no reason to end a run of hours.
     fn give_up(&mut self, error: &dyn std::fmt::Display) {
-        let path = self.path.display();
-        self.trouble = Some(format!("{path}: {error}; no more is logged"));
-        self.broken = true;
+        if !std::mem::replace(&mut self.broken, true) {
+            let path = self.path.display();
+            self.trouble = Some(format!("{path}: {error}; no more is logged"));
+        }
     }
 
     fn write(&mut self, line: Value) {
