@@ -21,6 +21,7 @@ use lora_data::{
     ContactSheetConfig, DataConfig, Dataset, DatasetConfig, DatasetReport, Finding, ReportConfig,
     RunLength, Severity, Size, leftovers, remove_leftovers, write_contact_sheet,
 };
+use lora_examples::{print, println};
 
 #[derive(Parser)]
 #[command(

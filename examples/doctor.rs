@@ -4,7 +4,7 @@
 //! cargo run --release --example doctor
 //! ```
 
-use lora_examples::{device, peak_memory_mb};
+use lora_examples::{device, peak_memory_mb, println};
 
 fn main() {
     println!("version {}", env!("CARGO_PKG_VERSION"));

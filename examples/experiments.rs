@@ -20,7 +20,7 @@ use std::sync::atomic::AtomicBool;
 use candle_core::{DType, Device};
 use lora_core::format::TensorFile;
 use lora_examples::portraits::{Palette, draw, hits};
-use lora_examples::{demo_config, demo_model, demo_pictures};
+use lora_examples::{demo_config, demo_model, demo_pictures, println};
 use lora_sd15::{Image, StableDiffusion};
 use lora_train::logs::{Curve, draw_curves};
 use lora_train::{Event, Outcome, TrainConfig, Trainer};

@@ -21,7 +21,7 @@ use candle_core::Device;
 use clap::Parser;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use lora_examples::drawing::{Arguments, ModelInfo, hashes};
-use lora_examples::{device, peak_memory_mb};
+use lora_examples::{device, peak_memory_mb, println};
 use lora_sd15::{Cell, Image, Infotext, StableDiffusion, Step, Sweep};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;

@@ -14,7 +14,7 @@ use clap::Parser;
 use lora_examples::portraits::{
     draw, held_out, held_out_pictures, hits, judge, round_trip, variety,
 };
-use lora_examples::{demo_model, demo_pictures};
+use lora_examples::{demo_model, demo_pictures, println};
 use lora_sd15::{Grid, StableDiffusion};
 
 #[derive(Parser)]

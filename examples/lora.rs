@@ -28,6 +28,7 @@ use lora_core::algebra::{
 };
 use lora_core::format::{FileReport, TensorFile};
 use lora_core::{AdapterSet, SaveOptions};
+use lora_examples::println;
 
 #[path = "lora/arguments.rs"]
 mod arguments;
@@ -254,13 +255,17 @@ fn save(set: &AdapterSet, reports: &[LayerReport], write: &Write, files: &[&Path
             );
         }
     }
+    // A sum has no title yet.
+    let name = write.output.file_stem().and_then(|stem| stem.to_str());
+    let title = name.filter(|_| files.len() > 1);
+    let title = title.map(|name| ("modelspec.title".to_string(), name.to_string()));
     let options = SaveOptions {
         dtype: Some(match write.dtype {
             Some(dtype) => dtype.into(),
             None => common_dtype(files)?,
         }),
         layout: write.layout.map(Into::into).unwrap_or_default(),
-        ..SaveOptions::default()
+        metadata: title.into_iter().collect(),
     };
     set.save(&write.output, &options)?;
     let square =

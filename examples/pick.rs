@@ -15,7 +15,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
-use lora_examples::device;
+use lora_examples::{device, println};
 use lora_sd15::Grid;
 use lora_train::gui::read_config;
 use lora_train::pick::{Judgement, PickConfig, judge};

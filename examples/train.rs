@@ -24,7 +24,9 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
 use lora_examples::portraits::request;
-use lora_examples::{demo_config, demo_model, demo_pictures, device, peak_memory_mb};
+use lora_examples::{
+    demo_config, demo_model, demo_pictures, device, peak_memory_mb, print, println,
+};
 use lora_sd15::{Grid, Image, StableDiffusion};
 use lora_train::gui::{Form, read_config};
 use lora_train::logs::Observers;

@@ -9,7 +9,7 @@ use crate::{demo_model, portraits};
 use candle_core::{DType, Device};
 use clap::Parser;
 use lora_core::Adaptable;
-use lora_core::format::{FileReport, sha256_of_file};
+use lora_core::format::sha256_of_file;
 use lora_kernels::Compute;
 use lora_sd15::prompt::{Styles, extract_tags};
 use lora_sd15::sampler::{Prediction, SigmaSchedule};
@@ -39,8 +39,8 @@ pub struct Arguments {
     /// Adds adapters to the weights instead of computing them beside: faster steps.
     #[arg(long)]
     pub merge_adapters: bool,
-    /// Draws the picture again that this PNG holds, by its text; options given beside it
-    /// count more.
+    /// Draws this picture (PNG, JPEG, WebP) again by the text in its file; options given
+    /// beside it count more.
     #[arg(long)]
     pub from: Option<PathBuf>,
     /// What to draw.
@@ -208,7 +208,7 @@ impl Arguments {
         let Some(path) = &self.from else {
             return Ok(None);
         };
-        let mut text = picture_text(path)?;
+        let mut text = Infotext::open(path)?;
         let mut take = |key| text.parameters.remove(key);
         let (compute, dtype) = (take(COMPUTE), take(DTYPE));
         let (tile, prediction) = (take(VAE_TILE), take(PREDICTION));
@@ -405,8 +405,8 @@ impl Arguments {
     pub fn cells(&self, job: &Txt2Img) -> Outcome<(Option<Sweep>, Vec<Cell>)> {
         let axes = [&self.x, &self.y, &self.z].into_iter().flatten();
         let axes: Vec<Axis> = axes
-            .map(|text| Axis::parse(text))
-            .collect::<Result<_, _>>()?;
+            .map(|text| Ok(Axis::parse(text)?.with_seeds(&mut any_seed)))
+            .collect::<Outcome<_>>()?;
         let sweep = match (axes.is_empty(), &self.init) {
             (true, _) => None,
             (false, None) => Some(Sweep::new(job.clone(), axes)?),
@@ -530,10 +530,9 @@ impl Arguments {
             for tag in extract_tags(&cell.job.prompt).1 {
                 if !sd.has_adapter(&tag.name) {
                     let path = find_adapter(&self.lora_dir, &tag.name)?;
-                    for finding in FileReport::open(&path)?.errors() {
-                        eprintln!("warning: left out of {}: {}", tag.name, finding.message);
+                    for what in sd.load_adapter(&tag.name, path)? {
+                        eprintln!("warning: left out of the adapter {}: {what}", tag.name);
                     }
-                    sd.load_adapter(&tag.name, path)?;
                 }
             }
         }
@@ -567,10 +566,15 @@ fn batch(job: &Txt2Img, index: u64) -> Cell {
     }
 }
 
-/// A seed; -1 is any of 32 bits.
+/// Any seed of 32 bits.
+fn any_seed() -> u64 {
+    RandomState::new().build_hasher().finish() >> 32
+}
+
+/// A seed; -1 is any.
 fn seed(text: &str) -> Result<u64, String> {
     if text == "-1" {
-        return Ok(RandomState::new().build_hasher().finish() >> 32);
+        return Ok(any_seed());
     }
     text.parse()
         .map_err(|_| "expected a number from 0, or -1 for any".into())
@@ -586,13 +590,6 @@ fn set<T: Clone>(place: &mut T, value: &Option<T>) {
     if let Some(value) = value {
         place.clone_from(value);
     }
-}
-
-/// The web UI's text in a PNG.
-fn picture_text(path: &Path) -> Outcome<Infotext> {
-    let (_, text) = Image::open_png_with_text(path)?;
-    let missing = || format!("{}: it has no parameters text", path.display());
-    Ok(Infotext::parse(&text.ok_or_else(missing)?))
 }
 
 /// A picture in any format that datasets may have.

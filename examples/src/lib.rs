@@ -4,11 +4,40 @@ pub mod drawing;
 pub mod portraits;
 
 use std::error::Error;
+use std::fmt::Arguments;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use candle_core::Device;
 use lora_train::{Event, Outcome, TrainConfig, Trainer};
+
+/// `std::print`, for output that people read in part: see [`print_to_reader`].
+#[macro_export]
+macro_rules! print {
+    ($($text:tt)*) => { $crate::print_to_reader(format_args!($($text)*)) };
+}
+
+/// `std::println`, for output that people read in part: see [`print_to_reader`].
+#[macro_export]
+macro_rules! println {
+    ($($text:tt)*) => {
+        $crate::print_to_reader(format_args!("{}\n", format_args!($($text)*)))
+    };
+}
+
+/// Prints. A reader that has gone, as in `lora inspect FILE | head`, wants no more: the
+/// program ends, and nothing is wrong. Any other trouble (a full disk) is an error.
+pub fn print_to_reader(text: Arguments<'_>) {
+    match std::io::stdout().write_fmt(text) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(error) => {
+            eprintln!("error: standard output: {error}");
+            std::process::exit(1);
+        }
+    }
+}
 
 /// A device by name: `cpu`, `cuda:0`, `metal`, or `auto`, which takes a GPU if the
 /// program was built for one and one answers, and otherwise the CPU, with a line that says

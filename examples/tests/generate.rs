@@ -1,7 +1,12 @@
 //! The program `generate` as its users run it, with the miniature.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+
+use candle_core::Device;
+use lora_core::format::{TensorFile, write_tensors};
+use lora_sd15::{Image, Part, ldm_to_diffusers};
 
 /// The program, which cargo builds beside the tests.
 fn program() -> Option<Command> {
@@ -137,5 +142,70 @@ fn ctrl_c_leaves_whole_pictures() {
     for file in files {
         lora_sd15::Image::open_png(file).expect("a whole picture");
     }
+    std::fs::remove_dir_all(folder).expect("the folder is ours");
+}
+
+/// The miniature's VAE as files of their own, whose pictures are brighter: with the names
+/// of checkpoints (`ldm`) and of diffusers.
+fn bright_vaes(folder: &Path) {
+    let file = TensorFile::open(lora_examples::demo_model()).expect("the miniature");
+    let (mut ldm, mut diffusers) = (BTreeMap::new(), BTreeMap::new());
+    for key in file.names() {
+        let Some((Part::Vae, name)) = ldm_to_diffusers(&key) else {
+            continue;
+        };
+        let mut tensor = file.tensor(&key, &Device::Cpu).expect("a tensor");
+        if name == "decoder.conv_out.bias" {
+            tensor = (tensor + 0.5).expect("a bias");
+        }
+        let short = key.strip_prefix("first_stage_model.").expect("its prefix");
+        ldm.insert(short.to_string(), tensor.clone());
+        diffusers.insert(name, tensor);
+    }
+    for (name, tensors) in [("ldm", ldm), ("diffusers", diffusers)] {
+        let path = folder.join(name).with_extension("safetensors");
+        write_tensors(&path, &tensors, &BTreeMap::new()).expect("written");
+    }
+}
+
+#[test]
+fn grids_compare_vaes_and_draw_seeds_that_the_pictures_tell() {
+    if program().is_none() {
+        eprintln!("the example generate is not built, nothing tested");
+        return;
+    }
+    let folder = folder("grids");
+    bright_vaes(&folder);
+    let vae = folder
+        .join("ldm.safetensors")
+        .to_string_lossy()
+        .into_owned();
+    let small = ["--steps", "2", "--width", "64", "--height", "64"];
+    let cells = |name: &str, axis: &str, more: &[&str]| {
+        let output = folder.join(name);
+        let outcome = drawn(&[&small, &["--x", axis][..], more].concat(), &output);
+        assert!(outcome.status.success(), "{outcome:?}");
+        let mut files = pictures(&output);
+        files.retain(|file| !file.ends_with("00001-grid.png"));
+        files
+    };
+    let image = |path: &Path| Image::open_png(path).expect("a picture");
+    let mean = |image: &Image| {
+        let sum: u64 = image.rgb.iter().map(|v| u64::from(*v)).sum();
+        sum / image.rgb.len() as u64
+    };
+    let files = cells("vae", "VAE=None,ldm,diffusers", &["--vae", &vae]);
+    let [own, ldm, diffusers] = [0, 1, 2].map(|i| image(&files[i]));
+    assert!(mean(&ldm) > mean(&own) + 20 && ldm == diffusers);
+
+    let files = cells("seeds", "Seed=-1,-1", &[]);
+    assert_eq!(files.len(), 2);
+    for (i, file) in files.iter().enumerate() {
+        let again = folder.join(format!("again{i}"));
+        let outcome = drawn(&["--from", &file.to_string_lossy()], &again);
+        assert!(outcome.status.success(), "{outcome:?}");
+        assert!(image(file) == image(&pictures(&again).remove(0)));
+    }
+    assert!(image(&files[0]) != image(&files[1]));
     std::fs::remove_dir_all(folder).expect("the folder is ours");
 }

@@ -116,6 +116,7 @@ fn all_options_survive_the_text() {
     job.options.eta = Some(0.25);
     job.options.churn.s_churn = 2.0;
     job.options.churn.s_noise = 1.01;
+    job.options.unipc_order = Some(2);
     job.validate().unwrap();
     let text = job.infotext(0, &[("Model", "a, b: c".into())], &[]);
     assert_eq!(

@@ -52,6 +52,7 @@ pub struct AdapterSet {
     pub(crate) dropout: Dropout,
     /// The file it was read from.
     origin: Option<PathBuf>,
+    left_out: Vec<String>,
     controls: BTreeMap<Component, Arc<Control>>,
 }
 
@@ -122,6 +123,23 @@ impl AdapterSet {
             metadata,
             ..Self::default()
         }
+    }
+
+    /// What the adapter is called: its title, or the name of its file.
+    pub(crate) fn title(&self) -> Option<String> {
+        let title = self.metadata.get("modelspec.title").cloned();
+        let file = || Some(self.origin.as_ref()?.file_stem()?.to_str()?.to_string());
+        title.filter(|title| !title.is_empty()).or_else(file)
+    }
+
+    pub(crate) fn with_left_out(self, left_out: Vec<String>) -> Self {
+        Self { left_out, ..self }
+    }
+
+    /// What [lenient](crate::format::Strictness::Lenient) reading left out of the file, one
+    /// message for each layer and key.
+    pub fn left_out(&self) -> &[String] {
+        &self.left_out
     }
 
     /// An error about one of the adapters, with the file that it came from.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Module;
+use lora_core::algebra::{Strength, compose};
 use lora_core::format::{
     BaseModel, FileReport, FindingKind, Format, LoadOptions, SaveLayout, Strictness, write_tensors,
 };
@@ -174,6 +175,8 @@ fn every_key_is_accounted_for() {
     let set = lenient(&path);
     assert_eq!(set.len(), 2);
     assert_eq!(set.bundled_embeddings().count(), 1);
+    let left_out = set.left_out().join("\n");
+    assert!(left_out.contains("nonsense"), "{left_out}");
 }
 
 #[test]
@@ -355,6 +358,43 @@ fn ranks_above_the_layer_are_read_with_a_remark() {
     let product = counting(&[6, 8]).matmul(&counting(&[8, 4])).unwrap();
     let want: Vec<f32> = product.flatten_all().unwrap().to_vec1().unwrap();
     close(&delta(&tensors), &want);
+}
+
+#[test]
+fn a_sum_tells_what_it_is_made_of_and_nothing_of_one_training() {
+    let (_first, zoe) = file(
+        &lora(LAYER, Some(1.0)),
+        &[
+            ("modelspec.title", "Zoe"),
+            ("ss_base_model_version", "sd_v1"),
+            ("ss_clip_skip", "1"),
+            ("ss_network_args", "{}"),
+            ("ss_output_name", "zoe"),
+            ("ss_sd_model_name", "a.safetensors"),
+            ("ss_training_comment", "first try"),
+        ],
+    );
+    let (_second, other) = file(
+        &lora(LAYER, Some(1.0)),
+        &[
+            ("ss_base_model_version", "sd_v1"),
+            ("ss_sd_model_name", "b.safetensors"),
+        ],
+    );
+    let sets = [zoe, other].map(|path| AdapterSet::load(path, &Device::Cpu).unwrap());
+    let parts = [0, 1].map(|i| (&sets[i], Strength::default()));
+    let (sum, _) = compose(&parts, None, None, None).unwrap();
+    let expected = [
+        ("modelspec.merged_from", "Zoe, file"),
+        ("ss_base_model_version", "sd_v1"),
+        ("ss_network_alpha", "4"),
+        ("ss_network_dim", "4"),
+        ("ss_network_module", "networks.lora"),
+        ("ss_training_comment", "sum of 2 adapters"),
+    ];
+    let got = sum.metadata().iter();
+    let got: Vec<_> = got.map(|(k, v)| (k.as_str(), v.as_str())).collect();
+    assert_eq!(got, expected);
 }
 
 // Damaged bytes.

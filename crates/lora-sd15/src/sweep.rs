@@ -41,6 +41,7 @@ enum Varied {
     NoiseSource,
     SgmNoise,
     Order,
+    UniPcOrder,
     HiresScale,
     HiresSteps,
     Strength,
@@ -53,7 +54,7 @@ enum Varied {
     Nothing,
 }
 
-const OPTIONS: [(&str, Varied); 39] = [
+const OPTIONS: [(&str, Varied); 40] = [
     ("Seed", Varied::Seed),
     ("Steps", Varied::Steps),
     ("CFG Scale", Varied::Guidance),
@@ -83,6 +84,7 @@ const OPTIONS: [(&str, Varied); 39] = [
     ("RNG source", Varied::NoiseSource),
     ("SGM noise multiplier", Varied::SgmNoise),
     ("Prompt order", Varied::Order),
+    ("UniPC Order", Varied::UniPcOrder),
     ("Hires scale", Varied::HiresScale),
     ("Hires steps", Varied::HiresSteps),
     ("Denoising", Varied::Strength),
@@ -145,6 +147,17 @@ impl Axis {
             option: *option,
             values,
         })
+    }
+
+    /// Puts seeds that `any` draws in place of -1 on axes of seeds. As in the web UI, a
+    /// value's seed is the same in all cells of its row or column, so that they compare.
+    pub fn with_seeds(mut self, any: &mut dyn FnMut() -> u64) -> Self {
+        if matches!(self.option, Varied::Seed | Varied::VariationSeed) {
+            for value in self.values.iter_mut().filter(|value| *value == "-1") {
+                *value = any().to_string();
+            }
+        }
+        self
     }
 
     /// How many values there are.
@@ -241,6 +254,7 @@ impl Axis {
                 };
             }
             Varied::Order => job.prompt = reordered(&job.prompt, value)?,
+            Varied::UniPcOrder => job.options.unipc_order = Some(read("UniPC Order", value)?),
             Varied::Churn => job.options.churn.s_churn = read("Sigma Churn", value)?,
             Varied::SigmaMin => job.sigmas.min = Some(read("Schedule min sigma", value)?),
             Varied::SigmaMax => job.sigmas.max = Some(read("Schedule max sigma", value)?),
@@ -673,6 +687,17 @@ mod tests {
         assert_eq!(sweep.drawing_order(), [0, 2, 1, 3]);
         let cell = &sweep.cells()[3];
         assert_eq!((cell.model.as_deref(), cell.job.seed), (Some("b"), 2));
+    }
+
+    #[test]
+    fn any_seed_is_drawn_once_for_a_column() {
+        let mut drawn = 40..;
+        let mut any = || drawn.next().unwrap();
+        let axes = ["Seed=-1,7,-1", "Steps=1,2"].map(|text| Axis::parse(text).unwrap());
+        let axes = axes.map(|axis| axis.with_seeds(&mut any));
+        let sweep = Sweep::new(Txt2Img::default(), axes.to_vec()).unwrap();
+        let seeds: Vec<u64> = sweep.cells().iter().map(|cell| cell.job.seed).collect();
+        assert_eq!(seeds, [40, 7, 41, 40, 7, 41]);
     }
 
     #[test]

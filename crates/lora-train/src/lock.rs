@@ -18,7 +18,8 @@ pub(crate) struct RunLock {
 
 impl RunLock {
     /// Creates the folder, proves that files can be written there, and takes the lock.
-    pub(crate) fn take(folder: &Path, name: &str) -> Result<Self> {
+    /// `warn` hears that the folder has no locks.
+    pub(crate) fn take(folder: &Path, name: &str, warn: &mut dyn FnMut(&str)) -> Result<Self> {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
         let path = folder.join(format!(".{name}.lock"));
         loop {
@@ -33,7 +34,10 @@ impl RunLock {
                 // Some network folders have no locks; without one the run is as safe as
                 // its user.
                 Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {
-                    tracing::warn!("{}: {error}; runs are not kept apart", path.display());
+                    warn(&format!(
+                        "{}: {error}; take care to start no second run with this output name",
+                        path.display()
+                    ));
                 }
                 Err(error) => return Err(Error::io(&path)(error)),
             }
@@ -147,9 +151,10 @@ mod tests {
     #[test]
     fn one_run_per_name_and_folder() {
         let folder = tempfile::tempdir().unwrap();
-        let first = RunLock::take(folder.path(), "zoe").unwrap();
-        RunLock::take(folder.path(), "other").unwrap();
-        let message = RunLock::take(folder.path(), "zoe").unwrap_err().to_string();
+        let take = |name| RunLock::take(folder.path(), name, &mut |warning| panic!("{warning}"));
+        let first = take("zoe").unwrap();
+        take("other").unwrap();
+        let message = take("zoe").unwrap_err().to_string();
         let process = std::process::id().to_string();
         assert!(
             message.contains(&process) && message.contains("zoe"),
@@ -159,6 +164,6 @@ mod tests {
         assert_eq!(folder.path().read_dir().unwrap().count(), 0);
         // What a killed run leaves is no obstacle.
         std::fs::write(folder.path().join(".zoe.lock"), "1").unwrap();
-        RunLock::take(folder.path(), "zoe").unwrap();
+        take("zoe").unwrap();
     }
 }

@@ -122,6 +122,12 @@ pub struct BatchReport {
 pub trait Observer {
     /// Called as things happen, on the training thread.
     fn event(&mut self, event: &Event<'_>);
+
+    /// What went wrong with the observer itself, such as a log that cannot be written on;
+    /// told once. [`Observers`](crate::logs::Observers) pass it on as a warning.
+    fn trouble(&mut self) -> Option<String> {
+        None
+    }
 }
 
 impl<F: FnMut(&Event<'_>)> Observer for F {

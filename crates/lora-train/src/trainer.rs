@@ -145,7 +145,8 @@ impl Trainer {
         config.learning_rate.get_or_insert(rate);
         let rank = config.network_rank();
         config.network_dim.get_or_insert(rank);
-        let lock = RunLock::take(config.output_dir(), config.name())?;
+        let mut warn = |text: &str| observer.event(&Event::Warning(text));
+        let lock = RunLock::take(config.output_dir(), config.name(), &mut warn)?;
         let samples = setup::samples(&config)?;
         let (dataset, noticed) = setup::dataset(&config)?;
         let dataset = Arc::new(dataset);

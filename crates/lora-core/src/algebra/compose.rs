@@ -49,6 +49,9 @@ fn described(set: &mut AdapterSet, comment: &str) {
     if lora {
         metadata.insert("ss_network_module".into(), "networks.lora".into());
         metadata.remove("ss_network_args");
+    } else {
+        let module = metadata.entry("ss_network_module".into());
+        module.or_insert_with(|| "lycoris.kohya".into());
     }
     for stale in [
         "sshs_model_hash",
@@ -59,13 +62,49 @@ fn described(set: &mut AdapterSet, comment: &str) {
     }
 }
 
+/// What is true of a sum if all its parts agree about it.
+const SHARED: [&str; 11] = [
+    "modelspec.architecture",
+    "modelspec.encoder_layer",
+    "modelspec.implementation",
+    "modelspec.prediction_type",
+    "modelspec.resolution",
+    "modelspec.sai_model_spec",
+    "ss_base_model_version",
+    "ss_new_sd_model_hash",
+    "ss_sd_model_hash",
+    "ss_sd_model_name",
+    "ss_v2",
+];
+
+/// The metadata of a sum. That of one adapter stays; several share only what they agree
+/// about, and are named as sd-scripts does.
+fn metadata_of_sum(sets: &[&AdapterSet]) -> BTreeMap<String, String> {
+    if let [one] = sets {
+        return one.metadata().clone();
+    }
+    let mut metadata = BTreeMap::new();
+    for key in SHARED {
+        let mut said = sets.iter().filter_map(|set| set.metadata().get(key));
+        if let Some(first) = said.next()
+            && said.all(|other| other == first)
+        {
+            metadata.insert(key.to_string(), first.clone());
+        }
+    }
+    let titles: Vec<String> = sets.iter().filter_map(|set| set.title()).collect();
+    metadata.insert("modelspec.merged_from".into(), titles.join(", "));
+    metadata
+}
+
 /// Adds adapters up into one.
 ///
 /// Without a rule the result is exact: ranks are concatenated, whole differences added,
 /// and a layer on which other families meet becomes a whole difference (`diff`). With a
 /// rule every layer becomes the nearest LoRA of the rank it picks, `most` at the most.
 /// Families whose change depends on the weight (DoRA, OFT, ...) need `base`, and each is
-/// taken relative to it. Metadata is the first adapter's.
+/// taken relative to it. Of the metadata, the result has what the adapters agree about the
+/// model they are for, and their titles (`modelspec.merged_from`), nothing of their training.
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`] when the adapters disagree about a layer,
@@ -116,8 +155,8 @@ pub fn compose(
             Ok((layer.to_string(), result))
         })
         .collect();
-    let metadata = adapters.first().map(|(set, _)| set.metadata().clone());
-    let (mut set, reports) = collect(layers?, metadata.unwrap_or_default());
+    let sets: Vec<&AdapterSet> = adapters.iter().map(|(set, _)| *set).collect();
+    let (mut set, reports) = collect(layers?, metadata_of_sum(&sets));
     if adapters.len() > 1 {
         described(&mut set, &format!("sum of {} adapters", adapters.len()));
     } else {
@@ -333,9 +372,8 @@ pub fn compose_as_sd_scripts(adapters: &[(&AdapterSet, f64)], concat: bool) -> R
         ]);
         result.insert(layer.clone(), adapter_from(&layer, parts)?);
     }
-    if let Some((set, _)) = adapters.first() {
-        *result.metadata_mut() = set.metadata().clone();
-    }
+    let sets: Vec<&AdapterSet> = adapters.iter().map(|(set, _)| *set).collect();
+    *result.metadata_mut() = metadata_of_sum(&sets);
     described(&mut result, "merged as sd-scripts does");
     Ok(result)
 }

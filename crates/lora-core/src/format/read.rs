@@ -22,8 +22,8 @@ pub enum Strictness {
     /// The first error is returned: for tools that work on files.
     #[default]
     Strict,
-    /// Layers and keys with errors are left out with a `tracing` warning each: for programs
-    /// that draw pictures.
+    /// Layers and keys with errors are left out, which [`AdapterSet::left_out`] lists: for
+    /// programs that draw pictures.
     Lenient,
 }
 
@@ -122,10 +122,8 @@ pub(crate) fn load(path: &Path, device: &Device, options: &LoadOptions) -> Resul
     if let Some(first) = stop {
         return Err(examined.errors.swap_remove(first));
     }
-    for error in &examined.errors {
-        tracing::warn!("left out of the adapter: {error}");
-    }
-    Ok(examined.set)
+    let left_out = examined.errors.iter().map(Error::to_string).collect();
+    Ok(examined.set.with_left_out(left_out))
 }
 
 /// Reads what a file consists of: shapes, dtypes and single numbers are right, the factors

@@ -21,8 +21,8 @@ pub enum AdapterMode {
     Merged,
 }
 
-/// A picture with most of an adapter is better than none: what cannot be read is left out
-/// with a `tracing` warning.
+/// A picture with most of an adapter is better than none: what cannot be read is left out,
+/// and the set tells.
 fn lenient() -> LoadOptions {
     LoadOptions {
         strictness: Strictness::Lenient,
@@ -59,19 +59,18 @@ impl Adapters {
         self.known.insert(name, adapter);
     }
 
-    pub(super) fn load(&mut self, name: &str, path: &Path, device: &Device) -> Result<()> {
+    pub(super) fn load(&mut self, name: &str, path: &Path, device: &Device) -> Result<&AdapterSet> {
         let hash = data_hash_of_file(path)?;
-        if self.hashes.get(name) == Some(&hash) {
-            return Ok(());
+        if self.hashes.get(name) != Some(&hash) {
+            let set = match self.by_hash.get(&hash) {
+                Some(set) => set.clone(),
+                None => AdapterSet::load_with(path, device, &lenient())?,
+            };
+            self.add(name.to_string(), set.clone());
+            self.hashes.insert(name.to_string(), hash.clone());
+            self.by_hash.insert(hash.clone(), set);
         }
-        let set = match self.by_hash.get(&hash) {
-            Some(set) => set.clone(),
-            None => AdapterSet::load_with(path, device, &lenient())?,
-        };
-        self.by_hash.insert(hash.clone(), set.clone());
-        self.add(name.to_string(), set);
-        self.hashes.insert(name.to_string(), hash);
-        Ok(())
+        Ok(&self.by_hash[&hash])
     }
 
     pub(super) fn get(&self, name: &str) -> Option<&AdapterSet> {

@@ -208,6 +208,9 @@ impl Txt2Img {
         if let Some(eta) = self.options.eta.filter(|e| !(0.0..=1.0).contains(e)) {
             return bad("eta", eta, "expected 0 to 1");
         }
+        if let Some(order) = self.options.unipc_order.filter(|o| !(1..=3).contains(o)) {
+            return bad("UniPC order", order, "expected 1 to 3");
+        }
         match &self.hires {
             Some(hires) => hires.validate(self),
             None => Ok(()),
@@ -331,6 +334,9 @@ impl Txt2Img {
                 rest.push((name, value.to_string()));
             }
         }
+        if let Some(order) = self.options.unipc_order {
+            rest.push(("UniPC order", order.to_string()));
+        }
         let churn = self.options.churn;
         for (name, value, default) in [
             ("Sigma churn", churn.s_churn, 0.0),
@@ -424,6 +430,7 @@ impl Txt2Img {
             None => number(text, "Eta DDIM")?,
             eta => eta,
         };
+        job.options.unipc_order = number(text, "UniPC order")?;
         let churn = &mut job.options.churn;
         churn.s_churn = number(text, "Sigma churn")?.unwrap_or(churn.s_churn);
         churn.s_tmin = number(text, "Sigma tmin")?.unwrap_or(churn.s_tmin);
@@ -473,7 +480,7 @@ impl Txt2Img {
 pub(crate) type Parameters = Vec<(&'static str, String)>;
 
 /// Features of the web UI that are not here.
-const REFUSED: [&str; 32] = [
+const REFUSED: [&str; 31] = [
     "Beta schedule alpha",
     "Beta schedule beta",
     "DDIM Discretize",
@@ -500,7 +507,6 @@ const REFUSED: [&str; 32] = [
     "Token merging ratio",
     "Token merging ratio hr",
     "UniPC lower order final",
-    "UniPC order",
     "UniPC skip type",
     "UniPC variant",
     "Use old emphasis implementation",
@@ -509,7 +515,7 @@ const REFUSED: [&str; 32] = [
 ];
 
 /// What a job is made from, and what does not change a picture or concerns files.
-const READ: [&str; 45] = [
+const READ: [&str; 46] = [
     "Batch pos",
     "Batch size",
     "CFG scale",
@@ -549,6 +555,7 @@ const READ: [&str; 45] = [
     "Size-2",
     "Steps",
     "TI hashes",
+    "UniPC order",
     "User",
     "VAE",
     "VAE hash",

@@ -174,16 +174,15 @@ impl StableDiffusion {
     }
 
     /// Reads an adapter file under a name, with the embeddings bundled in it. A file whose
-    /// content was read before is not read again.
+    /// content was read before is not read again. Returns a message for each layer and key
+    /// that cannot be read and is left out.
     ///
     /// # Errors
-    /// As [`AdapterSet::load`].
-    pub fn load_adapter(&mut self, name: &str, path: impl AsRef<Path>) -> Result<()> {
-        self.adapters.load(name, path.as_ref(), &self.device)?;
-        if let Some(set) = self.adapters.get(name) {
-            self.embeddings.add_bundled(&self.tokenizer, set)?;
-        }
-        Ok(())
+    /// When nothing of the file can be used, as [`AdapterSet::load_with`].
+    pub fn load_adapter(&mut self, name: &str, path: impl AsRef<Path>) -> Result<Vec<String>> {
+        let set = self.adapters.load(name, path.as_ref(), &self.device)?;
+        self.embeddings.add_bundled(&self.tokenizer, set)?;
+        Ok(set.left_out().to_vec())
     }
 
     /// Reads an embedding (textual inversion) file; its name is the file's stem.

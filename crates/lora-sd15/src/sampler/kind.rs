@@ -63,6 +63,8 @@ pub struct SamplerOptions {
     pub eta: Option<f64>,
     /// Churn of Euler, Heun and DPM2, and the size of added noise.
     pub churn: Churn,
+    /// Order of UniPC, 1 to 3; the default is 3.
+    pub unipc_order: Option<usize>,
 }
 
 impl SamplerKind {
@@ -223,11 +225,12 @@ impl SamplerKind {
                     Some(last) if partial => (last + 1) as f64 / crate::TIMESTEPS as f64,
                     _ => 1.0,
                 };
-                let options = UniPcOptions {
+                let mut unipc = UniPcOptions {
                     start,
                     ..UniPcOptions::default()
                 };
-                Box::new(UniPc::new(x, timesteps.len(), schedule, options))
+                unipc.order = options.unipc_order.unwrap_or(unipc.order);
+                Box::new(UniPc::new(x, timesteps.len(), schedule, unipc))
             }
             _ => return None,
         })

@@ -27,6 +27,7 @@ pub struct JsonLog {
     waiting: Vec<Value>,
     validations: Vec<(usize, f64)>,
     broken: bool,
+    trouble: Option<String>,
 }
 
 impl JsonLog {
@@ -41,6 +42,7 @@ impl JsonLog {
             waiting: Vec::new(),
             validations: Vec::new(),
             broken: false,
+            trouble: None,
         }
     }
 
@@ -62,8 +64,10 @@ impl JsonLog {
 
     /// The log is no reason to end a run of hours.
     fn give_up(&mut self, error: &dyn std::fmt::Display) {
-        tracing::warn!("{}: {error}; no more is logged", self.path.display());
-        self.broken = true;
+        if !std::mem::replace(&mut self.broken, true) {
+            let path = self.path.display();
+            self.trouble = Some(format!("{path}: {error}; no more is logged"));
+        }
     }
 
     fn write(&mut self, line: Value) {
@@ -198,7 +202,11 @@ impl Observer for JsonLog {
         if matches!(event, Event::Finished { .. })
             && let Err(error) = self.draw()
         {
-            tracing::warn!("{error}");
+            self.trouble = Some(error.to_string());
         }
+    }
+
+    fn trouble(&mut self) -> Option<String> {
+        self.trouble.take()
     }
 }

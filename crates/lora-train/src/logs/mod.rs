@@ -14,7 +14,7 @@ use crate::metadata::{compact_time, unix_time};
 use crate::observer::{Event, Observer};
 use crate::{Result, TrainConfig};
 
-/// Several observers as one.
+/// Several observers as one. The [trouble](Observer::trouble) of one is a warning to all.
 ///
 /// ```
 /// use lora_train::{Event, Observer, logs::Observers};
@@ -68,6 +68,11 @@ impl Observer for Observers<'_> {
         for observer in &mut self.0 {
             observer.event(event);
         }
+        while let Some(trouble) = self.0.iter_mut().find_map(|o| o.trouble()) {
+            for observer in &mut self.0 {
+                observer.event(&Event::Warning(&trouble));
+            }
+        }
     }
 }
 
@@ -84,4 +89,38 @@ fn tensorboard_folder(config: &TrainConfig) -> Option<PathBuf> {
             .join(format!("{prefix}{}", compact_time(unix_time())))
             .join(name),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_that_cannot_be_written_is_told_to_the_others_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut warnings = Vec::new();
+        let mut all = Observers::default();
+        all.add(|event: &Event<'_>| {
+            if let Event::Warning(text) = event {
+                warnings.push(text.to_string());
+            }
+        });
+        all.add(JsonLog::new(
+            &folder.path().join("no/log.jsonl"),
+            &folder.path().join("x.png"),
+            true,
+        ));
+        for _ in 0..2 {
+            all.event(&Event::Resumed {
+                path: folder.path(),
+                epoch: 1,
+                step: 0,
+            });
+        }
+        drop(all);
+        assert!(
+            matches!(&warnings[..], [one] if one.contains("log.jsonl")),
+            "{warnings:?}"
+        );
+    }
 }

@@ -18,6 +18,7 @@ pub struct TensorBoard {
     path: PathBuf,
     file: File,
     broken: bool,
+    trouble: Option<String>,
 }
 
 impl TensorBoard {
@@ -37,6 +38,7 @@ impl TensorBoard {
             path,
             file,
             broken: false,
+            trouble: None,
         };
         let mut event = Message::default();
         event.double(1, unix_time()).bytes(3, b"brain.Event:2");
@@ -95,7 +97,8 @@ impl TensorBoard {
             .write_all(&record)
             .and_then(|()| self.file.flush())
         {
-            tracing::warn!("{}: {error}; no more is logged", self.path.display());
+            let path = self.path.display();
+            self.trouble = Some(format!("{path}: {error}; no more is logged"));
             self.broken = true;
         }
     }
@@ -154,6 +157,10 @@ impl Observer for TensorBoard {
             ),
             _ => {}
         }
+    }
+
+    fn trouble(&mut self) -> Option<String> {
+        self.trouble.take()
     }
 }
 
