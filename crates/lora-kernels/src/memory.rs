@@ -28,15 +28,21 @@ pub fn keep_freed_memory() {
 /// one another in loops that never sleep. They take processor time from the products here,
 /// and where other programs run, an addition of two tensors takes as long as a product.
 ///
-/// For programs, as the first thing they do: it sets an environment variable, and does so
+/// Its products do run on rayon's threads, as many as `RAYON_NUM_THREADS` says. Where that is
+/// not set, candle asks the system how many processors there are for each single product, which
+/// on Linux reads a file; so it is set here, to the number that rayon would take.
+///
+/// For programs, as the first thing they do: it sets environment variables, and does so
 /// only while the process has no other thread and where it can find that out (Linux).
 #[allow(unsafe_code)]
 pub fn keep_candle_to_one_thread() {
-    const NAME: &str = "CANDLE_NUM_THREADS";
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = std::fs::read_dir("/proc/self/task").map(Iterator::count);
-    if std::env::var_os(NAME).is_none() && matches!(threads, Ok(1)) {
-        // SAFETY: there is no other thread that could read or write the environment.
-        unsafe { std::env::set_var(NAME, "1") };
+    for (name, value) in [("CANDLE_NUM_THREADS", 1), ("RAYON_NUM_THREADS", processors)] {
+        if std::env::var_os(name).is_none() && matches!(threads, Ok(1)) {
+            // SAFETY: there is no other thread that could read or write the environment.
+            unsafe { std::env::set_var(name, value.to_string()) };
+        }
     }
 }
 
