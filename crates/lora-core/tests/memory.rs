@@ -39,13 +39,23 @@ static ALLOCATOR: Counting = Counting;
 /// One measurement at a time.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// What `f` returns, how much it keeps and how much it held at most, in bytes.
-fn measured<T>(f: impl FnOnce() -> T) -> (T, usize, usize) {
-    let before = LIVE.load(Ordering::Relaxed);
-    PEAK.store(before, Ordering::Relaxed);
-    let result = f();
-    let kept = LIVE.load(Ordering::Relaxed).saturating_sub(before);
-    (result, kept, PEAK.load(Ordering::Relaxed) - before)
+/// What `f` returns, how much it keeps and how much it held at most, in bytes: the least of
+/// several runs, since tables and the threads' buffers are made once, by whoever comes first.
+fn measured<T>(f: impl Fn() -> T) -> (T, usize, usize) {
+    let once = || {
+        let before = LIVE.load(Ordering::Relaxed);
+        PEAK.store(before, Ordering::Relaxed);
+        let result = f();
+        let kept = LIVE.load(Ordering::Relaxed).saturating_sub(before);
+        (result, kept, PEAK.load(Ordering::Relaxed) - before)
+    };
+    let (mut result, mut kept, mut peak) = once();
+    for _ in 0..6 {
+        drop(result);
+        let (again, k, p) = once();
+        (result, kept, peak) = (again, kept.min(k), peak.min(p));
+    }
+    (result, kept, peak)
 }
 
 fn ones(dims: &[usize]) -> Tensor {
@@ -60,7 +70,6 @@ fn loha_keeps_nothing_of_full_size_but_its_delta() {
     let loha = Loha::new("fc", [side(), side()], 2.0).unwrap();
     let loha = loha.trainable().unwrap();
     let base = ones(&[n, n]);
-    drop(loha.delta(&base, 1.0).unwrap());
     let (delta, kept, _) = measured(|| loha.delta(&base, 1.0).unwrap());
     let size = n * n * 4;
     assert!(
@@ -85,7 +94,6 @@ fn lokr_never_builds_its_delta() {
         op: LayerOp::Linear,
     };
     let x = ones(&[2, n]);
-    drop(lokr.branch(&x, &layer, 1.0, None).unwrap());
     let (y, _, peak) = measured(|| lokr.branch(&x, &layer, 1.0, None).unwrap());
     assert_eq!(y.to_vec2::<f32>().unwrap()[1][7], n as f32);
     assert!(peak < n * n * 4 / 16, "{peak} bytes at most");
@@ -104,7 +112,6 @@ fn a_report_does_not_read_the_factors() {
     }
     write_tensors(&path, &tensors, &BTreeMap::new()).unwrap();
     drop(tensors);
-    drop(FileReport::open(&path).unwrap());
     let (report, _, peak) = measured(|| FileReport::open(&path).unwrap());
     assert_eq!(report.layers.len(), 12);
     let size = std::fs::metadata(&path).unwrap().len() as usize;
