@@ -270,7 +270,7 @@ impl Geometry {
         };
         let (h, w) = (self.h, self.w);
         #[cfg(target_arch = "x86_64")]
-        if compute == Compute::Bf16 {
+        {
             let implicit = Implicit {
                 c,
                 o,
@@ -278,10 +278,12 @@ impl Geometry {
                 w,
                 transposed,
             };
-            if implicit.fits() {
+            if compute == Compute::Bf16 && implicit.fits() {
                 return Some(Direct::Implicit(implicit));
             }
         }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = compute;
         let winograd = Winograd {
             c,
             o,
