@@ -127,11 +127,6 @@ impl Noise {
     }
 }
 
-/// Waits until the device has done what it was given.
-fn wait(device: &Device) -> Result<()> {
-    Ok(device.synchronize()?)
-}
-
 /// Weights that keep the size of activations: matrices in `storage`, all else in f32.
 struct RandomWeights {
     storage: DType,
@@ -235,13 +230,13 @@ fn training<'a>(o: &'a Options, unet: &'a mut UNet) -> Result<(Step<'a>, usize)>
         let start = Instant::now();
         let pred = unet.forward(&latents, &timesteps, &context)?;
         let loss = (pred - &target)?.sqr()?.mean_all()?;
-        wait(&o.device)?;
+        o.device.synchronize()?;
         let forward = start.elapsed().as_secs_f64();
         let grads = loss.backward()?;
-        wait(&o.device)?;
+        o.device.synchronize()?;
         let backward = start.elapsed().as_secs_f64();
         optimizer.step(&grads)?;
-        wait(&o.device)?;
+        o.device.synchronize()?;
         let whole = start.elapsed().as_secs_f64();
         if !loss.to_scalar::<f32>()?.is_finite() {
             return Err("the loss is not finite".into());
@@ -263,7 +258,7 @@ fn sampling<'a>(o: &'a Options, unet: &'a UNet) -> Result<Step<'a>> {
         let pair = unet.forward(&latents, &timesteps, &context)?;
         let parts = pair.chunk(2, 0)?;
         let guided = (&parts[0] + ((&parts[1] - &parts[0])? * 7.5)?)?;
-        wait(&o.device)?;
+        o.device.synchronize()?;
         let whole = start.elapsed().as_secs_f64();
         if !guided.sum_all()?.to_scalar::<f32>()?.is_finite() {
             return Err("the prediction is not finite".into());

@@ -45,13 +45,7 @@ pub fn checkpoint(
     let args: Vec<&Tensor> = inputs.iter().copied().chain(&variables).collect();
     let leaves = variables.clone();
     let gradients = move |dy: &Tensor| {
-        let mut inputs = Vec::with_capacity(detached.len());
-        for (input, tracked) in detached.iter().zip(&tracked) {
-            inputs.push(match tracked {
-                true => Var::from_tensor(input)?.into_inner(),
-                false => input.clone(),
-            });
-        }
+        let inputs = leaves_of(&detached, &tracked)?;
         let y = f(&inputs)?;
         let mut store = y.apply_op1(Seed(dy.clone()))?.backward()?;
         let all = inputs.iter().chain(&leaves);
@@ -63,6 +57,17 @@ pub fn checkpoint(
         Value::Tensor(value),
         Box::new(gradients),
     )
+}
+
+/// The tensors once more, those that were tracked as leaves of a new graph.
+pub(crate) fn leaves_of(tensors: &[Tensor], tracked: &[bool]) -> Result<Vec<Tensor>> {
+    let pairs = tensors.iter().zip(tracked);
+    pairs
+        .map(|(tensor, tracked)| match tracked {
+            true => Ok(Var::from_tensor(tensor)?.into_inner()),
+            false => Ok(tensor.clone()),
+        })
+        .collect()
 }
 
 /// A scalar whose gradient with respect to its argument is the given tensor.

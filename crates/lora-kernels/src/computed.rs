@@ -1,8 +1,8 @@
 //! Products with a weight that is computed from trained factors.
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Result, Tensor};
 
-use crate::checkpoint::Seed;
+use crate::checkpoint::{Seed, leaves_of};
 use crate::node::{Value, node};
 use crate::{Conv2dParams, as_nodes, composed, conv2d, fast, linear};
 
@@ -81,13 +81,7 @@ pub fn with_computed_weight(
     let (input, to_x) = (x.detach(), x.track_op());
     let y = product.apply(&input, &f(&detached)?)?;
     let gradients = move |dy: &Tensor| {
-        let mut leaves = Vec::with_capacity(detached.len());
-        for (factor, tracked) in detached.iter().zip(&tracked) {
-            leaves.push(match tracked {
-                true => Var::from_tensor(factor)?.into_inner(),
-                false => factor.clone(),
-            });
-        }
+        let leaves = leaves_of(&detached, &tracked)?;
         let weight = f(&leaves)?;
         let dy = dy.contiguous()?;
         let (dx, dw) = product.gradients(&input, &weight.detach(), &dy, to_x)?;

@@ -182,17 +182,6 @@ fn as_nodes() -> bool {
     path() != Path::Plain
 }
 
-/// `f(inputs)`, of which the graph keeps the inputs only, unless it is to be candle's own.
-fn recomputed(
-    inputs: &[&Tensor],
-    f: impl Fn(&[Tensor]) -> candle_core::Result<Tensor> + Send + Sync + 'static,
-) -> candle_core::Result<Tensor> {
-    match as_nodes() {
-        true => checkpoint(inputs, f),
-        false => f(&inputs.iter().map(|t| (*t).clone()).collect::<Vec<_>>()),
-    }
-}
-
 /// The f32 values of a contiguous CPU operand.
 fn values<'a>(
     storage: &'a candle_core::CpuStorage,

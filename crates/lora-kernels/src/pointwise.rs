@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::math::{normal_cdf, normal_pdf, sigmoid, vectorized};
-use crate::{fast, plain, recomputed, values};
+use crate::{as_nodes, checkpoint, fast, plain, values};
 
 /// Values per task.
 const BLOCK: usize = 1 << 14;
@@ -29,8 +29,10 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
 pub fn geglu(x: &Tensor) -> Result<Tensor> {
     if fast(&[x]) {
         x.contiguous()?.apply_op1(Geglu)
+    } else if as_nodes() {
+        checkpoint(&[x], |t| plain::geglu(&t[0]))
     } else {
-        recomputed(&[x], |t| plain::geglu(&t[0]))
+        plain::geglu(x)
     }
 }
 

@@ -101,6 +101,17 @@ fn a_run_of_plain_operations_resumes_bit_for_bit() {
     }
 }
 
+/// Scales a parameter behind the optimizer's back, and says so.
+fn halve(problem: &Problem, optimizer: &mut dyn Optimizer) {
+    let scaled = problem.vars["b"].affine(0.5, 0.0).unwrap();
+    problem.vars["b"].set(&scaled).unwrap();
+    let change = WeightChange::Scaled {
+        name: "b",
+        factor: 0.5,
+    };
+    optimizer.weights_changed(&change).unwrap();
+}
+
 /// An optimizer that keeps copies of the parameters, as for a GPU.
 #[test]
 fn on_the_host_every_bit_is_the_same() {
@@ -121,13 +132,7 @@ fn on_the_host_every_bit_is_the_same() {
             optimizer.set_training(false).unwrap();
             let judged = problem.bits();
             optimizer.set_training(true).unwrap();
-            let scaled = problem.vars["b"].affine(0.5, 0.0).unwrap();
-            problem.vars["b"].set(&scaled).unwrap();
-            let change = WeightChange::Scaled {
-                name: "b",
-                factor: 0.5,
-            };
-            optimizer.weights_changed(&change).unwrap();
+            halve(&problem, &mut *optimizer);
             run(&problem, &mut *optimizer, 4, 6);
             let state = optimizer.state().unwrap();
             let mut optimizer = start();
@@ -153,13 +158,7 @@ fn plain_operations_follow_changes_as_the_fused_path_does() {
                 run(&problem, &mut *optimizer, 0, 4);
                 optimizer.set_training(false).unwrap();
                 optimizer.set_training(true).unwrap();
-                let scaled = problem.vars["b"].affine(0.5, 0.0).unwrap();
-                problem.vars["b"].set(&scaled).unwrap();
-                let change = WeightChange::Scaled {
-                    name: "b",
-                    factor: 0.5,
-                };
-                optimizer.weights_changed(&change).unwrap();
+                halve(&problem, &mut *optimizer);
                 run(&problem, &mut *optimizer, 4, 6);
                 let change = WeightChange::Replaced { name: "b" };
                 optimizer.weights_changed(&change).unwrap();
