@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 
 use crate::control::Pass;
 use crate::held::Held;
-use crate::layer::BaseLayer;
+use crate::layer::{BaseLayer, LayerOp};
 
 /// An adapter family: the formula by which factors become a weight change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -194,10 +194,9 @@ pub trait Adapter: Debug + Send + Sync {
         layer.op.apply(x, &delta, Some(&bias))
     }
 
-    /// The branch as a product that the layer adds to its own in one pass: `middle`
-    /// (`[.., r]`, of a convolution `[n, r, h', w']`) and `up` `[o, r]`. `None`, the default,
-    /// where [`branch`](Adapter::branch) is not of that form. Must not read the values of
-    /// the base weight.
+    /// The branch as a product that the layer adds to its own in one pass. `None`, the
+    /// default, where [`branch`](Adapter::branch) is not of that form, or would be more work
+    /// in it.
     ///
     /// # Errors
     /// When the shapes do not fit.
@@ -207,7 +206,7 @@ pub trait Adapter: Debug + Send + Sync {
         _layer: &BaseLayer,
         _multiplier: f64,
         _pass: Option<&Pass<'_>>,
-    ) -> Result<Option<(Tensor, Tensor)>> {
+    ) -> Result<Option<LowRank>> {
         Ok(None)
     }
 
@@ -215,19 +214,7 @@ pub trait Adapter: Debug + Send + Sync {
     /// all pictures together: an estimate, in values. The default is for a [`branch`](Adapter::branch) that builds the
     /// delta.
     fn held(&self, layer: &BaseLayer, rows: usize) -> Held {
-        let (outputs, inputs) = self.matrix_dims();
-        if layer.op.is_norm() {
-            return Held {
-                kept: outputs * rows,
-                backward: 0,
-            };
-        }
-        Held {
-            // The branch and its sum with the layer's own output.
-            kept: 2 * outputs * rows,
-            // The delta, its gradient and three products of its size.
-            backward: 5 * outputs * inputs,
-        }
+        crate::family::held_with_delta(self.matrix_dims(), layer, rows)
     }
 
     /// The factors in a fixed order, named by file suffix (`lora_down.weight`, ...): what
@@ -297,8 +284,9 @@ pub trait Adapter: Debug + Send + Sync {
     }
 
     /// The delta at multiplier 1 as a product `up` `[o, r]` times `down`
-    /// `[r, i kh kw]`, f32, scale included in `up`; `None` where it is not one of a rank
-    /// that the factors show.
+    /// `[r, i kh kw]`, f32, scale included in `up`, in the graph of the factors; `None` where
+    /// it is not one whose rank the factors show, or working with it is no less than with
+    /// the delta.
     ///
     /// # Errors
     /// When the factors cannot be read.
@@ -323,6 +311,32 @@ pub trait Adapter: Debug + Send + Sync {
         let factor = ratio.powf(1.0 / vars.len().max(1) as f64);
         multiply(vars, factor)?;
         Ok(factor)
+    }
+}
+
+/// A branch as a product: what [`Adapter::low_rank`] returns.
+#[derive(Debug, Clone)]
+pub struct LowRank {
+    /// `[.., r]`, of a convolution `[n, r, h', w']`.
+    pub middle: Tensor,
+    /// `[o, r]`.
+    pub up: Tensor,
+    /// `[o]`, of DoRA: the layer's product with its weight and this branch are multiplied by
+    /// it, output by output. The bias is not.
+    pub outputs: Option<Tensor>,
+}
+
+impl LowRank {
+    /// `up middle` as an output of the layer; without [`outputs`](Self::outputs).
+    pub(crate) fn apply(&self, op: &LayerOp) -> Result<Tensor> {
+        match op {
+            LayerOp::Conv2d(_) => {
+                let (o, r) = self.up.dims2()?;
+                let up = self.up.reshape((o, r, 1, 1))?;
+                lora_kernels::conv2d(&self.middle, &up, None, Default::default())
+            }
+            _ => lora_kernels::linear(&self.middle, &self.up, None),
+        }
     }
 }
 

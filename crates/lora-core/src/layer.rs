@@ -6,7 +6,7 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use lora_kernels::{Added, Compute, Conv2dParams};
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, LowRank};
 use crate::control::Control;
 use crate::held::Held;
 
@@ -48,6 +48,14 @@ impl LayerOp {
             LayerOp::GroupNorm { groups, eps } => {
                 lora_kernels::group_norm(x, weight, &shift(bias, weight)?, groups, eps, false)
             }
+        }
+    }
+
+    /// The axis of the layer's outputs, or channels, in its result of `rank` axes.
+    pub(crate) fn output_axis(&self, rank: usize) -> usize {
+        match self {
+            LayerOp::Conv2d(_) | LayerOp::GroupNorm { .. } => 1,
+            _ => rank.saturating_sub(1),
         }
     }
 
@@ -286,6 +294,7 @@ impl Layer {
     ) -> Result<Tensor> {
         // Low-rank branches are added to the base product; others follow.
         let (mut low_rank, mut branches) = (Vec::new(), Vec::new());
+        let mut outputs = None;
         for attachment in &self.attached {
             let multiplier = attachment.control.multiplier();
             if multiplier == 0.0 {
@@ -293,32 +302,35 @@ impl Layer {
             }
             let adapter = attachment.adapter.as_ref();
             attachment.control.with_pass(&attachment.name, |pass| {
-                if let Some(pair) = adapter.low_rank(x, &self.base, multiplier, pass)? {
-                    low_rank.push(pair);
-                    return Ok(());
+                match adapter.low_rank(x, &self.base, multiplier, pass)? {
+                    Some(product) if product.outputs.is_none() => low_rank.push(product),
+                    // The layer's own product can be multiplied once.
+                    Some(product) if outputs.is_none() => outputs = Some(product),
+                    _ => branches.push(adapter.branch(x, &self.base, multiplier, pass)?),
                 }
-                branches.push(adapter.branch(x, &self.base, multiplier, pass)?);
                 Ok::<(), candle_core::Error>(())
             })?;
         }
+        if let Some(product) = outputs {
+            for other in low_rank {
+                branches.push(other.apply(&self.base.op)?);
+            }
+            return self.forward_multiplied(x, &product, branches, shift, residual);
+        }
+        let low_rank: Vec<_> = low_rank.into_iter().map(|p| (p.middle, p.up)).collect();
         let added = Added {
             low_rank: &low_rank,
             residual: residual.filter(|_| branches.is_empty()),
             shift,
         };
-        let BaseLayer { weight, bias, op } = &self.base;
+        let BaseLayer { bias, op, .. } = &self.base;
         let mut y = match *op {
-            LayerOp::Linear => {
-                lora_kernels::linear_added(x, weight, bias.as_ref(), self.compute, &added)?
-            }
-            LayerOp::Conv2d(params) => {
-                lora_kernels::conv2d_added(x, weight, bias.as_ref(), params, self.compute, &added)?
-            }
+            LayerOp::Linear | LayerOp::Conv2d(_) => self.product(x, bias.as_ref(), &added)?,
             _ if shift.is_some() || !low_rank.is_empty() => {
                 candle_core::bail!("{}: norms take neither shift nor low rank", self.path)
             }
             _ => {
-                let y = op.apply(x, weight, bias.as_ref())?;
+                let y = op.apply(x, &self.base.weight, bias.as_ref())?;
                 match added.residual {
                     Some(residual) => (y + residual)?,
                     None => y,
@@ -335,6 +347,48 @@ impl Layer {
             Some(residual) => y + residual,
             None => Ok(y),
         }
+    }
+
+    /// The product of a linear layer or convolution with the base weight, and what is added.
+    fn product(&self, x: &Tensor, bias: Option<&Tensor>, added: &Added<'_>) -> Result<Tensor> {
+        let weight = &self.base.weight;
+        match self.base.op {
+            LayerOp::Conv2d(params) => {
+                lora_kernels::conv2d_added(x, weight, bias, params, self.compute, added)
+            }
+            _ => lora_kernels::linear_added(x, weight, bias, self.compute, added),
+        }
+    }
+
+    /// [`forward_added`](Self::forward_added) where an adapter multiplies the outputs.
+    fn forward_multiplied(
+        &self,
+        x: &Tensor,
+        product: &LowRank,
+        branches: Vec<Tensor>,
+        shift: Option<&Tensor>,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let low_rank = [(product.middle.clone(), product.up.clone())];
+        let added = Added {
+            low_rank: &low_rank,
+            ..Added::default()
+        };
+        let y = self.product(x, None, &added)?;
+        let mut y = match &product.outputs {
+            Some(outputs) => {
+                let (axis, bias) = (self.base.op.output_axis(y.rank()), self.base.bias.as_ref());
+                lora_kernels::scale_channels(&y, axis, outputs, bias, residual)?
+            }
+            None => y,
+        };
+        if let Some(shift) = shift {
+            y = lora_kernels::add_to_channels(&y, shift)?;
+        }
+        for branch in branches {
+            y = (y + branch)?;
+        }
+        Ok(y)
     }
 
     /// What a training step holds for one pass of this layer over `rows` pixels or tokens

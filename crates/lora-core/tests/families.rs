@@ -499,3 +499,122 @@ fn branches_agree_with_deltas() {
         }
     }
 }
+
+/// Values around zero that follow no plane, in a shape.
+fn wavy(dims: &[usize]) -> Tensor {
+    let n: usize = dims.iter().product();
+    let values: Vec<f32> = (0..n)
+        .map(|i| (i as f32 * 1.7 + (i as f32).sqrt()).sin())
+        .collect();
+    Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
+}
+
+/// LoHa and DoRA as low-rank branches of the layer's own product: outputs and gradients are
+/// those of the operation with weight plus delta.
+#[test]
+fn low_rank_shortcuts_agree_with_deltas() {
+    use lora_core::{DoraMultiplier, Reading};
+    let conv = LayerOp::Conv2d(lora_core::Conv2dParams {
+        padding: 1,
+        ..Default::default()
+    });
+    let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let layers = [
+        (LayerOp::Linear, vec![40, 36], vec![2, 5, 36]),
+        (conv, vec![24, 20, 3, 3], vec![2, 20, 4, 5]),
+    ];
+    let families = [
+        (Family::Loha, false, false),
+        (Family::Loha, true, false),
+        (Family::Lora, false, true),
+        (Family::Loha, false, true),
+    ];
+    let readings = [
+        DoraMultiplier::Interpolate,
+        DoraMultiplier::Lycoris,
+        DoraMultiplier::ScaleInside,
+        DoraMultiplier::BaseNorm,
+    ];
+    for ((op, dims, input), dtype) in layers
+        .iter()
+        .flat_map(|layer| [DType::F32, DType::BF16].map(|dtype| (layer, dtype)))
+    {
+        let weight = (wavy(dims) * 0.1).unwrap().to_dtype(dtype).unwrap();
+        let wide = weight.to_dtype(DType::F32).unwrap();
+        let base = BaseLayer {
+            weight,
+            bias: Some(wavy(&dims[..1])),
+            op: *op,
+        };
+        let x = Var::from_tensor(&wavy(input)).unwrap();
+        for ((family, use_tucker, weight_decompose), dora) in
+            families.iter().flat_map(|f| readings.map(|r| (*f, r)))
+        {
+            if !weight_decompose && dora != DoraMultiplier::Interpolate {
+                continue;
+            }
+            let config = AdapterConfig {
+                family,
+                rank: 2,
+                alpha: 1.0,
+                conv_rank: Some(2),
+                use_tucker,
+                weight_decompose,
+                ..Default::default()
+            };
+            let what =
+                format!("{op:?} {dtype:?} {family} {use_tucker} {weight_decompose} {dora:?}");
+            let mut model = Model::new();
+            model.fc = Layer::new("fc", base.clone());
+            let mut rng = rand_chacha::ChaCha12Rng::seed_from_u64(7);
+            let targets = Targets::new(&["fc"]).unwrap();
+            let mut set = AdapterSet::create(&mut model, &config, &targets, &mut rng).unwrap();
+            set.set_reading(&Reading {
+                dora,
+                ..Default::default()
+            });
+            set.attach(&mut model, 1.0).unwrap().strict().unwrap();
+            let (_, adapter) = set.iter().next().unwrap();
+            for (_, var) in adapter.vars() {
+                // Away from the start, where there is nothing to see.
+                let t = var.as_detached_tensor();
+                let moved = (&t + (wavy(t.dims()) * 0.03).unwrap()).unwrap();
+                var.set(&moved).unwrap();
+            }
+            for multiplier in [1.0, 0.7] {
+                let product = adapter.low_rank(&x, &base, multiplier, None).unwrap();
+                assert!(product.is_some() || multiplier != 1.0, "{what}");
+                set.set_multiplier(&Component::Unet, multiplier);
+                let y = model.fc.forward(&x).unwrap();
+                let shape = y.dims().to_vec();
+                let residual = wavy(&shape);
+                let shift = wavy(&[shape[0], dims[0]]);
+                let shift = matches!(op, LayerOp::Conv2d(_)).then_some(&shift);
+                let got = model.fc.forward_added(&x, shift, Some(&residual)).unwrap();
+                let changed = (&wide + adapter.delta(&wide, multiplier).unwrap()).unwrap();
+                let mut want = op.apply(&x, &changed, base.bias.as_ref()).unwrap();
+                if let Some(shift) = shift {
+                    let shift = shift.reshape((shape[0], dims[0], 1, 1)).unwrap();
+                    want = want.broadcast_add(&shift).unwrap();
+                }
+                let want = (want + &residual).unwrap();
+                let compare = |name: &str, got: &Tensor, want: &Tensor| {
+                    let size = flat(want).iter().fold(1e-3f32, |m, v| m.max(v.abs()));
+                    for (g, w) in flat(got).iter().zip(flat(want)) {
+                        let close = (g - w).abs() <= 2e-5 * size;
+                        assert!(close, "{what} at {multiplier}, {name}: {g} {w}");
+                    }
+                };
+                compare("output", &got, &want);
+                let grads = |y: &Tensor| {
+                    let loss = (y * wavy(y.dims())).unwrap().sum_all().unwrap();
+                    loss.backward().unwrap()
+                };
+                let (got, want) = (grads(&got), grads(&want));
+                for (name, leaf) in adapter.factors().into_iter().chain([("x", x.as_tensor())]) {
+                    compare(name, got.get(leaf).unwrap(), want.get(leaf).unwrap());
+                }
+            }
+        }
+    }
+}

@@ -7,9 +7,18 @@ use crate::{fast, values};
 
 /// `y` `[n, c, h, w]` plus `shift` `[n, c]`, or `[1, c]` for all samples.
 ///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// let y = Tensor::zeros((1, 2, 1, 1), candle_core::DType::F32, &Device::Cpu)?;
+/// let shift = Tensor::new(&[[3f32, 4.]], &Device::Cpu)?;
+/// let shifted = lora_kernels::add_to_channels(&y, &shift)?;
+/// assert_eq!(shifted.flatten_all()?.to_vec1::<f32>()?, [3., 4.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
 /// # Errors
 /// When the shapes do not fit.
-pub(crate) fn add_to_channels(y: &Tensor, shift: &Tensor) -> Result<Tensor> {
+pub fn add_to_channels(y: &Tensor, shift: &Tensor) -> Result<Tensor> {
     let (n, c) = shift.dims2()?;
     let (samples, channels, _, _) = y.dims4()?;
     let fits = c == channels && (n == 1 || n == samples);

@@ -15,6 +15,7 @@
 //! * [`attention`]: scaled dot-product attention that never holds all scores
 //! * [`layer_norm`], [`group_norm`] (SiLU behind it if wanted), [`silu`], [`geglu`]
 //! * [`upsample_nearest2x`]: nearest-neighbour doubling
+//! * [`row_products`], [`scale_channels`], [`add_to_channels`]: what LoHa and DoRA add to a low-rank branch
 //! * [`with_computed_weight`]: a layer whose weight is computed from trained factors
 //! * [`checkpoint`]: gradient checkpointing around any function, on any device
 //!
@@ -72,6 +73,7 @@ mod node;
 mod norm;
 pub mod plain;
 mod pointwise;
+mod rows;
 mod upsample;
 mod winograd;
 
@@ -81,6 +83,7 @@ use candle_core::{DType, Tensor};
 
 pub use added::{Added, conv2d_added, linear_added};
 pub use attention::attention;
+pub use channels::add_to_channels;
 pub use checkpoint::checkpoint;
 pub use computed::{Product, with_computed_weight};
 pub use conv2d::{Conv2dParams, conv2d};
@@ -90,6 +93,7 @@ pub use memory::{
 };
 pub use norm::{group_norm, layer_norm};
 pub use pointwise::{geglu, silu};
+pub use rows::{row_products, scale_channels};
 pub use upsample::upsample_nearest2x;
 
 /// What the products with frozen weights, and those inside attention, are computed in.

@@ -7,7 +7,7 @@ mod common;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use lora_kernels::{
     Compute, Conv2dParams, Product, attention, conv2d, geglu, group_norm, layer_norm, linear,
-    plain, silu, upsample_nearest2x, with_computed_weight,
+    plain, row_products, scale_channels, silu, upsample_nearest2x, with_computed_weight,
 };
 
 /// A repeatable tensor with values in -1..1.
@@ -398,6 +398,68 @@ fn pointwise_operations_agree_with_candle() {
         &|t| geglu(&(&t[0] * 4.0)?),
         &|t| plain::geglu(&(&t[0] * 4.0)?),
     );
+}
+
+#[test]
+fn row_products_agree_with_a_broadcast() {
+    for (r, q, n) in [(1, 1, 1), (2, 3, 7), (4, 4, 5000), (8, 2, 33)] {
+        compare(
+            &format!("row products {r} {q} {n}"),
+            &[&[r, n], &[q, n]],
+            &|t| row_products(&t[0], &t[1]),
+            &|t| {
+                let products = t[0].unsqueeze(1)?.broadcast_mul(&t[1].unsqueeze(0)?)?;
+                products.reshape((r * q, n))
+            },
+        );
+    }
+}
+
+#[test]
+fn an_elementwise_product_of_low_rank_products_is_one_of_low_rank() {
+    let (u1, u2) = (filled(1, &[9, 2]), filled(2, &[9, 3]));
+    let (v1, v2) = (filled(3, &[2, 11]), filled(4, &[3, 11]));
+    let dense = (u1.matmul(&v1).unwrap() * u2.matmul(&v2).unwrap()).unwrap();
+    let up = row_products(&u1.t().unwrap(), &u2.t().unwrap()).unwrap();
+    let product = up.t().unwrap().matmul(&row_products(&v1, &v2).unwrap());
+    assert_close("low rank", &product.unwrap(), &dense);
+}
+
+#[test]
+fn scaled_channels_agree_with_broadcasts() {
+    let cases: [(&[usize], usize); 5] = [
+        (&[1, 1], 1),
+        (&[2, 70, 33], 2),
+        (&[300, 17], 1),
+        (&[2, 5, 3, 7], 1),
+        (&[3, 4, 1, 1], 1),
+    ];
+    for (dims, axis) in cases {
+        let c = dims[axis];
+        let bias = filled(5, &[c]);
+        let broadcast = |t: &Tensor| {
+            t.reshape(if axis == 1 && dims.len() == 4 {
+                vec![1, c, 1, 1]
+            } else {
+                vec![c]
+            })
+        };
+        compare(
+            &format!("scaled channels {dims:?}"),
+            &[dims, &[c], dims],
+            &|t| scale_channels(&t[0], axis, &t[1], Some(&bias), Some(&t[2])),
+            &|t| {
+                let scaled = t[0].broadcast_mul(&broadcast(&t[1])?)?;
+                scaled.broadcast_add(&broadcast(&bias)?)? + &t[2]
+            },
+        );
+        compare(
+            &format!("scaled channels {dims:?}, alone"),
+            &[dims, &[c]],
+            &|t| scale_channels(&t[0], axis, &t[1], None, None),
+            &|t| t[0].broadcast_mul(&broadcast(&t[1])?),
+        );
+    }
 }
 
 #[test]

@@ -145,7 +145,7 @@ impl LayerDelta {
         let mut products = Vec::new();
         for (adapter, multiplier) in parts {
             if let Some((up, down)) = adapter.product()? {
-                products.push(balanced((up * *multiplier)?, down)?);
+                products.push(balanced((up.detach() * *multiplier)?, down.detach())?);
             }
         }
         if products.len() == parts.len() && !products.is_empty() {

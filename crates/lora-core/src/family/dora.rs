@@ -10,14 +10,15 @@
 //! of `W`. The gradient goes through `n`, as in LyCORIS; the paper and PEFT hold `n`
 //! constant, see [`Reading::detached_norm`].
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, TensorId};
 use rand::RngCore;
 
-use super::{Entry, FAMILIES, Fresh, Parts, beside, entry, precision};
+use super::{Entry, FAMILIES, Fresh, Parts, beside, entry, held_with_product, middle, precision};
 use crate::Error;
-use crate::adapter::{Adapter, DoraMultiplier, Family, Reading};
+use crate::adapter::{Adapter, DoraMultiplier, Family, LowRank, Reading};
+use crate::control::Pass;
 use crate::held::Held;
 use crate::layer::BaseLayer;
 
@@ -41,14 +42,6 @@ impl Axis {
         let kept = usize::from(self == Axis::Input);
         let others: Vec<usize> = (0..weight.rank()).filter(|axis| *axis != kept).collect();
         weight.sqr()?.sum_keepdim(others)?.sqrt()
-    }
-
-    /// The shape in which magnitudes broadcast over a weight of `rank` axes.
-    fn shape(self, count: usize, rank: usize) -> Vec<usize> {
-        let kept = usize::from(self == Axis::Input);
-        (0..rank)
-            .map(|axis| if axis == kept { count } else { 1 })
-            .collect()
     }
 }
 
@@ -74,6 +67,8 @@ pub struct Dora {
     scale: Tensor,
     axis: Axis,
     reading: Reading,
+    /// Squared norms of the rows of the weight with this id.
+    squares: Arc<Mutex<Option<(TensorId, Tensor)>>>,
 }
 
 impl Dora {
@@ -101,24 +96,41 @@ impl Dora {
             scale,
             axis,
             reading: Reading::default(),
+            squares: Arc::default(),
         })
     }
 
     /// `weight` with its norms replaced by the magnitudes, as the factor `s / n`. `norm`
     /// is the tensor whose norms count.
     fn ratio(&self, norm: &Tensor) -> Result<Tensor> {
-        let dtype = norm.dtype();
-        let eps = if dtype == DType::F64 {
-            f64::EPSILON
-        } else {
-            f64::from(f32::EPSILON)
+        self.ratio_of(self.axis.norms(norm)?)
+    }
+
+    /// The magnitudes by these norms, in their shape.
+    fn ratio_of(&self, norms: Tensor) -> Result<Tensor> {
+        let eps = match norms.dtype() {
+            DType::F64 => f64::EPSILON,
+            _ => f64::from(f32::EPSILON),
         };
-        let mut norms = (self.axis.norms(norm)? + eps)?;
+        let mut norms = (norms + eps)?;
         if self.reading.detached_norm {
             norms = norms.detach();
         }
-        let shape = self.axis.shape(self.scale.elem_count(), norm.rank());
-        self.scale.reshape(shape)?.to_dtype(dtype)?.div(&norms)
+        let scale = self.scale.reshape(norms.shape())?;
+        scale.to_dtype(norms.dtype())?.div(&norms)
+    }
+
+    /// The squared norms of the base weight's rows, `[o]`, f32; computed once per weight.
+    fn squares(&self, weight: &Tensor) -> Result<Tensor> {
+        let mut known = self.squares.lock().unwrap_or_else(|e| e.into_inner());
+        match known.as_ref() {
+            Some((id, squares)) if *id == weight.id() => return Ok(squares.clone()),
+            _ => {}
+        }
+        let rows = weight.detach().flatten_from(1)?.to_dtype(DType::F32)?;
+        let squares = rows.sqr()?.sum(1)?;
+        *known = Some((weight.id(), squares.clone()));
+        Ok(squares)
     }
 }
 
@@ -178,11 +190,61 @@ impl Adapter for Dora {
         delta.to_dtype(base.dtype())
     }
 
+    /// At multiplier 1, where all readings agree about the product of `V` and `x`: `s / n`
+    /// times the products of `W` and of a low-rank `D`.
+    fn low_rank(
+        &self,
+        x: &Tensor,
+        layer: &BaseLayer,
+        multiplier: f64,
+        _pass: Option<&Pass<'_>>,
+    ) -> Result<Option<LowRank>> {
+        if multiplier != 1.0 || self.axis != Axis::Output || layer.weight.dtype() == DType::F64 {
+            return Ok(None);
+        }
+        let Some((up, down)) = self.inner.product()? else {
+            return Ok(None);
+        };
+        let Some(middle) = middle(x, &down, layer)? else {
+            return Ok(None);
+        };
+        let squares = self.squares(&layer.weight)?;
+        let squares = match self.reading.dora {
+            DoraMultiplier::BaseNorm => squares,
+            // |W + U D|^2, row by row, without the sum of weight and delta.
+            _ => {
+                let weight = layer.weight.flatten_from(1)?;
+                let crossed = lora_kernels::linear(&down, &weight, None)?.t()?;
+                let own =
+                    lora_kernels::linear(&up, &lora_kernels::linear(&down, &down, None)?, None)?;
+                let terms = (((crossed * 2.0)? + own)? * &up)?.sum(1)?;
+                // Rounding must not make a row of zeros negative.
+                (squares + terms)?.relu()?
+            }
+        };
+        let outputs = self.ratio_of(squares.sqrt()?)?;
+        Ok(Some(LowRank {
+            middle,
+            up: up.to_dtype(x.dtype())?,
+            outputs: Some(outputs.to_dtype(x.dtype())?),
+        }))
+    }
+
     fn held(&self, layer: &BaseLayer, rows: usize) -> Held {
         let (outputs, inputs) = self.matrix_dims();
         let weight = outputs * inputs;
         // A weight of 16 bits is widened.
         let widened = usize::from(layer.weight.dtype() != DType::F32) * weight;
+        let product = self.inner.product().ok().flatten();
+        if let (Axis::Output, Some((_, down))) = (self.axis, product) {
+            let rank = down.dims().first().copied().unwrap_or(0);
+            let product = held_with_product(rank, self.matrix_dims(), rows);
+            return Held {
+                // The product before it is multiplied.
+                kept: outputs * rows + product.kept,
+                backward: outputs * rows + product.backward.max(widened),
+            };
+        }
         Held {
             // The branch and its sum with the layer's own output.
             kept: 2 * outputs * rows,
@@ -206,7 +268,7 @@ impl Adapter for Dora {
         Ok(Arc::new(Self {
             inner: self.inner.map(f)?,
             scale: f(&self.scale)?,
-            ..*self
+            ..self.clone()
         }))
     }
 

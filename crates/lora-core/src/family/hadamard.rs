@@ -2,6 +2,7 @@
 //! alone: the two products are built again in the backward pass instead of being kept.
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Storage, Tensor};
+use lora_kernels::row_products;
 
 /// One side of the elementwise product: `a b` with `a` `[o, r]` and `b` `[r, n]`, or with a
 /// Tucker core `[r, r, kh, kw]`, `a` `[r, o]` and `b` `[r, i]`.
@@ -46,6 +47,14 @@ impl Side {
         }
     }
 
+    /// The columns of `a` as rows, `[r, o]`.
+    fn columns(&self) -> Result<Tensor> {
+        match &self.core {
+            None => self.a.t()?.contiguous(),
+            Some(_) => Ok(self.a.clone()),
+        }
+    }
+
     /// `[o, n]`.
     fn product(&self) -> Result<Tensor> {
         let right = self.right()?;
@@ -75,6 +84,28 @@ impl Side {
         let cores = cores.reshape((r, k, r))?.transpose(1, 2)?.contiguous()?;
         Ok(vec![a, b, cores.reshape(core.shape())?])
     }
+}
+
+/// The rank of the elementwise product, the ranks' product, where working with it as a
+/// low-rank product is less than half of working with the dense one.
+pub(super) fn worthwhile_rank(sides: &[Side; 2]) -> Option<usize> {
+    let (o, n) = sides[0].dims();
+    let rank = sides[0].rank() * sides[1].rank();
+    (2 * rank * (o + n) <= o * n).then_some(rank)
+}
+
+/// The elementwise product times `scale` as `up` `[o, r]` and `down` `[r, n]`, f32, with the
+/// [`worthwhile_rank`], if there is one.
+pub(super) fn low_rank(sides: &[Side; 2], scale: f64) -> Result<Option<(Tensor, Tensor)>> {
+    if worthwhile_rank(sides).is_none() {
+        return Ok(None);
+    }
+    let mut convert = |t: &Tensor| t.to_dtype(DType::F32);
+    let [first, second] = [sides[0].map(&mut convert)?, sides[1].map(&mut convert)?];
+    let left = (first.columns()? * scale)?;
+    let up = row_products(&left, &second.columns()?)?;
+    let down = row_products(&first.right()?, &second.right()?)?;
+    Ok(Some((up.t()?.contiguous()?, down)))
 }
 
 /// `[o, n]` in `dtype`: the two sides' products multiplied elementwise, and with `scale`.

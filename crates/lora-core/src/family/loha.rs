@@ -10,6 +10,10 @@
 //! plus `alpha`. Paper: Hyeon-Woo et al. 2021 (FedPara); files and initial values as in
 //! LyCORIS: `w1_b`, `w2_b` from N(0, 1), `w1_a` from N(0, 0.1), `w2_a` zero, cores from
 //! N(0, 0.1). A LoHa of rank r has as many parameters as a LoRA of rank 2r.
+//!
+//! Being the sum of `r^2` products of a column and a row, the delta is a LoRA of rank `r^2`,
+//! whose factors are the products of the two sides' columns and rows. Up to a rank of 8 or
+//! so that is less work than the delta itself, and the layer computes it as it does a LoRA.
 
 use std::sync::Arc;
 
@@ -17,9 +21,13 @@ use candle_core::{DType, Result, Tensor};
 use rand::RngCore;
 
 use super::hadamard::{self, Side};
-use super::{Entry, Fresh, Parts, branch_with_row_dropout, fold, kernel_of, precision};
-use crate::adapter::{Adapter, Family};
+use super::{
+    Entry, Fresh, Parts, branch_with_row_dropout, fold, held_with_delta, held_with_product,
+    kept_rows, kernel_of, middle, precision,
+};
+use crate::adapter::{Adapter, Family, LowRank};
 use crate::control::Pass;
+use crate::held::Held;
 use crate::layer::BaseLayer;
 use crate::{Error, init};
 
@@ -144,6 +152,43 @@ impl Adapter for Loha {
         pass: Option<&Pass<'_>>,
     ) -> Result<Tensor> {
         branch_with_row_dropout(self, x, layer, multiplier, pass)
+    }
+
+    fn low_rank(
+        &self,
+        x: &Tensor,
+        layer: &BaseLayer,
+        multiplier: f64,
+        pass: Option<&Pass<'_>>,
+    ) -> Result<Option<LowRank>> {
+        let Some((mut up, down)) = self.product()? else {
+            return Ok(None);
+        };
+        let Some(middle) = middle(x, &down, layer)? else {
+            return Ok(None);
+        };
+        if multiplier != 1.0 {
+            up = (up * multiplier)?;
+        }
+        if let Some(keep) = kept_rows(up.dim(0)?, pass) {
+            up = up.broadcast_mul(&Tensor::from_vec(keep, (up.dim(0)?, 1), up.device())?)?;
+        }
+        Ok(Some(LowRank {
+            middle,
+            up: up.to_dtype(x.dtype())?,
+            outputs: None,
+        }))
+    }
+
+    fn product(&self) -> Result<Option<(Tensor, Tensor)>> {
+        hadamard::low_rank(&self.sides, self.scale())
+    }
+
+    fn held(&self, layer: &BaseLayer, rows: usize) -> Held {
+        match hadamard::worthwhile_rank(&self.sides) {
+            Some(rank) if !layer.op.is_norm() => held_with_product(rank, self.matrix_dims(), rows),
+            _ => held_with_delta(self.matrix_dims(), layer, rows),
+        }
     }
 
     fn factors(&self) -> Vec<(&'static str, &Tensor)> {

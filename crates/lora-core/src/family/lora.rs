@@ -20,8 +20,8 @@ use candle_core::{DType, Result, Tensor};
 use lora_kernels::Conv2dParams;
 use rand::RngCore;
 
-use super::{Entry, Fresh, Parts, core_times, fold, precision, scaled_like};
-use crate::adapter::{Adapter, Family, multiply};
+use super::{Entry, Fresh, Parts, core_times, fold, middle, precision, scaled_like};
+use crate::adapter::{Adapter, Family, LowRank, multiply};
 use crate::control::{DropoutKind, Pass};
 use crate::held::Held;
 use crate::layer::{BaseLayer, LayerOp};
@@ -199,29 +199,6 @@ impl Lora {
             Some(mid) => core_times(&mid.to_dtype(dtype)?, &down),
         }
     }
-
-    /// The branch of a convolution up to the rank-sized middle.
-    fn conv_middle(
-        &self,
-        x: &Tensor,
-        params: Conv2dParams,
-        kernel: (usize, usize),
-    ) -> Result<Tensor> {
-        let dtype = x.dtype();
-        let (kh, kw) = kernel;
-        match &self.mid {
-            None => {
-                let down = self.down.to_dtype(dtype)?;
-                let inputs = down.elem_count() / (self.rank * kh * kw);
-                lora_kernels::conv2d(x, &down.reshape((self.rank, inputs, kh, kw))?, None, params)
-            }
-            Some(mid) => {
-                let down = self.down.to_dtype(dtype)?.reshape((self.rank, (), 1, 1))?;
-                let middle = lora_kernels::conv2d(x, &down, None, Conv2dParams::default())?;
-                lora_kernels::conv2d(&middle, &mid.to_dtype(dtype)?, None, params)
-            }
-        }
-    }
 }
 
 impl Adapter for Lora {
@@ -271,21 +248,12 @@ impl Adapter for Lora {
         multiplier: f64,
         pass: Option<&Pass<'_>>,
     ) -> Result<Tensor> {
-        let Some((middle, up)) = self.low_rank(x, layer, multiplier, pass)? else {
-            return layer.op.apply(
-                x,
-                &self.delta(&layer.weight_in(x.dtype())?, multiplier)?,
-                None,
-            );
-        };
-        match layer.op {
-            LayerOp::Linear => lora_kernels::linear(&middle, &up, None),
-            _ => lora_kernels::conv2d(
-                &middle,
-                &up.reshape(((), self.rank, 1, 1))?,
-                None,
-                Conv2dParams::default(),
-            ),
+        match self.low_rank(x, layer, multiplier, pass)? {
+            Some(product) => product.apply(&layer.op),
+            None => {
+                let delta = self.delta(&layer.weight_in(x.dtype())?, multiplier)?;
+                layer.op.apply(x, &delta, None)
+            }
         }
     }
 
@@ -295,32 +263,36 @@ impl Adapter for Lora {
         layer: &BaseLayer,
         multiplier: f64,
         pass: Option<&Pass<'_>>,
-    ) -> Result<Option<(Tensor, Tensor)>> {
+    ) -> Result<Option<LowRank>> {
         let dtype = x.dtype();
-        let middle = match layer.op {
-            LayerOp::Linear => lora_kernels::linear(x, &self.down_matrix(dtype)?, None)?,
-            LayerOp::Conv2d(params) if params.groups == 1 => {
-                let (_, _, kh, kw) = layer.weight.dims4()?;
-                self.conv_middle(x, params, (kh, kw))?
+        let middle = match (layer.op, &self.mid) {
+            (LayerOp::Conv2d(params), Some(mid)) if params.groups == 1 => {
+                let down = self.down.to_dtype(dtype)?.reshape((self.rank, (), 1, 1))?;
+                let middle = lora_kernels::conv2d(x, &down, None, Conv2dParams::default())?;
+                lora_kernels::conv2d(&middle, &mid.to_dtype(dtype)?, None, params)?
             }
-            // Grouped convolutions and norms have no low-rank shortcut.
-            _ => return Ok(None),
+            _ => match middle(x, &self.down_matrix(dtype)?, layer)? {
+                Some(middle) => middle,
+                None => return Ok(None),
+            },
         };
-        let rank_axis = if layer.op == LayerOp::Linear {
-            middle.rank() - 1
-        } else {
-            1
-        };
-        let middle = drop_out(middle, rank_axis, pass)?;
-        let middle = (middle * (self.scale() * multiplier))?;
-        Ok(Some((middle, self.up_matrix(dtype)?)))
+        let middle = drop_out(middle, layer.op.output_axis(x.rank()), pass)?;
+        let mut up = self.up_matrix(dtype)?;
+        let scale = self.scale() * multiplier;
+        if scale != 1.0 {
+            up = (up * scale)?;
+        }
+        Ok(Some(LowRank {
+            middle,
+            up,
+            outputs: None,
+        }))
     }
 
     fn held(&self, _: &BaseLayer, rows: usize) -> Held {
         let rank = self.rank().unwrap_or(0);
         Held {
-            // Behind the down projection, and the same scaled.
-            kept: 2 * rank * rows,
+            kept: rank * rows,
             backward: rank * rows,
         }
     }
@@ -336,7 +308,7 @@ impl Adapter for Lora {
 
     fn product(&self) -> Result<Option<(Tensor, Tensor)>> {
         let up = (self.up_matrix(DType::F32)? * self.scale())?;
-        Ok(Some((up.detach(), self.down_matrix(DType::F32)?.detach())))
+        Ok(Some((up, self.down_matrix(DType::F32)?)))
     }
 
     fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Arc<dyn Adapter>> {

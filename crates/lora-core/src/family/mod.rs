@@ -25,6 +25,7 @@ use rand::RngCore;
 
 use crate::adapter::Adapter;
 use crate::control::{DropoutKind, Pass};
+use crate::held::Held;
 use crate::layer::{BaseLayer, LayerOp};
 use crate::{AdapterConfig, Error, Family, Result};
 
@@ -192,6 +193,53 @@ pub(crate) fn delta_branch<A: Adapter + ?Sized>(
     })
 }
 
+/// What a layer's branch by a delta of its weight's size holds.
+pub(crate) fn held_with_delta(dims: (usize, usize), layer: &BaseLayer, rows: usize) -> Held {
+    let (outputs, inputs) = dims;
+    if layer.op.is_norm() {
+        return Held {
+            kept: outputs * rows,
+            backward: 0,
+        };
+    }
+    Held {
+        // The branch and its sum with the layer's own output.
+        kept: 2 * outputs * rows,
+        // The delta, its gradient and three products of its size.
+        backward: 5 * outputs * inputs,
+    }
+}
+
+/// What a layer's branch by a product of computed factors holds.
+pub(crate) fn held_with_product(rank: usize, dims: (usize, usize), rows: usize) -> Held {
+    let factors = rank * (dims.0 + dims.1);
+    Held {
+        // The middle; the factors, of which the left one is made transposed.
+        kept: rank * rows + 2 * factors,
+        backward: rank * rows + factors,
+    }
+}
+
+/// The layer's operation with the weight `down` `[r, i kh kw]`: the middle of a low-rank
+/// branch. `None` for layers that have none.
+pub(crate) fn middle(
+    x: &Tensor,
+    down: &Tensor,
+    layer: &BaseLayer,
+) -> candle_core::Result<Option<Tensor>> {
+    let down = down.to_dtype(x.dtype())?;
+    match layer.op {
+        LayerOp::Linear => lora_kernels::linear(x, &down, None).map(Some),
+        LayerOp::Conv2d(params) if params.groups == 1 => {
+            let (_, i, kh, kw) = layer.weight.dims4()?;
+            let down = down.reshape(((), i, kh, kw))?;
+            lora_kernels::conv2d(x, &down, None, params).map(Some)
+        }
+        // Grouped convolutions and norms have no low-rank shortcut.
+        _ => Ok(None),
+    }
+}
+
 /// Rank dropout as LyCORIS applies it: whole rows of the delta, which are channels of the
 /// branch's output, are dropped. The rest is scaled only with `rank_scale`.
 pub(crate) fn drop_rows(
@@ -199,14 +247,18 @@ pub(crate) fn drop_rows(
     op: &LayerOp,
     pass: Option<&Pass<'_>>,
 ) -> candle_core::Result<Tensor> {
-    let Some(pass) = pass.filter(|p| p.dropout.rank > 0.0) else {
+    let axis = op.output_axis(y.rank());
+    let Some(keep) = kept_rows(y.dim(axis)?, pass) else {
         return Ok(y);
     };
-    let axis = match op {
-        LayerOp::Conv2d(_) => 1,
-        _ => y.rank().saturating_sub(1),
-    };
-    let rows = y.dim(axis)?;
+    let mut dims = vec![1; y.rank()];
+    dims[axis] = keep.len();
+    y.broadcast_mul(&Tensor::from_vec(keep, dims, y.device())?.to_dtype(y.dtype())?)
+}
+
+/// What [`drop_rows`] multiplies the rows by, if it is on.
+pub(crate) fn kept_rows(rows: usize, pass: Option<&Pass<'_>>) -> Option<Vec<f32>> {
+    let pass = pass.filter(|p| p.dropout.rank > 0.0)?;
     let draws = pass.draws.uniform(DropoutKind::Rank, rows);
     let mut keep: Vec<f32> = draws
         .into_iter()
@@ -217,8 +269,5 @@ pub(crate) fn drop_rows(
         let factor = rows as f32 / kept;
         keep.iter_mut().for_each(|k| *k *= factor);
     }
-    let dims: Vec<usize> = (0..y.rank())
-        .map(|a| if a == axis { rows } else { 1 })
-        .collect();
-    y.broadcast_mul(&Tensor::from_vec(keep, dims, y.device())?.to_dtype(y.dtype())?)
+    Some(keep)
 }

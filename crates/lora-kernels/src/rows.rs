@@ -1,0 +1,281 @@
+//! Products of rows with rows, and outputs multiplied by a number per channel: what LoHa and
+//! DoRA add to a low-rank branch. candle's broadcasts do the same, but their backward passes
+//! sum slowly.
+
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use crate::math::{sum2, vectorized};
+use crate::node::{Value, node};
+use crate::pointwise::with_values;
+use crate::{fast, values};
+
+/// The elementwise products of every row of `a` `[r, n]` with every row of `b` `[s, n]`:
+/// `[r s, n]`, row `p s + q` being `a_p b_q`.
+///
+/// With it the elementwise product of two low-rank products is a low-rank product itself:
+/// `(u1 v1) o (u2 v2)` is `t(row_products(t(u1), t(u2)))` times `row_products(v1, v2)`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// let a = Tensor::new(&[[1f32, 2.], [3., 4.]], &Device::Cpu)?;
+/// let b = Tensor::new(&[[5f32, 6.]], &Device::Cpu)?;
+/// let products = lora_kernels::row_products(&a, &b)?;
+/// assert_eq!(products.to_vec2::<f32>()?, [[5., 12.], [15., 24.]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn row_products(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let ((r, n), (s, columns)) = (a.dims2()?, b.dims2()?);
+    if n != columns {
+        candle_core::bail!("row products: rows of {n} and of {columns} values");
+    }
+    if n > 0 && fast(&[a, b]) {
+        return a.contiguous()?.apply_op2(&b.contiguous()?, RowProducts);
+    }
+    a.unsqueeze(1)?
+        .broadcast_mul(&b.unsqueeze(0)?)?
+        .reshape((r * s, n))
+}
+
+struct RowProducts;
+
+/// Columns that are summed at a time.
+const COLUMNS: usize = 1 << 12;
+
+impl CustomOp2 for RowProducts {
+    fn name(&self) -> &'static str {
+        "row_products"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let ((r, n), (s, _)) = (l1.shape().dims2()?, l2.shape().dims2()?);
+        let (a, b) = (values(s1, l1)?, values(s2, l2)?);
+        let mut products = vec![0f32; r * s * n];
+        let blocks = products.par_chunks_mut(s * n).zip(a.par_chunks(n));
+        blocks.for_each(|(products, a)| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (products, b) in products.chunks_exact_mut(n).zip(b.chunks_exact(n)) {
+                        for ((product, a), b) in products.iter_mut().zip(a).zip(b) {
+                            *product = a * b;
+                        }
+                    }
+                },
+            )
+        });
+        Ok((CpuStorage::F32(products), (r * s, n).into()))
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let ((r, n), s) = (a.dims2()?, b.dim(0)?);
+        let dy = dy.detach().contiguous()?;
+        // Rows of dy, `step` apart, times the rows of the other side.
+        let gradient = |other: &Tensor, rows: usize, first: usize, step: usize| {
+            let sums = with_values(&other.detach(), &dy, |other, dy| {
+                let mut sums = vec![0f32; rows * n];
+                let rows = sums.par_chunks_mut(n).enumerate();
+                rows.for_each(|(row, sums)| {
+                    let dy = dy.chunks_exact(n).skip(row * first).step_by(step);
+                    let terms: Vec<_> = dy.zip(other.chunks_exact(n)).collect();
+                    for (block, sums) in sums.chunks_mut(COLUMNS).enumerate() {
+                        let at = block * COLUMNS..block * COLUMNS + sums.len();
+                        for (dy, other) in &terms {
+                            add_products(sums, &dy[at.clone()], &other[at.clone()]);
+                        }
+                    }
+                });
+                sums
+            })?;
+            Tensor::from_vec(sums, (rows, n), &Device::Cpu)
+        };
+        let to_a = a.track_op().then(|| gradient(b, r, s, 1)).transpose()?;
+        let to_b = b.track_op().then(|| gradient(a, s, 1, s)).transpose()?;
+        Ok((to_a, to_b))
+    }
+}
+
+fn add_products(sums: &mut [f32], a: &[f32], b: &[f32]) {
+    vectorized(
+        #[inline(always)]
+        || {
+            for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+                *sum += a * b;
+            }
+        },
+    );
+}
+
+/// `y` times a number per channel, plus a bias per channel and a residual: `y` `[.., c]`, or
+/// with `axis` 1 `[n, c, h, w]`; `scale` and `bias` `[c]`; `residual` in the shape of `y`. Gradients go to
+/// y, scale and residual.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// let y = Tensor::new(&[[1f32, 2.]], &Device::Cpu)?;
+/// let scale = Tensor::new(&[3f32, 4.], &Device::Cpu)?;
+/// let scaled = lora_kernels::scale_channels(&y, 1, &scale, Some(&scale), None)?;
+/// assert_eq!(scaled.to_vec2::<f32>()?, [[6., 12.]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn scale_channels(
+    y: &Tensor,
+    axis: usize,
+    scale: &Tensor,
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
+    let channels = y.dim(axis)?;
+    let misfit = |t: &&Tensor| t.dims() != [channels];
+    if misfit(&scale) || bias.as_ref().is_some_and(misfit) {
+        candle_core::bail!("scale_channels: scale or bias do not fit {:?}", y.dims());
+    }
+    if residual.is_some_and(|r| r.dims() != y.dims()) {
+        candle_core::bail!("scale_channels: the residual does not fit {:?}", y.dims());
+    }
+    let operands = [Some(y), Some(scale), bias, residual];
+    let operands: Vec<&Tensor> = operands.into_iter().flatten().collect();
+    if !fast(&operands) || bias.is_some_and(Tensor::track_op) {
+        let mut per_channel = vec![1; y.rank()];
+        per_channel[axis] = channels;
+        let mut scaled = y.broadcast_mul(&scale.reshape(per_channel.as_slice())?)?;
+        if let Some(bias) = bias {
+            scaled = scaled.broadcast_add(&bias.reshape(per_channel)?)?;
+        }
+        return match residual {
+            Some(residual) => scaled + residual,
+            None => Ok(scaled),
+        };
+    }
+    // Values with one channel that follow each other, and channels until they repeat.
+    let run = y.dims()[axis + 1..].iter().product::<usize>();
+    let per_channel = |t: &Tensor| t.detach().to_vec1::<f32>();
+    let factors = per_channel(scale)?;
+    let bias = bias.map(per_channel).transpose()?;
+    let (kept, shape) = (y.detach().contiguous()?, y.shape().clone());
+    let mut value = match residual {
+        Some(residual) => residual.detach().flatten_all()?.to_vec1::<f32>()?,
+        None => vec![0f32; kept.elem_count()],
+    };
+    with_values(&kept, &kept, |y, _| {
+        by_channel(&mut value, y, run, &factors, bias.as_deref());
+    })?;
+    let (to_y, to_scale, to_residual) = (
+        y.track_op(),
+        scale.track_op(),
+        residual.is_some_and(Tensor::track_op),
+    );
+    let gradients = move |dy: &Tensor| {
+        let dy = dy.contiguous()?;
+        let (dy_scaled, sums) = with_values(&kept, &dy, |y, dy| {
+            let scaled = to_y.then(|| {
+                let mut scaled = vec![0f32; dy.len()];
+                by_channel(&mut scaled, dy, run, &factors, None);
+                scaled
+            });
+            (scaled, to_scale.then(|| channel_sums(y, dy, run, channels)))
+        })?;
+        let tensor =
+            |values: Vec<f32>, shape: &Shape| Tensor::from_vec(values, shape, &Device::Cpu);
+        let mut all = vec![
+            dy_scaled
+                .map(|v| tensor(v, &kept.shape().clone()))
+                .transpose()?,
+            sums.map(|v| tensor(v, &channels.into())).transpose()?,
+        ];
+        all.push(to_residual.then_some(dy));
+        Ok(all)
+    };
+    let args: Vec<&Tensor> = [y, scale].into_iter().chain(residual).collect();
+    node(
+        "scale_channels",
+        &args,
+        Value::Cpu(value, shape),
+        Box::new(gradients),
+    )
+}
+
+/// Adds `x` times its channel's factor, plus its channel's bias, to `out`. `run` values of a
+/// channel follow each other.
+fn by_channel(out: &mut [f32], x: &[f32], run: usize, factors: &[f32], bias: Option<&[f32]>) {
+    let channels = factors.len();
+    if run > 1 {
+        let planes = out.par_chunks_mut(run).zip(x.par_chunks(run)).enumerate();
+        return planes.for_each(|(plane, (out, x))| {
+            let factor = factors[plane % channels];
+            let bias = bias.map_or(0.0, |b| b[plane % channels]);
+            vectorized(
+                #[inline(always)]
+                || {
+                    out.iter_mut()
+                        .zip(x)
+                        .for_each(|(out, x)| *out += x * factor + bias)
+                },
+            )
+        });
+    }
+    let blocks = out.par_chunks_mut(STRETCH * channels);
+    blocks
+        .zip(x.par_chunks(STRETCH * channels))
+        .for_each(|(out, x)| {
+            for (out, x) in out.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
+                add_products(out, x, factors);
+                for (out, bias) in out.iter_mut().zip(bias.unwrap_or_default()) {
+                    *out += bias;
+                }
+            }
+        });
+}
+
+/// Rows of one task, which are summed in f32 before the sum goes on in f64.
+const STRETCH: usize = 64;
+
+/// The sums of `a b` over everything but the channels.
+fn channel_sums(a: &[f32], b: &[f32], run: usize, channels: usize) -> Vec<f32> {
+    if run > 1 {
+        let of = |channel: usize| {
+            let starts = (channel * run..a.len()).step_by(channels * run);
+            let sums = starts.map(|start| {
+                let at = start..start + run;
+                vectorized(
+                    #[inline(always)]
+                    || sum2(&a[at.clone()], &b[at], |a, b| a * b),
+                )
+            });
+            sums.sum::<f64>() as f32
+        };
+        return (0..channels).into_par_iter().map(of).collect();
+    }
+    let stretches = a
+        .par_chunks(STRETCH * channels)
+        .zip(b.par_chunks(STRETCH * channels));
+    let partial: Vec<Vec<f32>> = stretches
+        .map(|(a, b)| {
+            let mut sums = vec![0f32; channels];
+            for (a, b) in a.chunks_exact(channels).zip(b.chunks_exact(channels)) {
+                add_products(&mut sums, a, b);
+            }
+            sums
+        })
+        .collect();
+    let total = |channel: usize| partial.iter().map(|p| f64::from(p[channel])).sum::<f64>();
+    (0..channels).map(|channel| total(channel) as f32).collect()
+}
