@@ -2,13 +2,13 @@
 //! made in memory: no checkpoint is needed.
 //!
 //! `cargo bench -p lora-benches --bench step -- [--mode train|sample] [--resolution 512]
-//! [--batch 1] [--rank 32] [--steps 3] [--warmup 1] [--checkpointing] [--storage f32|f16|bf16]
-//! [--compute f32|bf16] [--threads 2] [--device cpu|cuda|metal]`, for GPUs with
+//! [--batch 1] [--family lora|loha|lokr|dora|...] [--convolutions] [--rank 32] [--steps 3]
+//! [--warmup 1] [--checkpointing] [--storage f32|f16|bf16] [--compute f32|bf16] [--threads 2] [--device cpu|cuda|metal]`, for GPUs with
 //! `--features cuda` behind `cargo bench`.
 //!
 //! One JSON object on the last line. A training step is forward pass, loss, backward pass,
 //! norm of all gradients, clipping and AdamW, for a LoRA on attention, feed-forward and
-//! projections, both factors non-zero. A sampling step is one guided evaluation: `batch`
+//! projections (and with `--convolutions` on those, too), all factors non-zero. A sampling step is one guided evaluation: `batch`
 //! pairs of a negative and a positive prompt. `peak_rss_mb` is that of the process, so run
 //! it once per configuration; `cpu_s_median` is the processor time of all threads, which other
 //! programs disturb less than the time on the clock. `LORA_KERNELS=plain` times candle's own operations.
@@ -18,7 +18,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
-use lora_core::{Adaptable, AdapterConfig, AdapterSet, Targets};
+use lora_core::{Adaptable, AdapterConfig, AdapterSet, Family, Targets};
 use lora_kernels::Compute;
 use lora_optim::{AdamW, AdamWConfig, OnHost, Optimizer, ParamGroup, StepOptions};
 use lora_sd15::{UNet, UnetConfig};
@@ -31,6 +31,8 @@ struct Options {
     sample: bool,
     resolution: usize,
     batch: usize,
+    family: Family,
+    convolutions: bool,
     rank: usize,
     steps: usize,
     warmup: usize,
@@ -46,6 +48,8 @@ fn options() -> Result<Options> {
         sample: false,
         resolution: 512,
         batch: 1,
+        family: Family::Lora,
+        convolutions: false,
         rank: 32,
         steps: 3,
         warmup: 1,
@@ -58,8 +62,13 @@ fn options() -> Result<Options> {
     // cargo bench adds --bench.
     let mut args = std::env::args().skip(1).filter(|a| a != "--bench");
     while let Some(arg) = args.next() {
-        if arg == "--checkpointing" {
-            o.checkpointing = true;
+        let switch = match arg.as_str() {
+            "--checkpointing" => Some(&mut o.checkpointing),
+            "--convolutions" => Some(&mut o.convolutions),
+            _ => None,
+        };
+        if let Some(switch) = switch {
+            *switch = true;
             continue;
         }
         let value = args.next().ok_or(format!("{arg} needs a value"))?;
@@ -96,6 +105,20 @@ fn options() -> Result<Options> {
             }
             "--resolution" => o.resolution = number()?,
             "--batch" => o.batch = number()?,
+            "--family" => {
+                const ALL: [Family; 8] = [
+                    Family::Lora,
+                    Family::Loha,
+                    Family::Lokr,
+                    Family::Dora,
+                    Family::Glora,
+                    Family::Oft,
+                    Family::Boft,
+                    Family::Full,
+                ];
+                let known = ALL.into_iter().find(|f| f.name() == value);
+                o.family = known.ok_or(format!("--family {value} is not one of {ALL:?}"))?;
+            }
             "--rank" => o.rank = number()?,
             "--steps" => o.steps = number()?.max(1),
             "--warmup" => o.warmup = number()?,
@@ -189,12 +212,18 @@ type Step<'a> = Box<dyn FnMut() -> Result<Vec<f64>> + 'a>;
 
 fn training<'a>(o: &'a Options, unet: &'a mut UNet) -> Result<(Step<'a>, usize)> {
     let config = AdapterConfig {
+        family: o.family,
         rank: o.rank,
         alpha: o.rank as f64,
+        conv_rank: o.convolutions.then_some(o.rank),
         ..AdapterConfig::default()
     };
     let mut rng = StdRng::seed_from_u64(0);
-    let mut set = AdapterSet::create(unet, &config, &Targets::attn_mlp(), &mut rng)?;
+    let targets = match o.convolutions {
+        true => Targets::attn_mlp_conv(),
+        false => Targets::attn_mlp(),
+    };
+    let mut set = AdapterSet::create(unet, &config, &targets, &mut rng)?;
     let mut noise = Noise(1);
     for (_, var) in set.params() {
         let values = noise.tensor(var.shape().clone(), 1e-3)?;
@@ -323,6 +352,8 @@ fn main() -> Result<()> {
             "compute": format!("{:?}", o.compute).to_lowercase(),
             "batch": o.batch,
             "resolution": o.resolution,
+            "family": o.family.name(),
+            "convolutions": o.convolutions,
             "rank": o.rank,
             "checkpointing": o.checkpointing,
             "device": format!("{:?}", o.device.location()),
