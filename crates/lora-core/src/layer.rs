@@ -294,7 +294,7 @@ impl Layer {
     ) -> Result<Tensor> {
         // Low-rank branches are added to the base product; others follow.
         let (mut low_rank, mut branches) = (Vec::new(), Vec::new());
-        let mut outputs = None;
+        let mut multiplied = None;
         for attachment in &self.attached {
             let multiplier = attachment.control.multiplier();
             if multiplier == 0.0 {
@@ -305,22 +305,26 @@ impl Layer {
                 match adapter.low_rank(x, &self.base, multiplier, pass)? {
                     Some(product) if product.outputs.is_none() => low_rank.push(product),
                     // The layer's own product can be multiplied once.
-                    Some(product) if outputs.is_none() => outputs = Some(product),
+                    Some(product) if multiplied.is_none() => multiplied = Some(product),
                     _ => branches.push(adapter.branch(x, &self.base, multiplier, pass)?),
                 }
                 Ok::<(), candle_core::Error>(())
             })?;
         }
-        if let Some(product) = outputs {
+        if let Some(product) = multiplied {
             for other in low_rank {
                 branches.push(other.apply(&self.base.op)?);
             }
-            return self.forward_multiplied(x, &product, branches, shift, residual);
+            branches.extend(residual.cloned());
+            return self.forward_multiplied(x, &product, &branches, shift);
         }
+        branches.extend(residual.cloned());
+        // One is added in the same pass.
+        let (first, others) = branches.split_first().unzip();
         let low_rank: Vec<_> = low_rank.into_iter().map(|p| (p.middle, p.up)).collect();
         let added = Added {
             low_rank: &low_rank,
-            residual: residual.filter(|_| branches.is_empty()),
+            residual: first,
             shift,
         };
         let BaseLayer { bias, op, .. } = &self.base;
@@ -337,16 +341,10 @@ impl Layer {
                 }
             }
         };
-        if branches.is_empty() {
-            return Ok(y);
-        }
-        for branch in branches {
+        for branch in others.into_iter().flatten() {
             y = (y + branch)?;
         }
-        match residual {
-            Some(residual) => y + residual,
-            None => Ok(y),
-        }
+        Ok(y)
     }
 
     /// The product of a linear layer or convolution with the base weight, and what is added.
@@ -365,9 +363,8 @@ impl Layer {
         &self,
         x: &Tensor,
         product: &LowRank,
-        branches: Vec<Tensor>,
+        branches: &[Tensor],
         shift: Option<&Tensor>,
-        residual: Option<&Tensor>,
     ) -> Result<Tensor> {
         let low_rank = [(product.middle.clone(), product.up.clone())];
         let added = Added {
@@ -375,17 +372,18 @@ impl Layer {
             ..Added::default()
         };
         let y = self.product(x, None, &added)?;
+        let (first, others) = branches.split_first().unzip();
         let mut y = match &product.outputs {
             Some(outputs) => {
                 let (axis, bias) = (self.base.op.output_axis(y.rank()), self.base.bias.as_ref());
-                lora_kernels::scale_channels(&y, axis, outputs, bias, residual)?
+                lora_kernels::scale_channels(&y, axis, outputs, bias, first)?
             }
             None => y,
         };
         if let Some(shift) = shift {
             y = lora_kernels::add_to_channels(&y, shift)?;
         }
-        for branch in branches {
+        for branch in others.into_iter().flatten() {
             y = (y + branch)?;
         }
         Ok(y)

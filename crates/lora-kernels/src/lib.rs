@@ -15,7 +15,8 @@
 //! * [`attention`]: scaled dot-product attention that never holds all scores
 //! * [`layer_norm`], [`group_norm`] (SiLU behind it if wanted), [`silu`], [`geglu`]
 //! * [`upsample_nearest2x`]: nearest-neighbour doubling
-//! * [`row_products`], [`scale_channels`], [`add_to_channels`]: what LoHa and DoRA add to a low-rank branch
+//! * [`row_products`], [`mix_groups`], [`scale_channels`], [`add_to_channels`]: what LoHa, LoKr and
+//!   DoRA do beside products
 //! * [`with_computed_weight`]: a layer whose weight is computed from trained factors
 //! * [`checkpoint`]: gradient checkpointing around any function, on any device
 //!
@@ -93,7 +94,7 @@ pub use memory::{
 };
 pub use norm::{group_norm, layer_norm};
 pub use pointwise::{geglu, silu};
-pub use rows::{row_products, scale_channels};
+pub use rows::{mix_groups, row_products, scale_channels};
 pub use upsample::upsample_nearest2x;
 
 /// What the products with frozen weights, and those inside attention, are computed in.

@@ -1,5 +1,5 @@
-//! Products of rows with rows, and outputs multiplied by a number per channel: what LoHa and
-//! DoRA add to a low-rank branch. candle's broadcasts do the same, but their backward passes
+//! Products of rows with rows, outputs multiplied by a number per channel, groups mixed by a
+//! small matrix: what LoHa, DoRA and LoKr do beside products. candle's broadcasts do the same, but their backward passes
 //! sum slowly.
 
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor};
@@ -278,4 +278,175 @@ fn channel_sums(a: &[f32], b: &[f32], run: usize, channels: usize) -> Vec<f32> {
         .collect();
     let total = |channel: usize| partial.iter().map(|p| f64::from(p[channel])).sum::<f64>();
     (0..channels).map(|channel| total(channel) as f32).collect()
+}
+
+/// `mixing` `[a, c]` times every matrix `[c, b]` of `x` `[rows, c, b]`: `[rows, a, b]`. For many small
+/// matrices, as in a Kronecker product.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// let mixing = Tensor::new(&[[1f32, 10.]], &Device::Cpu)?;
+/// let x = Tensor::new(&[[[1f32, 2.], [3., 4.]]], &Device::Cpu)?;
+/// let mixed = lora_kernels::mix_groups(&mixing, &x)?;
+/// assert_eq!(mixed.to_vec3::<f32>()?, [[[31., 42.]]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn mix_groups(mixing: &Tensor, x: &Tensor) -> Result<Tensor> {
+    let ((a, c), (rows, groups, b)) = (mixing.dims2()?, x.dims3()?);
+    if groups != c {
+        candle_core::bail!("mix_groups: {groups} groups, mixed by [{a}, {c}]");
+    }
+    if x.elem_count() > 0 && fast(&[mixing, x]) {
+        return mixing.contiguous()?.apply_op2(&x.contiguous()?, MixGroups);
+    }
+    let columns = x.transpose(1, 2)?.contiguous()?.reshape((rows * b, c))?;
+    let mixed = crate::linear(&columns, mixing, None)?;
+    mixed.reshape((rows, b, a))?.transpose(1, 2)?.contiguous()
+}
+
+struct MixGroups;
+
+impl CustomOp2 for MixGroups {
+    fn name(&self) -> &'static str {
+        "mix_groups"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let ((a, c), (rows, _, b)) = (l1.shape().dims2()?, l2.shape().dims3()?);
+        let mixed = mix(values(s1, l1)?, values(s2, l2)?, c, b);
+        Ok((CpuStorage::F32(mixed), (rows, a, b).into()))
+    }
+
+    fn bwd(
+        &self,
+        mixing: &Tensor,
+        x: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let ((a, c), b) = (mixing.dims2()?, x.dim(2)?);
+        let dy = dy.detach().contiguous()?;
+        let to_mixing = || {
+            let sums = with_values(x, &dy, |x, dy| mixing_gradient(x, dy, a, c, b))?;
+            Tensor::from_vec(sums, (a, c), &Device::Cpu)
+        };
+        let to_x = || {
+            let back = mixing.detach().t()?.contiguous()?;
+            let dx = with_values(&back, &dy, |back, dy| mix(back, dy, a, b))?;
+            Tensor::from_vec(dx, x.shape(), &Device::Cpu)
+        };
+        Ok((
+            mixing.track_op().then(to_mixing).transpose()?,
+            x.track_op().then(to_x).transpose()?,
+        ))
+    }
+}
+
+/// Columns that are held in registers.
+const WIDE: usize = 16;
+
+/// Every matrix `[c, b]` of x multiplied by `[a, c]`.
+fn mix(mixing: &[f32], x: &[f32], c: usize, b: usize) -> Vec<f32> {
+    let (a, matrices) = (mixing.len() / c, x.len() / (c * b));
+    let mut mixed = vec![0f32; matrices * a * b];
+    let blocks = mixed.par_chunks_mut(STRETCH * a * b);
+    blocks
+        .zip(x.par_chunks(STRETCH * c * b))
+        .for_each(|(out, x)| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (out, x) in out.chunks_exact_mut(a * b).zip(x.chunks_exact(c * b)) {
+                        let mut at = 0;
+                        while at + WIDE <= b {
+                            mix_columns::<WIDE>(out, mixing, x, c, b, at);
+                            at += WIDE;
+                        }
+                        while at + WIDE / 2 <= b {
+                            mix_columns::<{ WIDE / 2 }>(out, mixing, x, c, b, at);
+                            at += WIDE / 2;
+                        }
+                        while at < b {
+                            mix_columns::<1>(out, mixing, x, c, b, at);
+                            at += 1;
+                        }
+                    }
+                },
+            )
+        });
+    mixed
+}
+
+/// `N` columns of the product of one matrix, from column `at` on.
+#[inline(always)]
+fn mix_columns<const N: usize>(
+    out: &mut [f32],
+    mixing: &[f32],
+    x: &[f32],
+    c: usize,
+    b: usize,
+    at: usize,
+) {
+    for (out, mixing) in out.chunks_exact_mut(b).zip(mixing.chunks_exact(c)) {
+        let mut sums = [0f32; N];
+        for (x, factor) in x.chunks_exact(b).zip(mixing) {
+            for (sum, x) in sums.iter_mut().zip(&x[at..at + N]) {
+                *sum += x * factor;
+            }
+        }
+        out[at..at + N].copy_from_slice(&sums);
+    }
+}
+
+/// The sum over all matrices of `dy [a, b]` times the transposed `x [c, b]`.
+fn mixing_gradient(x: &[f32], dy: &[f32], a: usize, c: usize, b: usize) -> Vec<f32> {
+    let blocks = x
+        .par_chunks(STRETCH * c * b)
+        .zip(dy.par_chunks(STRETCH * a * b));
+    let partial: Vec<Vec<f32>> = blocks
+        .map(|(x, dy)| {
+            // Lane by lane, added up in the end.
+            let mut sums = vec![[0f32; WIDE]; a * c];
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (x, dy) in x.chunks_exact(c * b).zip(dy.chunks_exact(a * b)) {
+                        for (dy, sums) in dy.chunks_exact(b).zip(sums.chunks_exact_mut(c)) {
+                            for (x, sums) in x.chunks_exact(b).zip(sums) {
+                                add_lanes(sums, x, dy);
+                            }
+                        }
+                    }
+                },
+            );
+            sums.iter().map(|lanes| lanes.iter().sum()).collect()
+        })
+        .collect();
+    let total = |at: usize| partial.iter().map(|p| f64::from(p[at])).sum::<f64>();
+    (0..a * c).map(|at| total(at) as f32).collect()
+}
+
+#[inline(always)]
+fn add_lanes(sums: &mut [f32; WIDE], x: &[f32], y: &[f32]) {
+    let (wide_x, wide_y) = (x.chunks_exact(WIDE), y.chunks_exact(WIDE));
+    let (rest_x, rest_y) = (wide_x.remainder(), wide_y.remainder());
+    let mut lanes = *sums;
+    for (x, y) in wide_x.zip(wide_y) {
+        for (lane, (x, y)) in lanes.iter_mut().zip(x.iter().zip(y)) {
+            *lane += x * y;
+        }
+    }
+    for (lane, (x, y)) in lanes.iter_mut().zip(rest_x.iter().zip(rest_y)) {
+        *lane += x * y;
+    }
+    *sums = lanes;
 }

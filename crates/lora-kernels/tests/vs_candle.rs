@@ -7,7 +7,8 @@ mod common;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use lora_kernels::{
     Compute, Conv2dParams, Product, attention, conv2d, geglu, group_norm, layer_norm, linear,
-    plain, row_products, scale_channels, silu, upsample_nearest2x, with_computed_weight,
+    mix_groups, plain, row_products, scale_channels, silu, upsample_nearest2x,
+    with_computed_weight,
 };
 
 /// A repeatable tensor with values in -1..1.
@@ -423,6 +424,18 @@ fn an_elementwise_product_of_low_rank_products_is_one_of_low_rank() {
     let up = row_products(&u1.t().unwrap(), &u2.t().unwrap()).unwrap();
     let product = up.t().unwrap().matmul(&row_products(&v1, &v2).unwrap());
     assert_close("low rank", &product.unwrap(), &dense);
+}
+
+#[test]
+fn mixed_groups_agree_with_products() {
+    for (rows, a, c, b) in [(1, 1, 1, 1), (3, 2, 5, 7), (130, 8, 8, 40), (70, 3, 4, 25)] {
+        compare(
+            &format!("mixed groups {rows} {a} {c} {b}"),
+            &[&[a, c], &[rows, c, b]],
+            &|t| mix_groups(&t[0], &t[1]),
+            &|t| t[0].broadcast_left(rows)?.contiguous()?.matmul(&t[1]),
+        );
+    }
 }
 
 #[test]

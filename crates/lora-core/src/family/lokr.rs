@@ -193,9 +193,7 @@ impl Lokr {
             &self.w2.matrix(dtype)?,
             None,
         )?;
-        let z = z.reshape((rows, c, b))?.transpose(1, 2)?.contiguous()?;
-        let y = lora_kernels::linear(&z.reshape((rows * b, c))?, &w1, None)?;
-        let y = y.reshape((rows, b, a))?.transpose(1, 2)?.contiguous()?;
+        let y = lora_kernels::mix_groups(&w1, &z.reshape((rows, c, b))?)?;
         if let Some(last) = shape.last_mut() {
             *last = a * b;
         }
@@ -280,8 +278,8 @@ impl Adapter for Lokr {
     fn held(&self, _: &BaseLayer, rows: usize) -> Held {
         let ((a, c), (b, _)) = (self.w1.dims(), self.w2.dims());
         Held {
-            // Behind the second factor and behind the first, each transposed once, and the sum.
-            kept: rows * (2 * c * b + 3 * a * b),
+            // Behind the second factor and behind the first.
+            kept: rows * (c * b + a * b),
             backward: 2 * rows * a * b,
         }
     }
