@@ -75,7 +75,7 @@ pub struct TrainConfig {
     /// Metadata JSON with captions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub in_json: Option<PathBuf>,
-    /// Folder of masks, one per picture.
+    /// Folder of masks, one per training picture and named like it; for several folders of pictures also with folders named like theirs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub conditioning_data_dir: Option<PathBuf>,
     /// Where results go.
@@ -583,6 +583,13 @@ pub(crate) fn bad<T>(what: impl Into<String>) -> Result<T> {
     })
 }
 
+fn unwritable(error: toml::ser::Error) -> Error {
+    Error::Config {
+        place: "settings".into(),
+        what: error.to_string(),
+    }
+}
+
 impl TrainConfig {
     /// From settings that were read from files and the command line.
     ///
@@ -631,15 +638,36 @@ impl TrainConfig {
     /// # Errors
     /// When a value cannot be written as TOML.
     pub fn to_toml(&self) -> Result<String> {
-        let fail = |e: toml::ser::Error| Error::Config {
-            place: "settings".into(),
-            what: e.to_string(),
-        };
-        let mut table = toml::Table::try_from(self).map_err(fail)?;
+        toml::to_string(&self.table()?).map_err(unwritable)
+    }
+
+    fn table(&self) -> Result<toml::Table> {
+        let mut table = toml::Table::try_from(self).map_err(unwritable)?;
         if self.max_train_epochs.is_some() {
             table.remove("max_train_steps");
         }
-        toml::to_string(&table).map_err(fail)
+        Ok(table)
+    }
+
+    /// The settings that differ from the defaults, each as `name = value`, sorted by name.
+    ///
+    /// ```
+    /// use lora_train::TrainConfig;
+    /// let config = TrainConfig { network_alpha: 0.5, flip_aug: true, ..Default::default() };
+    /// assert_eq!(config.differences()?, ["flip_aug = true", "network_alpha = 0.5"]);
+    /// # Ok::<(), lora_train::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`to_toml`](Self::to_toml).
+    pub fn differences(&self) -> Result<Vec<String>> {
+        let defaults = Self::default().table()?;
+        let own = self.table()?;
+        let differs = |(name, value): &(&String, &toml::Value)| defaults.get(*name) != Some(value);
+        let list = own.iter().filter(differs);
+        Ok(list
+            .map(|(name, value)| format!("{name} = {value}"))
+            .collect())
     }
 
     /// Every effective setting as TOML, with a comment that says where it came from.

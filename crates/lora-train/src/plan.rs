@@ -1,6 +1,6 @@
 //! The sum that people get wrong: pictures, repeats, batches, updates, epochs.
 
-use lora_core::{AdapterConfig, AdapterSet, Family};
+use lora_core::{Adapter, AdapterConfig, AdapterSet, Family};
 use lora_data::{Dataset, Role, StepCount};
 
 use crate::config::TrainConfig;
@@ -103,6 +103,18 @@ impl Plan {
 
     /// Notes what is trained.
     pub(crate) fn set_adapters(&mut self, adapters: &AdapterSet) {
+        let ranks = || {
+            let adapters = adapters.iter();
+            adapters.filter_map(|(_, adapter)| kronecker_rank(adapter.as_ref()))
+        };
+        if let (Some(least), Some(most)) = (ranks().min(), ranks().max()) {
+            self.network += &match least == most {
+                true => format!(": rank up to {most}"),
+                false => {
+                    format!(": rank up to {least} in the smallest layers, {most} in the largest")
+                }
+            };
+        }
         for (name, adapter) in adapters.iter() {
             let kind = kind_of(name);
             let parameters: usize = adapter.vars().iter().map(|(_, v)| v.elem_count()).sum();
@@ -182,11 +194,27 @@ fn network(config: &TrainConfig) -> String {
             rank * rank,
             2 * rank
         ),
-        Family::Lokr => {
-            format!("{name} of dim {rank}, alpha {alpha}: the product of its factors' ranks")
-        }
+        // Its rank follows from the layers.
+        Family::Lokr => format!("{name} of dim {rank}, alpha {alpha}"),
+        Family::Ia3 => format!("{name}: one factor per channel"),
+        Family::Full => format!("{name}: every weight, any rank"),
         _ => name,
     }
+}
+
+/// The rank that a LoKr's change can have: the product of its factors' ranks. `None` for other
+/// families.
+fn kronecker_rank(adapter: &dyn Adapter) -> Option<usize> {
+    let factors = adapter.factors();
+    let dims = |name: &str| {
+        let (_, tensor) = factors.iter().find(|(known, _)| *known == name)?;
+        let (rows, rest) = tensor.dims().split_first()?;
+        Some((*rows).min(rest.iter().product()))
+    };
+    // A low-rank factor is as wide as its rank, or as high where it has a core.
+    let first = dims("lokr_w1").or_else(|| dims("lokr_w1_a"))?;
+    let second = dims("lokr_w2").or_else(|| dims("lokr_w2_a"))?;
+    Some(first * second)
 }
 
 /// Length, clip skip and weights of captions: what sample pictures elsewhere must agree with.

@@ -88,9 +88,10 @@ impl Trainer {
         let every = self.config.save_every_n_steps.unwrap_or(1);
         let path = self.naming.step(step);
         self.save(&path, self.at.epoch - 1, observer)?;
+        let healthy = self.is_healthy();
         let outdated = |keep| {
             outdated_step(step, every, keep)
-                .filter(|s| *s > 0)
+                .filter(|s| *s > 0 && healthy)
                 .map(|s| s as usize)
         };
         let keep = self.config.save_last_n_steps;
@@ -134,9 +135,10 @@ impl Trainer {
             return Ok(());
         }
         self.save(&self.naming.epoch(epoch), epoch, observer)?;
+        let healthy = self.is_healthy();
         let outdated = |keep| {
             outdated_epoch(epoch, every, keep)
-                .filter(|e| *e > 0)
+                .filter(|e| *e > 0 && healthy)
                 .map(|e| e as usize)
         };
         let keep = self.config.save_last_n_epochs;
@@ -152,6 +154,12 @@ impl Trainer {
         Ok(())
     }
 
+    /// Whether the last batch was used. While batches fail, the files of the time before are
+    /// the good ones: none is removed.
+    fn is_healthy(&self) -> bool {
+        self.at.failures == 0
+    }
+
     fn report_validation(&mut self, observer: &mut dyn Observer) -> Result<()> {
         if let Some(report) = self.validate()? {
             self.good.validation = self.at.validation.clone();
@@ -163,6 +171,7 @@ impl Trainer {
     /// The end of a complete run.
     pub(crate) fn finish(&mut self, observer: &mut dyn Observer) -> Result<Outcome> {
         self.adapters.end_training();
+        self.keep_what_was_extended(observer)?;
         let name = self.naming.last();
         self.save(&name, self.plan.epochs, observer)?;
         if self.config.save_state || self.config.save_state_on_train_end {
@@ -174,6 +183,45 @@ impl Trainer {
             skipped: self.at.skipped,
         });
         Ok(Outcome::Finished(path))
+    }
+
+    /// Says so when the result of another run is about to be replaced, as sd-scripts does
+    /// without a word.
+    pub(crate) fn warn_of_earlier_result(&self, observer: &mut dyn Observer) {
+        let path = self.folder().join(self.naming.last());
+        if path.exists() {
+            observer.event(&Event::Warning(&format!(
+                "{} of an earlier run will be replaced; another output_name keeps it",
+                path.display()
+            )));
+        }
+    }
+
+    /// Gives the result and the last state of the run that this one extends the names of their
+    /// update, so that they are not replaced.
+    fn keep_what_was_extended(&self, observer: &mut dyn Observer) -> Result<()> {
+        let Some(steps) = self.extended_from else {
+            return Ok(());
+        };
+        let saves_state = self.config.save_state || self.config.save_state_on_train_end;
+        for (last, kept, replaced) in [
+            (self.naming.last(), self.naming.step(steps), true),
+            (
+                self.naming.last_state(),
+                self.naming.step_state(steps),
+                saves_state,
+            ),
+        ] {
+            let (last, kept) = (self.folder().join(last), self.folder().join(kept));
+            if replaced && last.exists() && !kept.exists() {
+                std::fs::rename(&last, &kept).map_err(Error::io(&last))?;
+                observer.event(&Event::Warning(&format!(
+                    "what the run had before it was extended is now {}",
+                    kept.display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// The end of a run that was stopped: what there was at the last update.
@@ -210,7 +258,7 @@ impl Trainer {
         };
         self.averaged(true)?;
         let saved = self
-            .check_finite()
+            .check_finite(&path, self.config.save_dtype()?)
             .and_then(|()| Ok(self.adapters.save(&path, &options)?));
         self.averaged(false)?;
         saved?;
@@ -218,9 +266,8 @@ impl Trainer {
         Ok(())
     }
 
-    /// Whether every value is a number, also in the precision of the file.
-    fn check_finite(&self) -> Result<()> {
-        let dtype = self.config.save_dtype()?;
+    /// Checks that every value is a number, also in the precision of the file.
+    fn check_finite(&self, path: &Path, dtype: DType) -> Result<()> {
         for (name, var) in self.adapters.params() {
             let saved = var.to_dtype(dtype)?.to_dtype(DType::F32)?;
             if saved.sum_all()?.to_scalar::<f32>()?.is_finite() {
@@ -228,12 +275,12 @@ impl Trainer {
             }
             let what = match var.sum_all()?.to_scalar::<f32>()?.is_finite() {
                 true => "has values too large for save_precision fp16; use float or bf16",
-                false => "its weights are no longer numbers",
+                false => "has values that are no numbers; the learning rate is probably too high",
             };
-            return Err(Error::NotFinite {
-                times: 1,
-                step: self.at.step,
-                images: format!("{name}: {what}"),
+            return Err(Error::BadWeights {
+                path: path.to_path_buf(),
+                parameter: name,
+                what,
             });
         }
         Ok(())
@@ -242,6 +289,7 @@ impl Trainer {
     /// Writes what is needed to go on from the last complete update.
     pub(crate) fn save_state(&self, name: &str, observer: &mut dyn Observer) -> Result<()> {
         let path = self.folder().join(name);
+        self.check_finite(&path, DType::F32)?;
         let weights = Weights {
             params: &self.adapters.params(),
             optimizer: self.optimizer.state()?,

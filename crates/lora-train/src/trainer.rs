@@ -92,6 +92,8 @@ pub struct Trainer {
     pub(crate) good: RunState,
     /// The state folder that the run went on from.
     resumed: Option<PathBuf>,
+    /// Updates of the run that this one extends.
+    pub(crate) extended_from: Option<usize>,
     /// Keeps other runs away from this one's files.
     _lock: RunLock,
 }
@@ -269,6 +271,7 @@ impl Trainer {
             average: LossAverage::default(),
             watch: Watch::default(),
             resumed: None,
+            extended_from: None,
             _lock: lock,
             config,
             plan,
@@ -311,6 +314,7 @@ impl Trainer {
         if let Some(ema) = &mut self.ema {
             ema.load_state(&loaded.ema()?)?;
         }
+        self.extended_from = extended.then_some(loaded.state.total_steps);
         self.average = LossAverage::from_slots(loaded.state.loss_slots.clone());
         let config = std::mem::take(&mut self.at.config);
         self.at = RunState {
@@ -362,8 +366,12 @@ impl Trainer {
                 epoch: self.at.epoch,
                 step: self.at.step,
             }),
-            None if self.config.sample_at_first => self.draw_samples(None, observer)?,
-            None => {}
+            None => {
+                self.warn_of_earlier_result(observer);
+                if self.config.sample_at_first {
+                    self.draw_samples(None, observer)?;
+                }
+            }
         }
         self.optimizer.set_training(true)?;
         let result = self.epochs(observer, stop);
