@@ -641,7 +641,7 @@ impl TrainConfig {
         toml::to_string(&self.table()?).map_err(unwritable)
     }
 
-    fn table(&self) -> Result<toml::Table> {
+    pub(crate) fn table(&self) -> Result<toml::Table> {
         let mut table = toml::Table::try_from(self).map_err(unwritable)?;
         if self.max_train_epochs.is_some() {
             table.remove("max_train_steps");
@@ -805,11 +805,7 @@ impl TrainConfig {
                 ));
             }
         }
-        let set = |every: Option<usize>| every.is_some_and(|n| n > 0);
-        let draws = self.sample_at_first
-            || set(self.sample_every_n_epochs)
-            || set(self.sample_every_n_steps);
-        if draws && self.sample_prompts.is_none() && self.inline.samples.is_none() {
+        if self.draws_samples() && self.sample_prompts.is_none() && self.inline.samples.is_none() {
             return bad("sample pictures need sample_prompts, a file of prompts");
         }
         if self.conditioning_data_dir.is_some() && !self.masked_loss {
@@ -885,141 +881,6 @@ impl TrainConfig {
         Ok(())
     }
 
-    /// Choices that are allowed and probably not meant, in words.
-    pub fn warnings(&self) -> Vec<String> {
-        let mut list = Vec::new();
-        let rank = self.network_rank();
-        if self.network_alpha > rank as f64 {
-            list.push(format!(
-                "network_alpha {} is above network_dim {rank}: the adapter acts {:.1} times as strongly as usual",
-                self.network_alpha,
-                self.network_alpha / rank as f64
-            ));
-        }
-        let loha = self.adapter().is_ok_and(|a| a.family == Family::Loha);
-        if loha && rank > 8 {
-            list.push(format!(
-                "LoHa of dim {rank} has as many parameters as LoRA of dim {}: 1 to 8 is usual",
-                2 * rank
-            ));
-        }
-        if self.learning_rate.is_none() {
-            list.push(format!(
-                "learning_rate is not given: using {} (sd-scripts would use 2e-6)",
-                self.learning_rate()
-            ));
-        }
-        if self.adaptive()
-            && [self.unet_learning_rate(), self.text_learning_rate()]
-                .iter()
-                .any(|lr| *lr != 0.0 && !(0.1..=10.0).contains(lr))
-        {
-            list.push(format!("{} finds the learning rate itself: set learning_rate, unet_lr and text_encoder_lr to 1", self.optimizer_type));
-        }
-        if let Some(epochs) = self.max_train_epochs
-            && self.max_train_steps != Self::default().max_train_steps
-        {
-            list.push(format!(
-                "max_train_epochs {epochs} decides the length of the run, not max_train_steps {}",
-                self.max_train_steps
-            ));
-        }
-        if self.max_train_epochs.is_none()
-            && self.max_train_steps == Self::default().max_train_steps
-        {
-            list.push(format!(
-                "max_train_steps {}, which is the default, decides the length of the run; give \
-                 max_train_epochs to count passes over the pictures",
-                self.max_train_steps
-            ));
-        }
-        for arg in &self.network_args {
-            let reason = match arg.split_once('=').map(|(k, v)| (k.trim(), v.trim())) {
-                Some(("bypass_mode", "True" | "true")) => {
-                    "the branch is computed in the faster way"
-                }
-                Some(("block_size", _)) => "only algo=dylora has blocks",
-                _ => continue,
-            };
-            list.push(format!("network_args: {arg} has no effect: {reason}"));
-        }
-        let is_file = self.dataset_config.is_some() || self.inline.dataset.is_some();
-        for (name, given, instead) in [
-            (
-                "train_data_dir",
-                self.train_data_dir.is_some() && is_file,
-                "dataset_config",
-            ),
-            (
-                "in_json",
-                self.in_json.is_some() && is_file,
-                "dataset_config",
-            ),
-            (
-                "reg_data_dir",
-                self.reg_data_dir.is_some() && is_file,
-                "dataset_config",
-            ),
-            (
-                "reg_data_dir",
-                self.reg_data_dir.is_some() && !is_file && self.in_json.is_some(),
-                "in_json",
-            ),
-        ] {
-            if given {
-                list.push(format!(
-                    "{name} has no effect: {instead} names the pictures"
-                ));
-            }
-        }
-        for (name, every) in [
-            ("sample_every_n_epochs", self.sample_every_n_epochs),
-            ("sample_every_n_steps", self.sample_every_n_steps),
-        ] {
-            if every == Some(0) {
-                list.push(format!("{name} is 0: no sample pictures are drawn by it"));
-            }
-        }
-        if let (Some(_), Some(steps)) = (self.sample_every_n_epochs, self.sample_every_n_steps) {
-            list.push(format!(
-                "sample_every_n_steps {steps} has no effect: sample_every_n_epochs decides"
-            ));
-        }
-        let optimizer = self.optimizer_type.to_lowercase();
-        let long_memory = |arg: &String| {
-            let plain: String = arg.chars().filter(|c| !" ()".contains(*c)).collect();
-            plain == "betas=0.9,0.999"
-        };
-        if optimizer.starts_with("prodigy") && self.optimizer_args.iter().any(long_memory) {
-            list.push(
-                "Prodigy with betas (0.9, 0.999) finds its step size slowly: (0.9, 0.99) is usual"
-                    .into(),
-            );
-        }
-        let has_schedule = !self.lr_scheduler_type.is_empty() || self.lr_scheduler != "constant";
-        if optimizer.ends_with("schedulefree") && has_schedule {
-            list.push(format!(
-                "{} has a schedule of its own: lr_scheduler has no effect",
-                self.optimizer_type
-            ));
-        }
-        if self.zero_terminal_snr && !self.v_parameterization {
-            list.push("zero_terminal_snr is meant for v-prediction models".into());
-        }
-        if self.mixed_precision != "no" {
-            list.push(format!(
-                "mixed_precision {}: the UNet's frozen weights are kept so{}; adapters, norms, loss \
-                 and optimizer are computed in f32",
-                self.mixed_precision,
-                match self.compute() {
-                    Compute::Bf16 => ", and their products computed in it",
-                    Compute::F32 => "",
-                }
-            ));
-        }
-        list
-    }
-
     /// Whether each picture gets one latent for the whole run; `cache_latents_to_disk` implies
     /// it, as in sd-scripts.
     pub fn caches_latents(&self) -> bool {
@@ -1055,6 +916,11 @@ impl TrainConfig {
     pub fn adaptive(&self) -> bool {
         let name = self.optimizer_type.to_lowercase();
         name.starts_with("prodigy") || name.starts_with("dadapt")
+    }
+
+    /// Whether a dataset config, as a file or inside a GUI's config, describes the pictures.
+    pub(crate) fn has_dataset_config(&self) -> bool {
+        self.dataset_config.is_some() || self.inline.dataset.is_some()
     }
 
     /// The learning rate, with its default.
@@ -1220,7 +1086,7 @@ impl TrainConfig {
     ///
     /// # Errors
     /// [`Error::Config`] for values that cannot be read; [`Error::Data`] for values out
-    /// of range.
+    /// of range, unless there is a dataset config, which is checked when it is read.
     pub fn dataset_options(&self) -> Result<DatasetConfig> {
         let extension = self
             .caption_extention
@@ -1251,7 +1117,10 @@ impl TrainConfig {
             },
             ..DatasetConfig::default()
         };
-        options.validate()?;
+        // Of a dataset config, which may set these anew, each dataset is checked.
+        if !self.has_dataset_config() {
+            options.validate()?;
+        }
         Ok(options)
     }
 

@@ -288,7 +288,7 @@ pub(crate) fn optimizer(
 }
 
 /// Prodigy without `betas` gets (0.9, 0.99) here.
-fn kohya_optimizer(config: &TrainConfig) -> KohyaOptimizer {
+pub(crate) fn kohya_optimizer(config: &TrainConfig) -> KohyaOptimizer {
     KohyaOptimizer {
         optimizer_type: config.optimizer_type.clone(),
         optimizer_args: config.optimizer_args.clone(),

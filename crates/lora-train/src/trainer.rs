@@ -189,11 +189,11 @@ impl Trainer {
         let mut shown = adapters.without_gradients()?;
         shown.attach(unet, 0.0)?;
         shown.attach(text_encoder, 0.0)?;
-        plan.set_adapters(&adapters);
         if let Some(warning) = setup::alpha_without_effect(&adapters) {
             observer.event(&Event::Warning(&warning));
         }
         let groups = setup::param_groups(&config, &adapters)?;
+        plan.set_adapters(&adapters, &groups);
         let text_encoder_until = groups
             .iter()
             .any(|g| g.name.starts_with("textencoder"))
