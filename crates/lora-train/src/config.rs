@@ -583,11 +583,16 @@ pub(crate) fn bad<T>(what: impl Into<String>) -> Result<T> {
     })
 }
 
-fn unwritable(error: toml::ser::Error) -> Error {
+fn unwritable(error: impl std::fmt::Display) -> Error {
     Error::Config {
         place: "settings".into(),
         what: error.to_string(),
     }
+}
+
+/// Settings as JSON.
+pub(crate) fn to_json(settings: &impl Serialize) -> Result<serde_json::Value> {
+    serde_json::to_value(settings).map_err(unwritable)
 }
 
 impl TrainConfig {
@@ -621,10 +626,7 @@ impl TrainConfig {
 
     /// Every setting as JSON.
     pub(crate) fn to_value(&self) -> Result<serde_json::Value> {
-        serde_json::to_value(self).map_err(|e| Error::Config {
-            place: "settings".into(),
-            what: e.to_string(),
-        })
+        to_json(self)
     }
 
     /// The sampler of sample pictures, with sd-scripts' default.

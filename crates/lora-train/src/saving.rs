@@ -107,8 +107,14 @@ impl Trainer {
         Ok(())
     }
 
-    /// What is due after an epoch; then the next one is begun.
-    pub(crate) fn end_epoch(&mut self, epoch: usize, observer: &mut dyn Observer) -> Result<()> {
+    /// What is due after an epoch; then the next one is begun. An epoch that the end of the run
+    /// cut short is not over: a longer run goes on in it.
+    pub(crate) fn end_epoch(
+        &mut self,
+        epoch: usize,
+        is_over: bool,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
         observer.event(&Event::EpochFinished {
             epoch,
             step: self.at.step,
@@ -126,8 +132,10 @@ impl Trainer {
         if due(self.config.sample_every_n_epochs.unwrap_or(0)) {
             self.draw_samples(Some(epoch), observer)?;
         }
-        self.at.epoch += 1;
-        self.at.position = 0;
+        if is_over {
+            self.at.epoch += 1;
+            self.at.position = 0;
+        }
         self.at.loss_slots = self.average.slots().to_vec();
         self.good = self.at.clone();
         let every = self.plan.save_every_n_epochs.unwrap_or(0);

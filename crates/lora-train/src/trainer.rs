@@ -152,8 +152,9 @@ impl Trainer {
         let samples = setup::samples(&config)?;
         let (dataset, noticed) = setup::dataset(&config)?;
         let dataset = Arc::new(dataset);
-        for finding in noticed.iter().chain(dataset.findings()) {
-            observer.event(&Event::Warning(&finding.to_string()));
+        let findings = dataset.findings().iter().map(ToString::to_string);
+        for text in noticed.into_iter().chain(findings) {
+            observer.event(&Event::Warning(&text));
         }
         let mut plan = Plan::new(&config, &dataset, seed);
         let report = ReportConfig {
@@ -402,7 +403,8 @@ impl Trainer {
             if !self.batches(observer, stop)? {
                 return Ok(Some(()));
             }
-            self.end_epoch(epoch, observer)?;
+            let is_over = self.at.position >= self.plan.batches_per_epoch;
+            self.end_epoch(epoch, is_over, observer)?;
         }
         Ok(None)
     }
