@@ -66,7 +66,7 @@ pub struct TrainConfig {
     /// Folder of `N_name` folders, one such folder, or a plain folder of pictures.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train_data_dir: Option<PathBuf>,
-    /// The same for regularization pictures.
+    /// Folder of regularization pictures, in the same forms.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reg_data_dir: Option<PathBuf>,
     /// TOML file that describes datasets in detail.
@@ -135,13 +135,13 @@ pub struct TrainConfig {
     /// Joins tags that move together.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub secondary_separator: Option<String>,
-    /// `{a|b}` and several lines in captions.
+    /// Of several lines in a caption, and of `{a|b}`, one is drawn each time.
     pub enable_wildcard: bool,
     /// Shuffle tags.
     pub shuffle_caption: bool,
     /// Share of empty captions.
     pub caption_dropout_rate: f64,
-    /// Epochs with empty captions only.
+    /// In every epoch whose number is a multiple of this all captions are empty; 0 = never.
     pub caption_dropout_every_n_epochs: usize,
     /// Share of tags left out.
     pub caption_tag_dropout_rate: f64,
@@ -177,10 +177,12 @@ pub struct TrainConfig {
     /// Part of the pictures that is held back for validation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub validation_split: Option<f64>,
-    /// Decides which pictures are held back, and the noise of validation.
+    /// Decides which pictures are held back, and the noise of validation; 0 when absent, so that
+    /// runs can be compared.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub validation_seed: Option<u64>,
-    /// Validate every so many epochs; every one when absent.
+    /// Validate every so many epochs; when absent every one, or none with
+    /// `validate_every_n_steps`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub validate_every_n_epochs: Option<usize>,
     /// Validate every so many updates.
@@ -191,7 +193,7 @@ pub struct TrainConfig {
     pub max_validation_steps: Option<usize>,
     /// Loss factor of regularization pictures.
     pub prior_loss_weight: f64,
-    /// `networks.lora` or `lycoris.kohya`.
+    /// `networks.lora` (when absent), `networks.oft` or `lycoris.kohya`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network_module: Option<String>,
     /// Rank; 4 when absent.
@@ -217,7 +219,7 @@ pub struct TrainConfig {
     /// Adapters merged into the model before training.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub base_weights: Vec<PathBuf>,
-    /// Their multipliers; 1 when absent.
+    /// Multipliers of `base_weights`; 1 when absent.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub base_weights_multiplier: Vec<f64>,
     /// Optimizer name; AdamW when empty.
@@ -229,13 +231,14 @@ pub struct TrainConfig {
     /// Learning rate; when absent 1 for Prodigy and D-Adaptation, else 1e-4 (sd-scripts: 2e-6).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
-    /// The UNet's own.
+    /// The UNet's learning rate; `learning_rate` when absent, 0 does not train it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unet_lr: Option<f64>,
-    /// The text encoder's own.
+    /// The text encoder's learning rate; `learning_rate` when absent, 0 does not train it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub text_encoder_lr: Vec<f64>,
-    /// Learning-rate schedule.
+    /// Learning-rate schedule: constant, constant_with_warmup, linear, cosine, cosine_with_restarts,
+    /// cosine_with_min_lr, polynomial, inverse_sqrt, warmup_stable_decay or piecewise_constant.
     pub lr_scheduler: String,
     /// Class name of the schedule, instead of `lr_scheduler`.
     #[serde(skip_serializing_if = "String::is_empty")]
@@ -249,7 +252,7 @@ pub struct TrainConfig {
     /// Decay steps, or share of the run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr_decay_steps: Option<Steps>,
-    /// Restarts.
+    /// Cycles of the schedules that have them.
     pub lr_scheduler_num_cycles: u32,
     /// Exponent of the polynomial schedule.
     pub lr_scheduler_power: f64,
@@ -265,7 +268,7 @@ pub struct TrainConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_weight_norms: Option<f64>,
     /// How the UNet's frozen weights are kept in memory: `no` (as in the file), `fp16`,
-    /// `bf16` (rounded). Training computes in f32.
+    /// `bf16` (rounded; products with them are computed in it). Everything else is f32.
     pub mixed_precision: String,
     /// Compute activations again in the backward pass, to save memory.
     pub gradient_checkpointing: bool,
@@ -306,7 +309,7 @@ pub struct TrainConfig {
     pub huber_schedule: String,
     /// Error above which huber and smooth_l1 grow linearly.
     pub huber_c: f64,
-    /// Factor on that limit.
+    /// Factor on that limit; not with `huber_schedule` snr, as in sd-scripts.
     pub huber_scale: f64,
     /// Weigh the loss by min(SNR, gamma) / SNR; 5 is usual.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -325,16 +328,17 @@ pub struct TrainConfig {
     /// Intermediate files by epoch.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_every_n_epochs: Option<usize>,
-    /// At least this many intermediate files.
+    /// Files by epoch, so often that there are this many with the last one; beats
+    /// `save_every_n_epochs`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_n_epoch_ratio: Option<usize>,
     /// Intermediate files by step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_every_n_steps: Option<usize>,
-    /// Keep only the newest.
+    /// Keep only so many of the newest files by epoch.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_last_n_epochs: Option<usize>,
-    /// Keep only those of the last steps.
+    /// Keep only the files of so many last updates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_last_n_steps: Option<usize>,
     /// Write a state to go on from with every intermediate file and at the end.
@@ -355,15 +359,15 @@ pub struct TrainConfig {
     /// File of prompts to draw while training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample_prompts: Option<PathBuf>,
-    /// Draw them every so many epochs; then `sample_every_n_steps` does not count.
+    /// Draw sample pictures every so many epochs; then `sample_every_n_steps` does not count.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample_every_n_epochs: Option<usize>,
-    /// Draw them every so many updates.
+    /// Draw sample pictures every so many updates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample_every_n_steps: Option<usize>,
-    /// Draw them before training too.
+    /// Draw sample pictures before training too.
     pub sample_at_first: bool,
-    /// How they are drawn, where the prompt does not say.
+    /// How sample pictures are drawn, where the prompt does not say; ddim when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample_sampler: Option<String>,
     /// Folder for TensorBoard and JSON logs.
