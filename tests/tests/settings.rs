@@ -426,6 +426,7 @@ struct Failing {
     inner: Sd15,
     calls: Cell<usize>,
     fails: std::ops::Range<usize>,
+    sees: bool,
 }
 
 impl Model for Failing {
@@ -434,7 +435,11 @@ impl Model for Failing {
     }
 
     fn encode_pictures(&self, pixels: &Tensor) -> lora_train::Result<Posterior> {
-        self.inner.encode_pictures(pixels)
+        let mut posterior = self.inner.encode_pictures(pixels)?;
+        if !self.sees {
+            posterior.mean = (posterior.mean * f64::NAN)?;
+        }
+        Ok(posterior)
     }
 
     fn scaling_factor(&self) -> f64 {
@@ -461,6 +466,17 @@ impl Model for Failing {
     }
 }
 
+fn failing(config: &TrainConfig, fails: std::ops::Range<usize>, sees: bool) -> Box<dyn Model> {
+    let checkpoint = Checkpoint::open(model()).unwrap();
+    let storage = config.weight_storage();
+    Box::new(Failing {
+        inner: Sd15::load(&checkpoint, config.text(), false, storage, &Device::Cpu).unwrap(),
+        calls: Cell::new(0),
+        fails,
+        sees,
+    })
+}
+
 /// Trains 20 updates, saving after each and keeping few.
 fn train_with_failures(folder: &Path, fails: std::ops::Range<usize>) -> (Told, Result<(), String>) {
     let config = TrainConfig {
@@ -469,21 +485,35 @@ fn train_with_failures(folder: &Path, fails: std::ops::Range<usize>) -> (Told, R
         save_last_n_steps: Some(1),
         ..config(folder)
     };
-    let checkpoint = Checkpoint::open(model()).unwrap();
-    let storage = config.weight_storage();
-    let inner = Sd15::load(&checkpoint, config.text(), false, storage, &Device::Cpu).unwrap();
-    let calls = Cell::new(0);
-    let model = Box::new(Failing {
-        inner,
-        calls,
-        fails,
-    });
+    let model = failing(&config, fails, true);
     let mut told = Told::default();
     let mut observer = watch(&mut told);
     let mut trainer = Trainer::with_model(config, model, &Device::Cpu, &mut observer).unwrap();
     let result = trainer.run(&mut observer, &AtomicBool::new(false));
     drop(observer);
     (told, result.map(|_| ()).map_err(|error| error.to_string()))
+}
+
+#[test]
+fn a_picture_whose_latents_are_no_numbers_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    // Encoded before training, and for each batch.
+    for random_crop in [false, true] {
+        let config = TrainConfig {
+            random_crop,
+            ..config(folder.path())
+        };
+        let model = failing(&config, 0..0, false);
+        let observer = &mut |_: &Event<'_>| {};
+        let error = Trainer::with_model(config, model, &Device::Cpu, observer)
+            .and_then(|mut trainer| trainer.run(observer, &AtomicBool::new(false)))
+            .unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("zoe_") && text.contains("not finite"),
+            "{text}"
+        );
+    }
 }
 
 #[test]
