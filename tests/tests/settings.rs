@@ -50,16 +50,18 @@ fn watch(told: &mut Told) -> impl FnMut(&Event<'_>) {
     }
 }
 
-fn run(config: TrainConfig) -> (Told, lora_train::Result<PathBuf>) {
+fn run(config: TrainConfig) -> (Told, Result<PathBuf, String>) {
     let mut told = Told::default();
     let mut observer = watch(&mut told);
-    let result = Trainer::new(config, &Device::Cpu, &mut observer)
-        .and_then(|mut trainer| trainer.run(&mut observer, &AtomicBool::new(false)));
+    let result = match Trainer::new(config, &Device::Cpu, &mut observer) {
+        Ok(mut trainer) => trainer.run(&mut observer, &AtomicBool::new(false)),
+        Err(error) => Err(error),
+    };
     drop(observer);
     let path = result.map(|outcome| match outcome {
         Outcome::Finished(path) | Outcome::Stopped(path) => path,
     });
-    (told, path)
+    (told, path.map_err(|error| error.to_string()))
 }
 
 fn weights(path: &Path) -> String {
@@ -146,7 +148,7 @@ fn settings_that_would_do_harm_are_refused_before_the_run() {
     for (change, says) in refused {
         let mut config = config(folder.path());
         change(&mut config);
-        let error = run(config).1.expect_err(says[0]).to_string();
+        let error = run(config).1.expect_err(says[0]);
         for part in *says {
             assert!(error.contains(part), "{part:?} is missing in: {error}");
         }
@@ -505,10 +507,11 @@ fn a_picture_whose_latents_are_no_numbers_is_named() {
         };
         let model = failing(&config, 0..0, false);
         let observer = &mut |_: &Event<'_>| {};
-        let error = Trainer::with_model(config, model, &Device::Cpu, observer)
-            .and_then(|mut trainer| trainer.run(observer, &AtomicBool::new(false)))
-            .unwrap_err();
-        let text = error.to_string();
+        let result = match Trainer::with_model(config, model, &Device::Cpu, observer) {
+            Ok(mut trainer) => trainer.run(observer, &AtomicBool::new(false)),
+            Err(error) => Err(error),
+        };
+        let text = result.unwrap_err().to_string();
         assert!(
             text.contains("zoe_") && text.contains("not finite"),
             "{text}"
@@ -560,7 +563,7 @@ fn weights_that_are_no_numbers_are_written_nowhere() {
         save_state: true,
         ..config(folder.path())
     });
-    let error = result.unwrap_err().to_string();
+    let error = result.unwrap_err();
     assert!(
         error.contains("is not written") && error.contains("no numbers"),
         "{error}"
