@@ -38,6 +38,7 @@ struct Told {
     plan: String,
     rates: Vec<f64>,
     skipped: usize,
+    samples: usize,
 }
 
 fn watch(told: &mut Told) -> impl FnMut(&Event<'_>) {
@@ -46,6 +47,7 @@ fn watch(told: &mut Told) -> impl FnMut(&Event<'_>) {
         Event::Planned(plan) => told.plan = plan.to_string(),
         Event::Batch(batch) => told.rates.push(batch.learning_rates[0].1),
         Event::Skipped { .. } => told.skipped += 1,
+        Event::Sample { .. } => told.samples += 1,
         _ => {}
     }
 }
@@ -169,7 +171,28 @@ fn settings_that_do_nothing_are_named() {
             &|c| c.dataset_config = Some("d.toml".into()),
             "train_data_dir has no effect: dataset_config",
         ),
-        (&|c| c.in_json = Some("d.json".into()), ""),
+        (
+            &|c| {
+                c.in_json = Some("d.json".into());
+                c.reg_data_dir = Some("reg".into());
+            },
+            "reg_data_dir has no effect: in_json decides",
+        ),
+        (
+            &|c| {
+                c.optimizer_type = "AdamWScheduleFree".into();
+                c.lr_warmup_steps = Some(Steps::Count(3));
+            },
+            "lr_warmup_steps has no effect",
+        ),
+        (
+            &|c| {
+                c.sample_prompts = Some("p.txt".into());
+                c.sample_every_n_epochs = Some(1);
+                c.sample_every_n_steps = Some(5);
+            },
+            "sample_every_n_steps has no effect: sample_every_n_epochs decides",
+        ),
         (
             &|c| c.multires_noise_discount = 0.5,
             "multires_noise_discount has no effect without multires_noise_iterations",
@@ -298,6 +321,23 @@ fn a_piecewise_schedule_follows_its_rules() {
         "{:?}",
         told.rates
     );
+}
+
+#[test]
+fn samples_every_0_epochs_leave_the_steps_to_decide() {
+    let folder = tempfile::tempdir().unwrap();
+    let prompts = folder.path().join("prompts.txt");
+    std::fs::write(&prompts, "zoe --w 64 --h 64 --s 1\n").unwrap();
+    for (epochs, samples) in [(Some(0), 2), (None, 2), (Some(1), 1)] {
+        let (told, result) = run(TrainConfig {
+            sample_prompts: Some(prompts.clone()),
+            sample_every_n_epochs: epochs,
+            sample_every_n_steps: Some(1),
+            ..config(folder.path())
+        });
+        result.unwrap();
+        assert_eq!(told.samples, samples, "{epochs:?}");
+    }
 }
 
 #[test]

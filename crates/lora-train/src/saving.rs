@@ -79,7 +79,8 @@ impl Trainer {
         if due(self.config.validate_every_n_steps) {
             self.report_validation(observer)?;
         }
-        if self.config.sample_every_n_epochs.is_none() && due(self.config.sample_every_n_steps) {
+        let by_epochs = self.config.sample_every_n_epochs > Some(0);
+        if !by_epochs && due(self.config.sample_every_n_steps) {
             self.draw_samples(None, observer)?;
         }
         if !due(self.config.save_every_n_steps) {

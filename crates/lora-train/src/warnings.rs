@@ -2,7 +2,7 @@
 
 use lora_core::{Compute, Family};
 
-use crate::config::TrainConfig;
+use crate::config::{Steps, TrainConfig};
 use crate::setup::kohya_optimizer;
 
 impl TrainConfig {
@@ -158,11 +158,13 @@ impl TrainConfig {
             ("in_json", &["dataset_config"]),
             ("reg_data_dir", &["dataset_config", "in_json"]),
             ("caption_extension", &["in_json"]),
-            ("sample_every_n_steps", &["sample_every_n_epochs"]),
             ("save_every_n_epochs", &["save_n_epoch_ratio"]),
             ("lr_scheduler", &["lr_scheduler_type"]),
             ("training_comment", &["no_metadata"]),
         ];
+        if self.sample_every_n_epochs > Some(0) {
+            list.push(("sample_every_n_steps", &["sample_every_n_epochs"]));
+        }
         if self.dim_from_weights {
             let names = ["network_dim", "network_alpha", "network_dropout"];
             list.extend(names.map(|name| (name, &["dim_from_weights"][..])));
@@ -180,8 +182,10 @@ impl TrainConfig {
         let logs = self.logging_dir.is_some();
         let text = !self.network_train_unet_only || !above_0(self.text_encoder_lr.first().copied());
         let unet = !self.network_train_text_encoder_only || !above_0(self.unet_lr);
-        let own = self.has_own_schedule() || !self.lr_scheduler_type.is_empty();
-        let schedule = |names: &[&str]| !own && names.contains(&self.lr_scheduler.as_str());
+        let own = self.has_own_schedule();
+        let named = !own && self.lr_scheduler_type.is_empty();
+        let schedule = |names: &[&str]| named && names.contains(&self.lr_scheduler.as_str());
+        let warmup = self.lr_warmup_steps.is_some_and(|s| !matches!(s, Steps::Count(0) | Steps::Share(0.0)));
         let mut list = vec![
             ("noise_offset_random_strength", above_0(self.noise_offset), "noise_offset"),
             ("multires_noise_discount", self.multires_noise_iterations > Some(0), "multires_noise_iterations"),
@@ -200,7 +204,9 @@ impl TrainConfig {
             ("text_encoder_lr", text, "adapters on the text encoder"),
             ("stop_text_encoder_training", !self.network_train_unet_only, "adapters on the text encoder"),
             ("unet_lr", unet, "adapters on the UNet"),
-            ("lr_scheduler_num_cycles", schedule(&["cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"]), "a lr_scheduler with cycles"),
+            ("lr_warmup_steps", !own || !warmup, "a schedule: the optimizer has its own"),
+            ("lr_scheduler_args", !own, "a schedule: the optimizer has its own"),
+            ("lr_scheduler_num_cycles", schedule(&["cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"]), "an lr_scheduler with cycles"),
             ("lr_scheduler_power", schedule(&["polynomial"]), "lr_scheduler polynomial"),
             ("lr_scheduler_timescale", schedule(&["inverse_sqrt"]), "lr_scheduler inverse_sqrt"),
             ("lr_scheduler_min_lr_ratio", schedule(&["cosine_with_min_lr", "warmup_stable_decay"]), "lr_scheduler cosine_with_min_lr or warmup_stable_decay"),
