@@ -180,10 +180,10 @@ impl Trainer {
     /// The end of a complete run.
     pub(crate) fn finish(&mut self, observer: &mut dyn Observer) -> Result<Outcome> {
         self.adapters.end_training();
-        self.keep_what_was_extended(observer)?;
         let name = self.naming.last();
         self.save(&name, self.plan.epochs, observer)?;
         if self.config.save_state || self.config.save_state_on_train_end {
+            self.keep_state(observer)?;
             self.save_state(&self.naming.last_state(), observer)?;
         }
         let path = self.folder().join(name);
@@ -206,29 +206,32 @@ impl Trainer {
         }
     }
 
-    /// Gives the result and the last state of the run that this one extends the names of their
-    /// update, so that they are not replaced.
-    fn keep_what_was_extended(&self, observer: &mut dyn Observer) -> Result<()> {
-        let Some(steps) = self.extended_from else {
-            return Ok(());
-        };
-        let saves_state = self.config.save_state || self.config.save_state_on_train_end;
-        for (last, kept, replaced) in [
-            (self.naming.last(), self.naming.step(steps), true),
-            (
-                self.naming.last_state(),
-                self.naming.step_state(steps),
-                saves_state,
-            ),
-        ] {
-            let (last, kept) = (self.folder().join(last), self.folder().join(kept));
-            if replaced && last.exists() && !kept.exists() {
-                std::fs::rename(&last, &kept).map_err(Error::io(&last))?;
-                observer.event(&Event::Warning(&format!(
-                    "what the run had before it was extended is now {}",
-                    kept.display()
-                )));
-            }
+    /// Gives the result of the run that this one extends the name of its last update, so that it
+    /// is not replaced. At the start: an extended run may be interrupted and gone on with.
+    pub(crate) fn keep_result(&self, observer: &mut dyn Observer) -> Result<()> {
+        match self.extended_from {
+            Some(steps) => self.keep(&self.naming.last(), &self.naming.step(steps), observer),
+            None => Ok(()),
+        }
+    }
+
+    /// The same for its state, at the end: until then one may have to go on from it again.
+    fn keep_state(&self, observer: &mut dyn Observer) -> Result<()> {
+        let (last, naming) = (self.naming.last_state(), &self.naming);
+        match self.extended_from {
+            Some(steps) => self.keep(&last, &naming.step_state(steps), observer),
+            None => Ok(()),
+        }
+    }
+
+    fn keep(&self, from: &str, to: &str, observer: &mut dyn Observer) -> Result<()> {
+        let (from, to) = (self.folder().join(from), self.folder().join(to));
+        if from.exists() && !to.exists() {
+            std::fs::rename(&from, &to).map_err(Error::io(&from))?;
+            observer.event(&Event::Warning(&format!(
+                "what the run had before it was extended is now {}",
+                to.display()
+            )));
         }
         Ok(())
     }

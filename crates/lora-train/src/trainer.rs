@@ -362,11 +362,14 @@ impl Trainer {
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
         self.write_settings()?;
         match &self.resumed {
-            Some(path) => observer.event(&Event::Resumed {
-                path,
-                epoch: self.at.epoch,
-                step: self.at.step,
-            }),
+            Some(path) => {
+                observer.event(&Event::Resumed {
+                    path,
+                    epoch: self.at.epoch,
+                    step: self.at.step,
+                });
+                self.keep_result(observer)?;
+            }
             None => {
                 self.warn_of_earlier_result(observer);
                 if self.config.sample_at_first {
