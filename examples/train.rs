@@ -120,6 +120,10 @@ fn train(config: TrainConfig, device: &Device) -> Result<Outcome, Box<dyn Error>
         }
         eprintln!("\nstopping after this batch and saving; press again to quit at once");
     })?;
+    eprintln!(
+        "settings beside the defaults: {}",
+        config.differences()?.join(", ")
+    );
     let mut observers = Observers::for_run(&config)?;
     observers.add(Display::default());
     let mut trainer = Trainer::new(config, device, &mut observers)?;

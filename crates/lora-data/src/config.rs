@@ -219,7 +219,8 @@ pub struct SubsetConfig {
     pub image_dir: Option<PathBuf>,
     /// Metadata JSON with captions, instead of caption files.
     pub metadata_file: Option<PathBuf>,
-    /// Folder of masks, one per image with the same base name. Needs `masked_loss`.
+    /// Folder of masks, one per image with the same base name, or with a folder of these named
+    /// like `image_dir`. Subsets may share it. Needs `masked_loss`.
     pub conditioning_data_dir: Option<PathBuf>,
     /// These are regularization images.
     pub is_reg: bool,

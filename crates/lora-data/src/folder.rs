@@ -67,19 +67,25 @@ pub struct SubsetsFound {
 /// Subsets for a parent of `N_name` folders, one such folder, or a plain folder of images.
 ///
 /// `template` gives every option but `image_dir`, `is_reg`, and, where the folder
-/// name says them, `num_repeats` and `class_tokens`.
+/// name says them, `num_repeats` and `class_tokens`. Its masks are those of training images.
 ///
 /// # Errors
 /// [`Error::NothingFound`] with every folder looked at, [`Error::Io`] when `root` cannot be listed.
 pub fn find_subsets(root: &Path, is_reg: bool, template: &SubsetConfig) -> Result<SubsetsFound> {
     let own = FolderListing::read(root)?;
+    let masks = template.conditioning_data_dir.clone();
+    let template = &SubsetConfig {
+        is_reg,
+        conditioning_data_dir: masks.filter(|_| !is_reg),
+        ..template.clone()
+    };
     let mut subsets = Vec::new();
     let mut passed_over = Vec::new();
     for name in &own.folders {
         let path = root.join(name);
         let listing = FolderListing::read(&path)?;
         match numbered_subset(&path, name, &listing, template) {
-            Ok(subset) => subsets.push(SubsetConfig { is_reg, ..subset }),
+            Ok(subset) => subsets.push(subset),
             Err(why) => passed_over.push(FolderFound {
                 path,
                 images: listing.images.len(),
@@ -115,7 +121,6 @@ pub fn find_subsets(root: &Path, is_reg: bool, template: &SubsetConfig) -> Resul
     }
     let plain = SubsetConfig {
         image_dir: Some(root.to_path_buf()),
-        is_reg,
         ..template.clone()
     };
     // `5` alone is a plain folder here: only `5_name` says clearly that 5 are repeats.

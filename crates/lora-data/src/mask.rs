@@ -1,6 +1,7 @@
 //! Masks: a folder with one grey image per training image, as weights of the loss.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::{Path, PathBuf};
 
 use crate::dataset::crop;
@@ -8,37 +9,98 @@ use crate::folder::FolderListing;
 use crate::picture::{DecodeOptions, Picture, decode_file, resize};
 use crate::{Error, Interpolation, PlanItem, Result, Size, Transparency};
 
-/// Gives every image the mask of the same base name.
+/// Images that want masks, and the folder of these.
+pub(crate) struct Wanted<'a> {
+    /// `conditioning_data_dir`.
+    pub(crate) masks: &'a Path,
+    /// The folder of the images.
+    pub(crate) folder: Option<&'a Path>,
+    /// Their paths, and where those of the masks go.
+    pub(crate) images: Vec<(&'a Path, &'a mut Option<PathBuf>)>,
+}
+
+/// Gives every image the mask of the same base name. Where the folder of masks has a folder
+/// named like that of the images, the masks lie there; else all folders of images share it.
 ///
 /// # Errors
-/// [`Error::Mask`] for an image without a mask or a mask without an image.
-pub(crate) fn attach<'a>(
-    folder: &Path,
-    images: impl Iterator<Item = (&'a Path, &'a mut Option<PathBuf>)>,
-) -> Result<()> {
-    let listing = FolderListing::read(folder)?;
-    let stem = |path: &Path| {
-        path.file_stem()
-            .map(|s| s.to_string_lossy().into_owned())
-            .unwrap_or_default()
-    };
-    let mut masks: BTreeMap<String, PathBuf> =
-        listing.images.into_iter().map(|p| (stem(&p), p)).collect();
-    for (image, mask) in images {
-        let found = masks.remove(&stem(image)).ok_or_else(|| Error::Mask {
-            path: image.to_path_buf(),
-            what: format!("no mask of the same name in {}", folder.display()),
-        })?;
-        *mask = Some(found);
+/// [`Error::Mask`] for an image without a mask, a mask without an image, two masks of one
+/// name, and a mask that images of several folders could mean.
+pub(crate) fn attach(wanted: Vec<Wanted<'_>>) -> Result<()> {
+    let mut folders: BTreeMap<PathBuf, Masks> = BTreeMap::new();
+    for Wanted {
+        masks,
+        folder,
+        images,
+    } in wanted
+    {
+        let own = folder
+            .and_then(Path::file_name)
+            .map(|name| masks.join(name))
+            .filter(|own| own.is_dir());
+        let masks = own.unwrap_or_else(|| masks.to_path_buf());
+        let found = match folders.entry(masks.clone()) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(Masks::read(&masks)?),
+        };
+        for (image, mask) in images {
+            *mask = Some(found.of(image, &masks)?);
+        }
     }
-    match masks.into_values().next() {
+    let unused = |masks: Masks| masks.0.into_values().find(|(_, image)| image.is_none());
+    match folders.into_values().find_map(unused) {
         None => Ok(()),
-        Some(path) => {
+        Some((path, _)) => {
             let what = "no image of the same name belongs to this mask; remove it or add the image"
                 .to_owned();
             Err(Error::Mask { path, what })
         }
     }
+}
+
+/// The masks of a folder by base name, with the image that each was given to.
+struct Masks(BTreeMap<String, (PathBuf, Option<PathBuf>)>);
+
+impl Masks {
+    fn read(folder: &Path) -> Result<Self> {
+        let mut masks = BTreeMap::new();
+        for path in FolderListing::read(folder)?.images {
+            if let Some((other, _)) = masks.insert(stem(&path), (path.clone(), None)) {
+                let what = format!("{} has the same name; remove one of both", other.display());
+                return Err(Error::Mask { path, what });
+            }
+        }
+        Ok(Self(masks))
+    }
+
+    fn of(&mut self, image: &Path, folder: &Path) -> Result<PathBuf> {
+        let Some((mask, given)) = self.0.get_mut(&stem(image)) else {
+            return Err(Error::Mask {
+                path: image.to_path_buf(),
+                what: format!("no mask of the same name in {}", folder.display()),
+            });
+        };
+        // Several datasets may show the same image in several sizes.
+        match given {
+            Some(other) if other != image => Err(Error::Mask {
+                path: mask.clone(),
+                what: format!(
+                    "{} and {} have the same name; put the masks into folders named like those of the images",
+                    other.display(),
+                    image.display()
+                ),
+            }),
+            _ => {
+                *given = Some(image.to_path_buf());
+                Ok(mask.clone())
+            }
+        }
+    }
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem()
+        .map(|s| s.to_string_lossy().into_owned())
+        .unwrap_or_default()
 }
 
 /// The weights of a mask file, resized and cropped as its image: red channel, 0 to 1.

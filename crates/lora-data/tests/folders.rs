@@ -383,6 +383,99 @@ fn masks_of_a_folder_are_cropped_with_their_images() {
 }
 
 #[test]
+fn several_folders_share_masks_and_regularization_needs_none() {
+    let folder = Folder::new();
+    folder
+        .image("img/2_a/x.png", 64, 64)
+        .image("img/1_b/y.png", 64, 64)
+        .image("reg/1_c/z.png", 64, 64)
+        .image("masks/x.png", 64, 64)
+        .image("masks/y.png", 64, 64);
+    let load = || {
+        let options = DatasetConfig {
+            subset: SubsetConfig {
+                conditioning_data_dir: Some(folder.path().join("masks")),
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        let run = DataConfig {
+            masked_loss: true,
+            ..Default::default()
+        };
+        let (img, reg) = (folder.path().join("img"), folder.path().join("reg"));
+        let dataset = Dataset::from_folders(img, Some(reg), &options, &run)?;
+        let masks = dataset.images().iter().map(|image| {
+            let mask = image.mask.as_ref()?;
+            let parts = mask.strip_prefix(folder.path()).unwrap().iter();
+            Some(
+                parts
+                    .map(|p| p.to_str().unwrap())
+                    .collect::<Vec<_>>()
+                    .join("/"),
+            )
+        });
+        Ok(masks.collect::<Vec<_>>())
+    };
+    let some = |path: &str| Some(path.to_string());
+    // Training images by folder, then regularization.
+    let shared = [some("masks/y.png"), some("masks/x.png"), None];
+    assert_eq!(load().unwrap(), shared);
+
+    // The same name in two folders: only folders of masks tell which is meant.
+    folder.image("img/1_b/x.png", 64, 64);
+    let error: Error = load().unwrap_err();
+    for part in ["1_b", "2_a", "named like those of the images"] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    folder
+        .image("masks/1_b/x.png", 64, 64)
+        .image("masks/1_b/y.png", 64, 64);
+    let error = load().unwrap_err().to_string();
+    assert!(
+        error.contains("y.png") && error.contains("no image"),
+        "{error}"
+    );
+    std::fs::remove_file(folder.path().join("masks/y.png")).unwrap();
+    let own = ["masks/1_b/x.png", "masks/1_b/y.png", "masks/x.png"].map(some);
+    assert_eq!(load().unwrap()[..3], own);
+}
+
+#[test]
+fn validation_captions_are_complete_whatever_training_drops() {
+    let folder = Folder::new();
+    for i in 0..6 {
+        folder.image(&format!("1_x/{i}.png"), 64, 64);
+        folder.file(&format!("1_x/{i}.txt"), b"zoe, a, b, c, d, e, f, g");
+    }
+    let captions = |seed, change: &dyn Fn(&mut SubsetConfig)| -> Vec<String> {
+        let mut options = DatasetConfig {
+            validation_split: 0.5,
+            ..Default::default()
+        };
+        options.subset.captions.caption_prefix = Some("photo of".into());
+        change(&mut options.subset);
+        let dataset = Dataset::from_folder(folder.path(), &options).unwrap();
+        let batches = dataset.validation();
+        let items = batches.iter().flat_map(|batch| &batch.items);
+        items
+            .map(|item| dataset.complete_caption(item, Streams::new(seed)))
+            .collect()
+    };
+    let whole = ["photo of zoe, a, b, c, d, e, f, g"; 3];
+    let changes: [&dyn Fn(&mut SubsetConfig); 5] = [
+        &|s| s.captions.caption_dropout_rate = 1.0,
+        &|s| s.captions.caption_dropout_every_n_epochs = 1,
+        &|s| s.captions.caption_tag_dropout_rate = 1.0,
+        &|s| s.captions.shuffle_caption = true,
+        &|s| s.captions.token_warmup_step = 100.0,
+    ];
+    for (i, change) in changes.into_iter().enumerate() {
+        assert_eq!(captions(i as u64, change), whole, "{i}");
+    }
+}
+
+#[test]
 fn metadata_files_give_captions_and_tags() {
     let folder = Folder::new();
     folder.image("img/a.png", 64, 64).image("img/b.png", 64, 64);

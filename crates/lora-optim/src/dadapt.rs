@@ -233,8 +233,7 @@ impl Rule for DAdaptRule {
 }
 
 /// What to do about unequal learning rates.
-pub(crate) const MIXED: &str =
-    "give every group the same lr and use ParamGroup::multiplier for the ratio";
+pub(crate) const MIXED: &str = "give every group the same lr (unet_lr, text_encoder_lr; no LoRA+ ratio, no block weights); programs set ParamGroup::multiplier";
 
 struct Gather {
     coupled: f32,

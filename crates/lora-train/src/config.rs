@@ -66,7 +66,7 @@ pub struct TrainConfig {
     /// Folder of `N_name` folders, one such folder, or a plain folder of pictures.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train_data_dir: Option<PathBuf>,
-    /// The same for regularization pictures.
+    /// Folder of regularization pictures, in the same forms.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reg_data_dir: Option<PathBuf>,
     /// TOML file that describes datasets in detail.
@@ -75,7 +75,7 @@ pub struct TrainConfig {
     /// Metadata JSON with captions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub in_json: Option<PathBuf>,
-    /// Folder of masks, one per picture.
+    /// Folder of masks, one per training picture and named like it; for several folders of pictures also with folders named like theirs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub conditioning_data_dir: Option<PathBuf>,
     /// Where results go.
@@ -135,13 +135,13 @@ pub struct TrainConfig {
     /// Joins tags that move together.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub secondary_separator: Option<String>,
-    /// `{a|b}` and several lines in captions.
+    /// Of several lines in a caption, and of `{a|b}`, one is drawn each time.
     pub enable_wildcard: bool,
     /// Shuffle tags.
     pub shuffle_caption: bool,
     /// Share of empty captions.
     pub caption_dropout_rate: f64,
-    /// Epochs with empty captions only.
+    /// In every epoch whose number is a multiple of this all captions are empty; 0 = never.
     pub caption_dropout_every_n_epochs: usize,
     /// Share of tags left out.
     pub caption_tag_dropout_rate: f64,
@@ -177,10 +177,12 @@ pub struct TrainConfig {
     /// Part of the pictures that is held back for validation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub validation_split: Option<f64>,
-    /// Decides which pictures are held back, and the noise of validation.
+    /// Decides which pictures are held back, and the noise of validation; 0 when absent, so that
+    /// runs can be compared.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub validation_seed: Option<u64>,
-    /// Validate every so many epochs; every one when absent.
+    /// Validate every so many epochs; when absent every one, or none with
+    /// `validate_every_n_steps`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub validate_every_n_epochs: Option<usize>,
     /// Validate every so many updates.
@@ -191,7 +193,7 @@ pub struct TrainConfig {
     pub max_validation_steps: Option<usize>,
     /// Loss factor of regularization pictures.
     pub prior_loss_weight: f64,
-    /// `networks.lora` or `lycoris.kohya`.
+    /// `networks.lora` (when absent), `networks.oft` or `lycoris.kohya`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network_module: Option<String>,
     /// Rank; 4 when absent.
@@ -217,7 +219,7 @@ pub struct TrainConfig {
     /// Adapters merged into the model before training.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub base_weights: Vec<PathBuf>,
-    /// Their multipliers; 1 when absent.
+    /// Multipliers of `base_weights`; 1 when absent.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub base_weights_multiplier: Vec<f64>,
     /// Optimizer name; AdamW when empty.
@@ -229,13 +231,14 @@ pub struct TrainConfig {
     /// Learning rate; when absent 1 for Prodigy and D-Adaptation, else 1e-4 (sd-scripts: 2e-6).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
-    /// The UNet's own.
+    /// The UNet's learning rate; `learning_rate` when absent, 0 does not train it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unet_lr: Option<f64>,
-    /// The text encoder's own.
+    /// The text encoder's learning rate; `learning_rate` when absent, 0 does not train it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub text_encoder_lr: Vec<f64>,
-    /// Learning-rate schedule.
+    /// Learning-rate schedule: constant, constant_with_warmup, linear, cosine, cosine_with_restarts,
+    /// cosine_with_min_lr, polynomial, inverse_sqrt, warmup_stable_decay or piecewise_constant.
     pub lr_scheduler: String,
     /// Class name of the schedule, instead of `lr_scheduler`.
     #[serde(skip_serializing_if = "String::is_empty")]
@@ -249,7 +252,7 @@ pub struct TrainConfig {
     /// Decay steps, or share of the run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr_decay_steps: Option<Steps>,
-    /// Restarts.
+    /// Cycles of the schedules that have them.
     pub lr_scheduler_num_cycles: u32,
     /// Exponent of the polynomial schedule.
     pub lr_scheduler_power: f64,
@@ -265,7 +268,7 @@ pub struct TrainConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_weight_norms: Option<f64>,
     /// How the UNet's frozen weights are kept in memory: `no` (as in the file), `fp16`,
-    /// `bf16` (rounded). Training computes in f32.
+    /// `bf16` (rounded; products with them are computed in it). Everything else is f32.
     pub mixed_precision: String,
     /// Compute activations again in the backward pass, to save memory.
     pub gradient_checkpointing: bool,
@@ -306,7 +309,7 @@ pub struct TrainConfig {
     pub huber_schedule: String,
     /// Error above which huber and smooth_l1 grow linearly.
     pub huber_c: f64,
-    /// Factor on that limit.
+    /// Factor on that limit; not with `huber_schedule` snr, as in sd-scripts.
     pub huber_scale: f64,
     /// Weigh the loss by min(SNR, gamma) / SNR; 5 is usual.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -325,16 +328,17 @@ pub struct TrainConfig {
     /// Intermediate files by epoch.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_every_n_epochs: Option<usize>,
-    /// At least this many intermediate files.
+    /// Files by epoch, so often that there are this many with the last one; beats
+    /// `save_every_n_epochs`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_n_epoch_ratio: Option<usize>,
     /// Intermediate files by step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_every_n_steps: Option<usize>,
-    /// Keep only the newest.
+    /// Keep only so many of the newest files by epoch.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_last_n_epochs: Option<usize>,
-    /// Keep only those of the last steps.
+    /// Keep only the files of so many last updates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_last_n_steps: Option<usize>,
     /// Write a state to go on from with every intermediate file and at the end.
@@ -355,15 +359,15 @@ pub struct TrainConfig {
     /// File of prompts to draw while training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample_prompts: Option<PathBuf>,
-    /// Draw them every so many epochs; then `sample_every_n_steps` does not count.
+    /// Draw sample pictures every so many epochs; then `sample_every_n_steps` does not count.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample_every_n_epochs: Option<usize>,
-    /// Draw them every so many updates.
+    /// Draw sample pictures every so many updates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample_every_n_steps: Option<usize>,
-    /// Draw them before training too.
+    /// Draw sample pictures before training too.
     pub sample_at_first: bool,
-    /// How they are drawn, where the prompt does not say.
+    /// How sample pictures are drawn, where the prompt does not say; ddim when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample_sampler: Option<String>,
     /// Folder for TensorBoard and JSON logs.
@@ -583,6 +587,18 @@ pub(crate) fn bad<T>(what: impl Into<String>) -> Result<T> {
     })
 }
 
+fn unwritable(error: impl std::fmt::Display) -> Error {
+    Error::Config {
+        place: "settings".into(),
+        what: error.to_string(),
+    }
+}
+
+/// Settings as JSON.
+pub(crate) fn to_json(settings: &impl Serialize) -> Result<serde_json::Value> {
+    serde_json::to_value(settings).map_err(unwritable)
+}
+
 impl TrainConfig {
     /// From settings that were read from files and the command line.
     ///
@@ -614,10 +630,7 @@ impl TrainConfig {
 
     /// Every setting as JSON.
     pub(crate) fn to_value(&self) -> Result<serde_json::Value> {
-        serde_json::to_value(self).map_err(|e| Error::Config {
-            place: "settings".into(),
-            what: e.to_string(),
-        })
+        to_json(self)
     }
 
     /// The sampler of sample pictures, with sd-scripts' default.
@@ -631,15 +644,36 @@ impl TrainConfig {
     /// # Errors
     /// When a value cannot be written as TOML.
     pub fn to_toml(&self) -> Result<String> {
-        let fail = |e: toml::ser::Error| Error::Config {
-            place: "settings".into(),
-            what: e.to_string(),
-        };
-        let mut table = toml::Table::try_from(self).map_err(fail)?;
+        toml::to_string(&self.table()?).map_err(unwritable)
+    }
+
+    pub(crate) fn table(&self) -> Result<toml::Table> {
+        let mut table = toml::Table::try_from(self).map_err(unwritable)?;
         if self.max_train_epochs.is_some() {
             table.remove("max_train_steps");
         }
-        toml::to_string(&table).map_err(fail)
+        Ok(table)
+    }
+
+    /// The settings that differ from the defaults, each as `name = value`, sorted by name.
+    ///
+    /// ```
+    /// use lora_train::TrainConfig;
+    /// let config = TrainConfig { network_alpha: 0.5, flip_aug: true, ..Default::default() };
+    /// assert_eq!(config.differences()?, ["flip_aug = true", "network_alpha = 0.5"]);
+    /// # Ok::<(), lora_train::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`to_toml`](Self::to_toml).
+    pub fn differences(&self) -> Result<Vec<String>> {
+        let defaults = Self::default().table()?;
+        let own = self.table()?;
+        let differs = |(name, value): &(&String, &toml::Value)| defaults.get(*name) != Some(value);
+        let list = own.iter().filter(differs);
+        Ok(list
+            .map(|(name, value)| format!("{name} = {value}"))
+            .collect())
     }
 
     /// Every effective setting as TOML, with a comment that says where it came from.
@@ -777,11 +811,7 @@ impl TrainConfig {
                 ));
             }
         }
-        let set = |every: Option<usize>| every.is_some_and(|n| n > 0);
-        let draws = self.sample_at_first
-            || set(self.sample_every_n_epochs)
-            || set(self.sample_every_n_steps);
-        if draws && self.sample_prompts.is_none() && self.inline.samples.is_none() {
+        if self.draws_samples() && self.sample_prompts.is_none() && self.inline.samples.is_none() {
             return bad("sample pictures need sample_prompts, a file of prompts");
         }
         if self.conditioning_data_dir.is_some() && !self.masked_loss {
@@ -857,141 +887,6 @@ impl TrainConfig {
         Ok(())
     }
 
-    /// Choices that are allowed and probably not meant, in words.
-    pub fn warnings(&self) -> Vec<String> {
-        let mut list = Vec::new();
-        let rank = self.network_rank();
-        if self.network_alpha > rank as f64 {
-            list.push(format!(
-                "network_alpha {} is above network_dim {rank}: the adapter acts {:.1} times as strongly as usual",
-                self.network_alpha,
-                self.network_alpha / rank as f64
-            ));
-        }
-        let loha = self.adapter().is_ok_and(|a| a.family == Family::Loha);
-        if loha && rank > 8 {
-            list.push(format!(
-                "LoHa of dim {rank} has as many parameters as LoRA of dim {}: 1 to 8 is usual",
-                2 * rank
-            ));
-        }
-        if self.learning_rate.is_none() {
-            list.push(format!(
-                "learning_rate is not given: using {} (sd-scripts would use 2e-6)",
-                self.learning_rate()
-            ));
-        }
-        if self.adaptive()
-            && [self.unet_learning_rate(), self.text_learning_rate()]
-                .iter()
-                .any(|lr| *lr != 0.0 && !(0.1..=10.0).contains(lr))
-        {
-            list.push(format!("{} finds the learning rate itself: set learning_rate, unet_lr and text_encoder_lr to 1", self.optimizer_type));
-        }
-        if let Some(epochs) = self.max_train_epochs
-            && self.max_train_steps != Self::default().max_train_steps
-        {
-            list.push(format!(
-                "max_train_epochs {epochs} decides the length of the run, not max_train_steps {}",
-                self.max_train_steps
-            ));
-        }
-        if self.max_train_epochs.is_none()
-            && self.max_train_steps == Self::default().max_train_steps
-        {
-            list.push(format!(
-                "max_train_steps {}, which is the default, decides the length of the run; give \
-                 max_train_epochs to count passes over the pictures",
-                self.max_train_steps
-            ));
-        }
-        for arg in &self.network_args {
-            let reason = match arg.split_once('=').map(|(k, v)| (k.trim(), v.trim())) {
-                Some(("bypass_mode", "True" | "true")) => {
-                    "the branch is computed in the faster way"
-                }
-                Some(("block_size", _)) => "only algo=dylora has blocks",
-                _ => continue,
-            };
-            list.push(format!("network_args: {arg} has no effect: {reason}"));
-        }
-        let is_file = self.dataset_config.is_some() || self.inline.dataset.is_some();
-        for (name, given, instead) in [
-            (
-                "train_data_dir",
-                self.train_data_dir.is_some() && is_file,
-                "dataset_config",
-            ),
-            (
-                "in_json",
-                self.in_json.is_some() && is_file,
-                "dataset_config",
-            ),
-            (
-                "reg_data_dir",
-                self.reg_data_dir.is_some() && is_file,
-                "dataset_config",
-            ),
-            (
-                "reg_data_dir",
-                self.reg_data_dir.is_some() && !is_file && self.in_json.is_some(),
-                "in_json",
-            ),
-        ] {
-            if given {
-                list.push(format!(
-                    "{name} has no effect: {instead} names the pictures"
-                ));
-            }
-        }
-        for (name, every) in [
-            ("sample_every_n_epochs", self.sample_every_n_epochs),
-            ("sample_every_n_steps", self.sample_every_n_steps),
-        ] {
-            if every == Some(0) {
-                list.push(format!("{name} is 0: no sample pictures are drawn by it"));
-            }
-        }
-        if let (Some(_), Some(steps)) = (self.sample_every_n_epochs, self.sample_every_n_steps) {
-            list.push(format!(
-                "sample_every_n_steps {steps} has no effect: sample_every_n_epochs decides"
-            ));
-        }
-        let optimizer = self.optimizer_type.to_lowercase();
-        let long_memory = |arg: &String| {
-            let plain: String = arg.chars().filter(|c| !" ()".contains(*c)).collect();
-            plain == "betas=0.9,0.999"
-        };
-        if optimizer.starts_with("prodigy") && self.optimizer_args.iter().any(long_memory) {
-            list.push(
-                "Prodigy with betas (0.9, 0.999) finds its step size slowly: (0.9, 0.99) is usual"
-                    .into(),
-            );
-        }
-        let has_schedule = !self.lr_scheduler_type.is_empty() || self.lr_scheduler != "constant";
-        if optimizer.ends_with("schedulefree") && has_schedule {
-            list.push(format!(
-                "{} has a schedule of its own: lr_scheduler has no effect",
-                self.optimizer_type
-            ));
-        }
-        if self.zero_terminal_snr && !self.v_parameterization {
-            list.push("zero_terminal_snr is meant for v-prediction models".into());
-        }
-        if self.mixed_precision != "no" {
-            list.push(format!(
-                "mixed_precision {}: the UNet's frozen weights are kept so{}; adapters, norms, loss \
-                 and optimizer are computed in f32",
-                self.mixed_precision,
-                match self.compute() {
-                    Compute::Bf16 => ", and their products computed in it",
-                    Compute::F32 => "",
-                }
-            ));
-        }
-        list
-    }
-
     /// Whether each picture gets one latent for the whole run; `cache_latents_to_disk` implies
     /// it, as in sd-scripts.
     pub fn caches_latents(&self) -> bool {
@@ -1027,6 +922,11 @@ impl TrainConfig {
     pub fn adaptive(&self) -> bool {
         let name = self.optimizer_type.to_lowercase();
         name.starts_with("prodigy") || name.starts_with("dadapt")
+    }
+
+    /// Whether a dataset config, as a file or inside a GUI's config, describes the pictures.
+    pub(crate) fn has_dataset_config(&self) -> bool {
+        self.dataset_config.is_some() || self.inline.dataset.is_some()
     }
 
     /// The learning rate, with its default.
@@ -1192,7 +1092,7 @@ impl TrainConfig {
     ///
     /// # Errors
     /// [`Error::Config`] for values that cannot be read; [`Error::Data`] for values out
-    /// of range.
+    /// of range, unless there is a dataset config, which is checked when it is read.
     pub fn dataset_options(&self) -> Result<DatasetConfig> {
         let extension = self
             .caption_extention
@@ -1223,7 +1123,10 @@ impl TrainConfig {
             },
             ..DatasetConfig::default()
         };
-        options.validate()?;
+        // Of a dataset config, which may set these anew, each dataset is checked.
+        if !self.has_dataset_config() {
+            options.validate()?;
+        }
         Ok(options)
     }
 

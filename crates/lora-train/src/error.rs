@@ -52,6 +52,16 @@ pub enum Error {
         /// The pictures of the last batch.
         images: String,
     },
+    /// Trained weights that must not be written: a file of them would draw black pictures.
+    #[error("{} is not written: {parameter} {what}", path.display())]
+    BadWeights {
+        /// The file or folder.
+        path: PathBuf,
+        /// The parameter.
+        parameter: String,
+        /// What is wrong with it, and what helps.
+        what: &'static str,
+    },
     /// The device has not enough memory for a batch.
     #[error("not enough memory for {pictures} pictures of {size}{advice}: {source}")]
     OutOfMemory {

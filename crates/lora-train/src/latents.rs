@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use lora_data::{
     BatchPlan, CacheConfig, Dataset, EncoderError, LatentCache, LatentEncoder, Latents, Loader,
-    LoaderConfig, Pixels, Place, Purpose, Size, Streams, shrink_mask,
+    LoaderConfig, Pixels, Place, PlanItem, Purpose, Size, Streams, shrink_mask,
 };
 use rand_distr::{Distribution, StandardNormal};
 use sha2::{Digest, Sha256};
@@ -103,19 +103,8 @@ impl LatentSource {
         let mut loaded = pixels.map(Vec::into_iter);
         let (mut latents, mut masks) = (Vec::new(), Vec::new());
         for (position, item) in plan.items.iter().enumerate() {
-            let (posterior, mask) = match &self.cache {
-                Some(cache) => {
-                    let entry = cache.get(item)?;
-                    (entry.latents, entry.mask)
-                }
-                None => {
-                    let pixels = match loaded.as_mut().and_then(Iterator::next) {
-                        Some(pixels) => pixels,
-                        None => dataset.pixels(item)?,
-                    };
-                    (encode(model, &pixels, &self.device)?, pixels.mask)
-                }
-            };
+            let pixels = loaded.as_mut().and_then(Iterator::next);
+            let (posterior, mask) = self.posterior(dataset, item, pixels, model)?;
             let place = if self.fixed {
                 Place {
                     epoch: u64::from(item.flip),
@@ -149,20 +138,37 @@ impl LatentSource {
     ) -> Result<LatentBatch> {
         let (mut latents, mut masks) = (Vec::new(), Vec::new());
         for item in &plan.items {
-            let (posterior, mask) = match &self.cache {
-                Some(cache) => {
-                    let entry = cache.get(item)?;
-                    (entry.latents, entry.mask)
-                }
-                None => {
-                    let pixels = dataset.pixels(item)?;
-                    (encode(model, &pixels, &self.device)?, pixels.mask)
-                }
-            };
+            let (posterior, mask) = self.posterior(dataset, item, None, model)?;
             latents.push(self.sample(posterior, |_| 0.0)?);
             masks.push(self.mask(mask, item.size)?);
         }
         self.stack(latents, &masks)
+    }
+
+    /// What the encoder makes of a draw, and its mask.
+    fn posterior(
+        &self,
+        dataset: &Dataset,
+        item: &PlanItem,
+        pixels: Option<Pixels>,
+        model: &dyn Model,
+    ) -> Result<(Latents, Option<Vec<f32>>)> {
+        if let Some(cache) = &self.cache {
+            let entry = cache.get(item)?;
+            return Ok((entry.latents, entry.mask));
+        }
+        let pixels = match pixels {
+            Some(pixels) => pixels,
+            None => dataset.pixels(item)?,
+        };
+        let latents = encode(model, &pixels, &self.device).map_err(|error| {
+            let image = dataset.images().get(item.image);
+            lora_data::Error::Encoder {
+                what: image.map_or_else(String::new, |i| i.path.display().to_string()),
+                source: error.into(),
+            }
+        })?;
+        Ok((latents, pixels.mask))
     }
 
     /// `(mean + std * noise) * scaling_factor`, `[1, c, h, w]`.
@@ -276,7 +282,8 @@ fn encode(model: &dyn Model, pixels: &Pixels, device: &Device) -> Result<Latents
         mean: posterior.mean.flatten_all()?.to_vec1()?,
         std: Some(std.flatten_all()?.to_vec1()?),
     };
-    if latents.mean.iter().any(|v| !v.is_finite()) {
+    let mut values = latents.mean.iter().chain(latents.std.iter().flatten());
+    if values.any(|v| !v.is_finite()) {
         return Err(Error::Config {
             place: "VAE".into(),
             what: "its latents of this picture are not finite; try another VAE with --vae".into(),

@@ -35,6 +35,7 @@ mod step;
 mod text;
 mod trainer;
 mod validation;
+mod warnings;
 
 pub use config::{Inline, Steps, TrainConfig};
 pub use error::{Error, Result};

@@ -1,7 +1,10 @@
 //! The sum that people get wrong: pictures, repeats, batches, updates, epochs.
 
-use lora_core::{AdapterConfig, AdapterSet, Family};
+use std::collections::HashSet;
+
+use lora_core::{Adapter, AdapterConfig, AdapterSet, Family};
 use lora_data::{Dataset, Role, StepCount};
+use lora_optim::ParamGroup;
 
 use crate::config::TrainConfig;
 use crate::{MemoryEstimate, Naming};
@@ -15,6 +18,8 @@ pub struct TrainedKind {
     pub layers: usize,
     /// Trainable values in them.
     pub parameters: usize,
+    /// Whether any of them learns: with a learning rate of 0 they stay as they are.
+    pub learns: bool,
 }
 
 /// What a run will do.
@@ -101,20 +106,41 @@ impl Plan {
         self.trained.iter().map(|kind| kind.parameters).sum()
     }
 
-    /// Notes what is trained.
-    pub(crate) fn set_adapters(&mut self, adapters: &AdapterSet) {
+    /// Notes what is trained: `groups` are those that the optimizer gets.
+    pub(crate) fn set_adapters(&mut self, adapters: &AdapterSet, groups: &[ParamGroup]) {
+        let learning: HashSet<&str> = groups
+            .iter()
+            .flat_map(|group| group.params.iter().map(|(name, _)| name.as_str()))
+            .collect();
+        let ranks = || {
+            let adapters = adapters.iter();
+            adapters.filter_map(|(_, adapter)| kronecker_rank(adapter.as_ref()))
+        };
+        if let (Some(least), Some(most)) = (ranks().min(), ranks().max()) {
+            self.network += &match least == most {
+                true => format!(": rank up to {most}"),
+                false => {
+                    format!(": rank up to {least} in the smallest layers, {most} in the largest")
+                }
+            };
+        }
         for (name, adapter) in adapters.iter() {
             let kind = kind_of(name);
-            let parameters: usize = adapter.vars().iter().map(|(_, v)| v.elem_count()).sum();
+            let vars = adapter.vars();
+            let parameters: usize = vars.iter().map(|(_, v)| v.elem_count()).sum();
+            let in_group = |suffix: &str| learning.contains(format!("{name}.{suffix}").as_str());
+            let learns = vars.iter().any(|(suffix, _)| in_group(suffix));
             match self.trained.iter_mut().find(|known| known.kind == kind) {
                 Some(known) => {
                     known.layers += 1;
                     known.parameters += parameters;
+                    known.learns |= learns;
                 }
                 None => self.trained.push(TrainedKind {
                     kind,
                     layers: 1,
                     parameters,
+                    learns,
                 }),
             }
         }
@@ -182,11 +208,27 @@ fn network(config: &TrainConfig) -> String {
             rank * rank,
             2 * rank
         ),
-        Family::Lokr => {
-            format!("{name} of dim {rank}, alpha {alpha}: the product of its factors' ranks")
-        }
+        // Its rank follows from the layers.
+        Family::Lokr => format!("{name} of dim {rank}, alpha {alpha}"),
+        Family::Ia3 => format!("{name}: one factor per channel"),
+        Family::Full => format!("{name}: every weight, any rank"),
         _ => name,
     }
+}
+
+/// The rank that a LoKr's change can have: the product of its factors' ranks. `None` for other
+/// families.
+fn kronecker_rank(adapter: &dyn Adapter) -> Option<usize> {
+    let factors = adapter.factors();
+    let dims = |name: &str| {
+        let (_, tensor) = factors.iter().find(|(known, _)| *known == name)?;
+        let (rows, rest) = tensor.dims().split_first()?;
+        Some((*rows).min(rest.iter().product()))
+    };
+    // A low-rank factor is as wide as its rank, or as high where it has a core.
+    let first = dims("lokr_w1").or_else(|| dims("lokr_w1_a"))?;
+    let second = dims("lokr_w2").or_else(|| dims("lokr_w2_a"))?;
+    Some(first * second)
 }
 
 /// Length, clip skip and weights of captions: what sample pictures elsewhere must agree with.
@@ -242,10 +284,14 @@ impl std::fmt::Display for Plan {
         for kind in &self.trained {
             writeln!(
                 f,
-                "  {}: {} layers, {} parameters",
+                "  {}: {} layers, {} parameters{}",
                 kind.kind,
                 kind.layers,
-                grouped(kind.parameters)
+                grouped(kind.parameters),
+                match kind.learns {
+                    true => "",
+                    false => "; not trained: the learning rate is 0",
+                }
             )?;
         }
         if self.reg_images > 0 {

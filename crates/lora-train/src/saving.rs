@@ -79,7 +79,8 @@ impl Trainer {
         if due(self.config.validate_every_n_steps) {
             self.report_validation(observer)?;
         }
-        if self.config.sample_every_n_epochs.is_none() && due(self.config.sample_every_n_steps) {
+        let by_epochs = self.config.sample_every_n_epochs > Some(0);
+        if !by_epochs && due(self.config.sample_every_n_steps) {
             self.draw_samples(None, observer)?;
         }
         if !due(self.config.save_every_n_steps) {
@@ -88,9 +89,10 @@ impl Trainer {
         let every = self.config.save_every_n_steps.unwrap_or(1);
         let path = self.naming.step(step);
         self.save(&path, self.at.epoch - 1, observer)?;
+        let healthy = self.is_healthy();
         let outdated = |keep| {
             outdated_step(step, every, keep)
-                .filter(|s| *s > 0)
+                .filter(|s| *s > 0 && healthy)
                 .map(|s| s as usize)
         };
         let keep = self.config.save_last_n_steps;
@@ -106,8 +108,14 @@ impl Trainer {
         Ok(())
     }
 
-    /// What is due after an epoch; then the next one is begun.
-    pub(crate) fn end_epoch(&mut self, epoch: usize, observer: &mut dyn Observer) -> Result<()> {
+    /// What is due after an epoch; then the next one is begun. An epoch that the end of the run
+    /// cut short is not over: a longer run goes on in it.
+    pub(crate) fn end_epoch(
+        &mut self,
+        epoch: usize,
+        is_over: bool,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
         observer.event(&Event::EpochFinished {
             epoch,
             step: self.at.step,
@@ -125,8 +133,10 @@ impl Trainer {
         if due(self.config.sample_every_n_epochs.unwrap_or(0)) {
             self.draw_samples(Some(epoch), observer)?;
         }
-        self.at.epoch += 1;
-        self.at.position = 0;
+        if is_over {
+            self.at.epoch += 1;
+            self.at.position = 0;
+        }
         self.at.loss_slots = self.average.slots().to_vec();
         self.good = self.at.clone();
         let every = self.plan.save_every_n_epochs.unwrap_or(0);
@@ -134,9 +144,10 @@ impl Trainer {
             return Ok(());
         }
         self.save(&self.naming.epoch(epoch), epoch, observer)?;
+        let healthy = self.is_healthy();
         let outdated = |keep| {
             outdated_epoch(epoch, every, keep)
-                .filter(|e| *e > 0)
+                .filter(|e| *e > 0 && healthy)
                 .map(|e| e as usize)
         };
         let keep = self.config.save_last_n_epochs;
@@ -150,6 +161,12 @@ impl Trainer {
             }
         }
         Ok(())
+    }
+
+    /// Whether the last batch was used. While batches fail, the files of the time before are
+    /// the good ones: none is removed.
+    fn is_healthy(&self) -> bool {
+        self.at.failures == 0
     }
 
     fn report_validation(&mut self, observer: &mut dyn Observer) -> Result<()> {
@@ -166,6 +183,7 @@ impl Trainer {
         let name = self.naming.last();
         self.save(&name, self.plan.epochs, observer)?;
         if self.config.save_state || self.config.save_state_on_train_end {
+            self.keep_state(observer)?;
             self.save_state(&self.naming.last_state(), observer)?;
         }
         let path = self.folder().join(name);
@@ -174,6 +192,48 @@ impl Trainer {
             skipped: self.at.skipped,
         });
         Ok(Outcome::Finished(path))
+    }
+
+    /// Says so when the result of another run is about to be replaced, as sd-scripts does
+    /// without a word.
+    pub(crate) fn warn_of_earlier_result(&self, observer: &mut dyn Observer) {
+        let path = self.folder().join(self.naming.last());
+        if path.exists() {
+            observer.event(&Event::Warning(&format!(
+                "{} of an earlier run will be replaced; another output_name keeps it",
+                path.display()
+            )));
+        }
+    }
+
+    /// Gives the result of the run that this one extends the name of its last update, so that it
+    /// is not replaced. At the start: an extended run may be interrupted and gone on with.
+    pub(crate) fn keep_result(&self, observer: &mut dyn Observer) -> Result<()> {
+        match self.extended_from {
+            Some(steps) => self.keep(&self.naming.last(), &self.naming.step(steps), observer),
+            None => Ok(()),
+        }
+    }
+
+    /// The same for its state, at the end: until then one may have to go on from it again.
+    fn keep_state(&self, observer: &mut dyn Observer) -> Result<()> {
+        let (last, naming) = (self.naming.last_state(), &self.naming);
+        match self.extended_from {
+            Some(steps) => self.keep(&last, &naming.step_state(steps), observer),
+            None => Ok(()),
+        }
+    }
+
+    fn keep(&self, from: &str, to: &str, observer: &mut dyn Observer) -> Result<()> {
+        let (from, to) = (self.folder().join(from), self.folder().join(to));
+        if from.exists() && !to.exists() {
+            std::fs::rename(&from, &to).map_err(Error::io(&from))?;
+            observer.event(&Event::Warning(&format!(
+                "what the run had before it was extended is now {}",
+                to.display()
+            )));
+        }
+        Ok(())
     }
 
     /// The end of a run that was stopped: what there was at the last update.
@@ -210,7 +270,7 @@ impl Trainer {
         };
         self.averaged(true)?;
         let saved = self
-            .check_finite()
+            .check_finite(&path, self.config.save_dtype()?)
             .and_then(|()| Ok(self.adapters.save(&path, &options)?));
         self.averaged(false)?;
         saved?;
@@ -218,9 +278,8 @@ impl Trainer {
         Ok(())
     }
 
-    /// Whether every value is a number, also in the precision of the file.
-    fn check_finite(&self) -> Result<()> {
-        let dtype = self.config.save_dtype()?;
+    /// Checks that every value is a number, also in the precision of the file.
+    fn check_finite(&self, path: &Path, dtype: DType) -> Result<()> {
         for (name, var) in self.adapters.params() {
             let saved = var.to_dtype(dtype)?.to_dtype(DType::F32)?;
             if saved.sum_all()?.to_scalar::<f32>()?.is_finite() {
@@ -228,12 +287,12 @@ impl Trainer {
             }
             let what = match var.sum_all()?.to_scalar::<f32>()?.is_finite() {
                 true => "has values too large for save_precision fp16; use float or bf16",
-                false => "its weights are no longer numbers",
+                false => "has values that are no numbers; the learning rate is probably too high",
             };
-            return Err(Error::NotFinite {
-                times: 1,
-                step: self.at.step,
-                images: format!("{name}: {what}"),
+            return Err(Error::BadWeights {
+                path: path.to_path_buf(),
+                parameter: name,
+                what,
             });
         }
         Ok(())
@@ -242,6 +301,7 @@ impl Trainer {
     /// Writes what is needed to go on from the last complete update.
     pub(crate) fn save_state(&self, name: &str, observer: &mut dyn Observer) -> Result<()> {
         let path = self.folder().join(name);
+        self.check_finite(&path, DType::F32)?;
         let weights = Weights {
             params: &self.adapters.params(),
             optimizer: self.optimizer.state()?,

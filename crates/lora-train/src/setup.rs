@@ -11,27 +11,39 @@ use lora_optim::kohya::{GroupOptions, KohyaOptimizer, KohyaScheduler, block_inde
 use lora_optim::schedule::Constant;
 use lora_optim::{LrSchedule, OnHost, Optimizer, ParamGroup};
 use lora_sd15::Checkpoint;
+use serde::Serialize;
+use serde_json::{Map, Value};
 
-use crate::config::{Steps, TrainConfig};
+use crate::config::{Steps, TrainConfig, to_json};
 use crate::samples::{SamplePrompt, read_sample_prompts};
 use crate::{Error, Plan, Result};
 
 /// Lists pictures and captions; also returns what the dataset config noticed.
-pub(crate) fn dataset(config: &TrainConfig) -> Result<(Dataset, Vec<Finding>)> {
+pub(crate) fn dataset(config: &TrainConfig) -> Result<(Dataset, Vec<String>)> {
     let run = DataConfig {
         prior_loss_weight: config.prior_loss_weight as f32,
         masked_loss: config.masked_loss,
         ..DataConfig::default()
     };
     let options = config.dataset_options()?;
-    if let Some(text) = &config.inline.dataset {
-        let origin = Path::new("dataset part of the config");
-        let file = ConfigFile::parse(text, ConfigSyntax::Toml, origin, &options, &run)?;
-        return Ok((Dataset::load(file.config)?, file.findings));
-    }
-    if let Some(path) = &config.dataset_config {
-        let file = ConfigFile::read(path, &options, &run)?;
-        return Ok((Dataset::load(file.config)?, file.findings));
+    let inline = Path::new("dataset part of the config");
+    let file = match (&config.inline.dataset, &config.dataset_config) {
+        (Some(text), _) => {
+            let file = ConfigFile::parse(text, ConfigSyntax::Toml, inline, &options, &run)?;
+            Some((file, inline))
+        }
+        (None, Some(path)) => Some((ConfigFile::read(path, &options, &run)?, path.as_path())),
+        (None, None) => None,
+    };
+    if let Some((file, place)) = file {
+        let mut noticed: Vec<String> = file.findings.iter().map(Finding::to_string).collect();
+        let overridden = overridden(&options, &file.config)?;
+        noticed.extend(
+            overridden
+                .into_iter()
+                .map(|what| format!("{}: {what}", place.display())),
+        );
+        return Ok((Dataset::load(file.config)?, noticed));
     }
     if let Some(json) = &config.in_json {
         let mut subset = options.subset.clone();
@@ -59,6 +71,55 @@ pub(crate) fn dataset(config: &TrainConfig) -> Result<(Dataset, Vec<Finding>)> {
         Dataset::from_folders(train, config.reg_data_dir.as_deref(), &options, &run)?,
         Vec::new(),
     ))
+}
+
+/// The options beside a dataset config that it sets otherwise everywhere, in words.
+fn overridden(options: &DatasetConfig, file: &DataConfig) -> Result<Vec<String>> {
+    let default = TrainConfig::default().dataset_options()?;
+    let mut levels = vec![(
+        flat(options)?,
+        flat(&default)?,
+        file.datasets.iter().map(flat).collect::<Result<Vec<_>>>()?,
+    )];
+    let subsets = file.datasets.iter().flat_map(|dataset| &dataset.subsets);
+    levels.push((
+        flat(&options.subset)?,
+        flat(&default.subset)?,
+        subsets.map(flat).collect::<Result<Vec<_>>>()?,
+    ));
+    let mut list = Vec::new();
+    for (given, default, set) in levels {
+        for (key, value) in &given {
+            let differs = |other: &Map<String, Value>| other.get(key) != Some(value);
+            if let Some(first) = set.first()
+                && differs(&default)
+                && set.iter().all(differs)
+            {
+                let name = match key.as_str() {
+                    "batch_size" => "train_batch_size",
+                    "num_repeats" => "dataset_repeats",
+                    name => name,
+                };
+                let other = first.get(key).unwrap_or(&Value::Null);
+                list.push(format!(
+                    "{name} {value} has no effect beside it: it says {other}"
+                ));
+            }
+        }
+    }
+    Ok(list)
+}
+
+/// Options by name, those of captions among them.
+fn flat(options: &impl Serialize) -> Result<Map<String, Value>> {
+    let Value::Object(mut map) = to_json(options)? else {
+        return Ok(Map::new());
+    };
+    map.retain(|key, _| !["subset", "subsets", "conditioning_data_dir"].contains(&key.as_str()));
+    if let Some(Value::Object(captions)) = map.remove("captions") {
+        map.extend(captions);
+    }
+    Ok(map)
 }
 
 /// The prompts to draw while training; each is checked now.
@@ -288,7 +349,7 @@ pub(crate) fn optimizer(
 }
 
 /// Prodigy without `betas` gets (0.9, 0.99) here.
-fn kohya_optimizer(config: &TrainConfig) -> KohyaOptimizer {
+pub(crate) fn kohya_optimizer(config: &TrainConfig) -> KohyaOptimizer {
     KohyaOptimizer {
         optimizer_type: config.optimizer_type.clone(),
         optimizer_args: config.optimizer_args.clone(),

@@ -92,6 +92,8 @@ pub struct Trainer {
     pub(crate) good: RunState,
     /// The state folder that the run went on from.
     resumed: Option<PathBuf>,
+    /// Updates of the run that this one extends.
+    pub(crate) extended_from: Option<usize>,
     /// Keeps other runs away from this one's files.
     _lock: RunLock,
 }
@@ -150,8 +152,9 @@ impl Trainer {
         let samples = setup::samples(&config)?;
         let (dataset, noticed) = setup::dataset(&config)?;
         let dataset = Arc::new(dataset);
-        for finding in noticed.iter().chain(dataset.findings()) {
-            observer.event(&Event::Warning(&finding.to_string()));
+        let findings = dataset.findings().iter().map(ToString::to_string);
+        for text in noticed.into_iter().chain(findings) {
+            observer.event(&Event::Warning(&text));
         }
         let mut plan = Plan::new(&config, &dataset, seed);
         let report = ReportConfig {
@@ -187,11 +190,11 @@ impl Trainer {
         let mut shown = adapters.without_gradients()?;
         shown.attach(unet, 0.0)?;
         shown.attach(text_encoder, 0.0)?;
-        plan.set_adapters(&adapters);
         if let Some(warning) = setup::alpha_without_effect(&adapters) {
             observer.event(&Event::Warning(&warning));
         }
         let groups = setup::param_groups(&config, &adapters)?;
+        plan.set_adapters(&adapters, &groups);
         let text_encoder_until = groups
             .iter()
             .any(|g| g.name.starts_with("textencoder"))
@@ -269,6 +272,7 @@ impl Trainer {
             average: LossAverage::default(),
             watch: Watch::default(),
             resumed: None,
+            extended_from: None,
             _lock: lock,
             config,
             plan,
@@ -311,6 +315,7 @@ impl Trainer {
         if let Some(ema) = &mut self.ema {
             ema.load_state(&loaded.ema()?)?;
         }
+        self.extended_from = extended.then_some(loaded.state.total_steps);
         self.average = LossAverage::from_slots(loaded.state.loss_slots.clone());
         let config = std::mem::take(&mut self.at.config);
         self.at = RunState {
@@ -357,13 +362,20 @@ impl Trainer {
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
         self.write_settings()?;
         match &self.resumed {
-            Some(path) => observer.event(&Event::Resumed {
-                path,
-                epoch: self.at.epoch,
-                step: self.at.step,
-            }),
-            None if self.config.sample_at_first => self.draw_samples(None, observer)?,
-            None => {}
+            Some(path) => {
+                observer.event(&Event::Resumed {
+                    path,
+                    epoch: self.at.epoch,
+                    step: self.at.step,
+                });
+                self.keep_result(observer)?;
+            }
+            None => {
+                self.warn_of_earlier_result(observer);
+                if self.config.sample_at_first {
+                    self.draw_samples(None, observer)?;
+                }
+            }
         }
         self.optimizer.set_training(true)?;
         let result = self.epochs(observer, stop);
@@ -394,7 +406,8 @@ impl Trainer {
             if !self.batches(observer, stop)? {
                 return Ok(Some(()));
             }
-            self.end_epoch(epoch, observer)?;
+            let is_over = self.at.position >= self.plan.batches_per_epoch;
+            self.end_epoch(epoch, is_over, observer)?;
         }
         Ok(None)
     }

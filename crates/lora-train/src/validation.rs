@@ -1,7 +1,7 @@
 //! Validation: the loss on pictures that are not trained on.
 
 use candle_core::{DType, Tensor};
-use lora_data::{BatchPlan, CaptionTime, Place, Purpose, Role, Streams};
+use lora_data::{BatchPlan, Place, Purpose, Role, Streams};
 use rand_distr::{Distribution, StandardNormal};
 
 use crate::Result;
@@ -43,8 +43,8 @@ pub fn turning_point(losses: &[(usize, f64)]) -> Option<(usize, f64, bool)> {
 }
 
 impl Trainer {
-    /// The loss on the held-out pictures, each at four timesteps with the same noise every
-    /// time: figures of different epochs, and of runs with the same validation pictures,
+    /// The loss on the held-out pictures, each with its whole caption at four timesteps with
+    /// the same noise every time: figures of different epochs, and of runs with the same validation pictures,
     /// can be compared. It is the plain mean squared error, whatever loss is trained.
     ///
     /// # Errors
@@ -97,16 +97,11 @@ impl Trainer {
             let data = self
                 .latents
                 .means(&self.dataset, batch, self.model.as_ref())?;
-            // After any token warm-up: all tags, whenever it is measured.
-            let time = CaptionTime {
-                epoch: 1,
-                step: usize::MAX,
-                max_train_steps: 1,
-            };
+            // All tags, whenever it is measured and whatever the run drops.
             let captions: Vec<String> = batch
                 .items
                 .iter()
-                .map(|item| self.dataset.caption(item, time, streams))
+                .map(|item| self.dataset.complete_caption(item, streams))
                 .collect();
             let fixed = !self.trains_text_encoder();
             let context = self.model.encode_captions(&captions, fixed)?.detach();

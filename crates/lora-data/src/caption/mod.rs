@@ -117,6 +117,19 @@ impl CaptionConfig {
         Ok(())
     }
 
+    /// The same without what leaves out or moves tags in training: dropout, shuffling, warm-up.
+    /// For measuring a loss that is to be compared with others.
+    pub fn complete(&self) -> Self {
+        Self {
+            shuffle_caption: false,
+            caption_dropout_rate: 0.0,
+            caption_dropout_every_n_epochs: 0,
+            caption_tag_dropout_rate: 0.0,
+            token_warmup_step: 0.0,
+            ..self.clone()
+        }
+    }
+
     /// Whether every draw of a caption gives the same text, so that its encoding can be cached.
     pub fn is_static(&self) -> bool {
         !self.shuffle_caption

@@ -46,6 +46,10 @@ pub(super) fn datasets(
             for level in levels.into_iter().flatten() {
                 apply_subset(level, &mut subset);
             }
+            // Masks given beside the file are those of the training images.
+            if subset.is_reg && node.get("conditioning_data_dir").is_none() {
+                subset.conditioning_data_dir = None;
+            }
             note_fault(
                 subset.validate(),
                 node,

@@ -14,7 +14,7 @@ use super::{
 use crate::bucket::cover;
 use crate::{
     BucketFit, BucketTable, DataConfig, DatasetConfig, Error, Finding, FindingKind, FolderFound,
-    Result, Size, SubsetConfig, Transparency,
+    Result, Size, SubsetConfig, Transparency, mask,
 };
 
 pub(crate) fn build(config: DataConfig, findings: Vec<Finding>) -> Result<Dataset> {
@@ -38,11 +38,33 @@ pub(crate) fn build(config: DataConfig, findings: Vec<Finding>) -> Result<Datase
         findings,
         ..Builder::default()
     };
+    let mut listings = Vec::with_capacity(config.datasets.len());
     for number in 0..config.datasets.len() {
-        let listings = pool.install(|| builder.list_subsets(&config, number))?;
+        listings.push(pool.install(|| builder.list_subsets(&config, number))?);
+    }
+    if config.masked_loss {
+        attach_masks(&config, &mut listings)?;
+    }
+    for (number, listings) in listings.into_iter().enumerate() {
         builder.add_dataset(&config.datasets[number], number, listings)?;
     }
     builder.finish(config)
+}
+
+/// Gives the images of all datasets their masks: several folders may share one of masks.
+fn attach_masks(config: &DataConfig, listings: &mut [Vec<SubsetListing>]) -> Result<()> {
+    let subsets = config.datasets.iter().flat_map(|dataset| &dataset.subsets);
+    let wanted = subsets
+        .zip(listings.iter_mut().flatten())
+        .filter_map(|(subset, listing)| {
+            let images = listing.images.iter_mut();
+            Some(mask::Wanted {
+                masks: subset.conditioning_data_dir.as_deref()?,
+                folder: subset.image_dir.as_deref(),
+                images: images.map(|l| (l.path.as_path(), &mut l.mask)).collect(),
+            })
+        });
+    mask::attach(wanted.collect())
 }
 
 #[derive(Default)]

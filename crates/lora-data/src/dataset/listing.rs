@@ -42,7 +42,7 @@ pub(super) struct SubsetListing {
 
 /// Lists a subset. Call inside the thread pool that is to be used.
 pub(super) fn list(subset: &SubsetConfig, run: &DataConfig) -> Result<SubsetListing> {
-    let mut listing = match (&subset.metadata_file, &subset.image_dir) {
+    let listing = match (&subset.metadata_file, &subset.image_dir) {
         (Some(file), dir) => {
             let found = metadata::read(file, dir.as_deref(), &subset.captions)?;
             let entries = found.entries.into_par_iter().map(|entry| Candidate {
@@ -65,19 +65,6 @@ pub(super) fn list(subset: &SubsetConfig, run: &DataConfig) -> Result<SubsetList
             ));
         }
     };
-    if let Some(masks) = subset
-        .conditioning_data_dir
-        .as_deref()
-        .filter(|_| run.masked_loss)
-    {
-        crate::mask::attach(
-            masks,
-            listing
-                .images
-                .iter_mut()
-                .map(|l| (l.path.as_path(), &mut l.mask)),
-        )?;
-    }
     Ok(listing)
 }
 

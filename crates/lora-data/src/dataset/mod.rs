@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 
 use crate::caption::CaptionSource;
 use crate::{
-    BatchPlan, CaptionTime, DataConfig, DatasetConfig, Finding, Layout, Place, PlanItem, Purpose,
-    Result, Size, Streams, SubsetConfig, find_subsets, process_caption,
+    BatchPlan, CaptionConfig, CaptionTime, DataConfig, DatasetConfig, Finding, Layout, Place,
+    PlanItem, Purpose, Result, Size, Streams, SubsetConfig, find_subsets, process_caption,
 };
 
 /// The images of a run: listed, captioned and sorted into buckets, not yet decoded.
@@ -208,21 +208,20 @@ impl Dataset {
 
     /// The caption of one draw as the model sees it: a pure function of its arguments.
     pub fn caption(&self, item: &PlanItem, time: CaptionTime, streams: Streams) -> String {
-        let Some(image) = self.images.get(item.image) else {
-            return String::new();
-        };
-        let place = Place {
-            epoch: time.epoch as u64,
-            step: 0,
-            item: item.key(),
-        };
-        let mut stream = streams.stream(Purpose::CAPTION, place);
-        process_caption(
-            &image.caption,
-            &self.subset(image).captions,
-            time,
-            &mut stream,
-        )
+        let options = |image| &self.subset(image).captions;
+        self.images
+            .get(item.image)
+            .map_or_else(String::new, |i| caption(i, options(i), item, time, streams))
+    }
+
+    /// The caption of one draw with all its tags in their order, whatever training drops or
+    /// shuffles: for validation. Wildcards are chosen by `streams`.
+    pub fn complete_caption(&self, item: &PlanItem, streams: Streams) -> String {
+        let options = |image| self.subset(image).captions.complete();
+        let time = CaptionTime::default();
+        self.images.get(item.image).map_or_else(String::new, |i| {
+            caption(i, &options(i), item, time, streams)
+        })
     }
 
     /// Images that are trained, by dataset and bucket.
@@ -236,4 +235,20 @@ impl Dataset {
             .get(dataset)
             .map_or(1, |d| d.batch_size.max(1))
     }
+}
+
+fn caption(
+    image: &ImageRecord,
+    options: &CaptionConfig,
+    item: &PlanItem,
+    time: CaptionTime,
+    streams: Streams,
+) -> String {
+    let place = Place {
+        epoch: time.epoch as u64,
+        step: 0,
+        item: item.key(),
+    };
+    let mut stream = streams.stream(Purpose::CAPTION, place);
+    process_caption(&image.caption, options, time, &mut stream)
 }

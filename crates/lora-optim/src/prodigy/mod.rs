@@ -70,7 +70,7 @@ struct Estimate {
     k: f64,
 }
 
-const MIXED: &str = "give every group the same lr and use ParamGroup::multiplier for the ratio, or set split_groups for one d per group";
+const MIXED: &str = "give every group the same lr (unet_lr, text_encoder_lr; no LoRA+ ratio, no block weights), or add split_groups=True to the optimizer's arguments for one d per group; programs may set ParamGroup::multiplier instead";
 
 /// The update rule of [`Prodigy`].
 #[derive(Debug)]

@@ -157,8 +157,9 @@ impl Observer for JsonLog {
                 let rates: Vec<Value> = b
                     .learning_rates
                     .iter()
-                    .map(|(name, lr, effective)| {
-                        json!({"group": name, "lr": lr, "effective": effective})
+                    .map(|(name, lr, effective)| match b.adaptive && *lr != 0.0 {
+                        true => json!({"group": name, "lr": lr, "effective": effective, "d": effective / lr}),
+                        false => json!({"group": name, "lr": lr, "effective": effective}),
                     })
                     .collect();
                 json!({
