@@ -4,6 +4,7 @@ mod area;
 mod color;
 mod decode;
 mod header;
+mod jpeg;
 mod pillow;
 mod resize;
 mod taps;
