@@ -7,6 +7,8 @@ use image::error::{LimitError, LimitErrorKind};
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader};
 
+#[cfg(feature = "avif")]
+use super::avif;
 use super::jpeg;
 use crate::{Error, Result, Size, Transparency};
 
@@ -59,6 +61,8 @@ const MAX_BYTES: u64 = 1 << 30;
 fn decode(bytes: &[u8], options: DecodeOptions) -> image::ImageResult<Picture> {
     let (mut image, orientation) = match image::guess_format(bytes) {
         Ok(ImageFormat::Jpeg) => jpeg::decode(bytes, MAX_BYTES)?,
+        #[cfg(feature = "avif")]
+        _ if avif::is_avif(bytes) => avif::decode(bytes, MAX_BYTES)?,
         _ => by_image(bytes)?,
     };
     if options.exif_orientation && orientation != Orientation::NoTransforms {

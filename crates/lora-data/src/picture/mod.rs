@@ -1,6 +1,8 @@
 //! Pictures: sizes without decoding, decoding, resizing, cropping, colours.
 
 mod area;
+#[cfg(feature = "avif")]
+mod avif;
 mod color;
 mod decode;
 mod header;
