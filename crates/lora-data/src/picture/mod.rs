@@ -15,3 +15,4 @@ pub(crate) use color::shift_colors;
 pub use decode::{DecodeOptions, Picture, decode_file};
 pub use header::{Header, read_header};
 pub use resize::resize;
+pub(crate) use resize::shrink_part;
