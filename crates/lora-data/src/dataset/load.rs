@@ -1,7 +1,7 @@
 //! From a planned draw to pixels.
 
 use super::Dataset;
-use crate::picture::{DecodeOptions, Picture, decode_file, resize, shift_colors};
+use crate::picture::{DecodeOptions, Picture, decode_file, resize, shift_colors, shrink_part};
 use crate::{Error, ImageRecord, PlanItem, Result, Size, mask};
 
 /// An image as the model sees it.
@@ -59,7 +59,8 @@ impl Dataset {
         let filter = options
             .resize_interpolation
             .or(dataset.and_then(|d| d.resize_interpolation));
-        let mut picture = crop(&resize(&picture, item.resize, filter), item);
+        let mut picture = shrink_part(&picture, item.resize, filter, item.crop, item.size)
+            .unwrap_or_else(|| crop(&resize(&picture, item.resize, filter), item));
         if let Some(shift) = item.color {
             shift_colors(&mut picture.rgb, shift);
         }

@@ -24,10 +24,25 @@ struct Cover {
     norm: f32,
 }
 
-/// The target must not be larger than the source on either side.
-pub(super) fn shrink<const C: usize>(source: &[u8], from: Size, to: Size) -> Vec<u8> {
+/// A part of the target: its left upper corner and its size.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Part {
+    pub(super) corner: (u32, u32),
+    pub(super) size: Size,
+}
+
+/// Shrinks from `from` to `to` and returns a part of that, as if it were cut out afterwards.
+///
+/// The target must not be larger than the source on either side; nothing of `part` that leaves
+/// the target is returned.
+pub(super) fn shrink<const C: usize>(source: &[u8], from: Size, to: Size, part: Part) -> Vec<u8> {
     // The loops are compiled for the widest registers that the processor has.
-    pulp::Arch::new().dispatch(Shrink::<C> { source, from, to })
+    pulp::Arch::new().dispatch(Shrink::<C> {
+        source,
+        from,
+        to,
+        part,
+    })
 }
 
 /// A call of [`shrink_with`].
@@ -35,6 +50,7 @@ struct Shrink<'a, const C: usize> {
     source: &'a [u8],
     from: Size,
     to: Size,
+    part: Part,
 }
 
 impl<const C: usize> pulp::NullaryFnOnce for Shrink<'_, C> {
@@ -42,11 +58,11 @@ impl<const C: usize> pulp::NullaryFnOnce for Shrink<'_, C> {
 
     #[inline(always)]
     fn call(self) -> Vec<u8> {
-        let Self { source, from, to } = self;
+        let (from, to) = (self.from, self.to);
         if from.width == 2 * to.width && from.height == 2 * to.height {
-            shrink_with::<C>(source, from, to, |mean| (mean + 0.5) as u8)
+            shrink_with::<C>(self, |mean| (mean + 0.5) as u8)
         } else {
-            shrink_with::<C>(source, from, to, half_to_even)
+            shrink_with::<C>(self, half_to_even)
         }
     }
 }
@@ -60,19 +76,21 @@ fn half_to_even(mean: f32) -> u8 {
 }
 
 #[inline(always)]
-fn shrink_with<const C: usize>(
-    source: &[u8],
-    from: Size,
-    to: Size,
-    round: impl Fn(f32) -> u8,
-) -> Vec<u8> {
-    let columns = covers(from.width, to.width);
+fn shrink_with<const C: usize>(call: Shrink<'_, C>, round: impl Fn(f32) -> u8) -> Vec<u8> {
+    let Shrink {
+        source,
+        from,
+        to,
+        part: Part { corner, size },
+    } = call;
+    let columns = covers(from.width, to.width, corner.0, size.width);
+    let rows = covers(from.height, to.height, corner.1, size.height);
     let stride = from.width as usize * C;
-    let mut target = vec![0; to.width as usize * to.height as usize * C];
+    let length = columns.len() * C;
+    let mut target = vec![0; rows.len() * length];
     let mut whole = vec![0u16; stride];
     let mut sum = vec![0f32; stride + LANES];
-    let rows = target.chunks_exact_mut(to.width as usize * C);
-    for (cover, row) in covers(from.height, to.height).iter().zip(rows) {
+    for (cover, row) in rows.iter().zip(target.chunks_exact_mut(length)) {
         sum_rows(source, stride, cover, &mut whole, &mut sum[..stride]);
         for (column, pixel) in columns.iter().zip(row.as_chunks_mut::<C>().0) {
             let norm = cover.norm * column.norm;
@@ -82,7 +100,8 @@ fn shrink_with<const C: usize>(
     target
 }
 
-fn covers(source: u32, target: u32) -> Vec<Cover> {
+/// The covers of `count` target pixels from `first` on.
+fn covers(source: u32, target: u32, first: u32, count: u32) -> Vec<Cover> {
     let scale = f64::from(source) / f64::from(target);
     let end = source as usize;
     let cover = |i: u32| {
@@ -114,7 +133,9 @@ fn covers(source: u32, target: u32) -> Vec<Cover> {
             norm: 1.0 / sum,
         }
     };
-    (0..target).map(cover).collect()
+    (first.min(target)..first.saturating_add(count).min(target))
+        .map(cover)
+        .collect()
 }
 
 /// The weighted sum of the rows of `cover`.
@@ -122,8 +143,22 @@ fn covers(source: u32, target: u32) -> Vec<Cover> {
 fn sum_rows(source: &[u8], stride: usize, cover: &Cover, whole: &mut [u16], sum: &mut [f32]) {
     let row = |y: usize| &source[y * stride..(y + 1) * stride];
     let (mut start, end) = cover.whole;
+    // Rows that do not count have the weight 0, so that one pass does for all.
+    let (first, last) = (row(cover.first.0), row(cover.last.0));
+    let (first_weight, last_weight) = (cover.first.1, cover.last.1);
+    let rest = |whole: u16, first: u8, last: u8| {
+        f32::from(whole) + first_weight * f32::from(first) + last_weight * f32::from(last)
+    };
+    if end - start <= MOST_ROWS {
+        sum_whole_rows((start..end).map(row), whole);
+        let parts = whole.iter().zip(first).zip(last);
+        for (total, ((&part, &first), &last)) in sum.iter_mut().zip(parts) {
+            *total = rest(part, first, last);
+        }
+        return;
+    }
+    // A u16 holds 257 rows of at most 255; only enormous scales come here.
     sum.fill(0.0);
-    // A u16 holds 257 rows of at most 255; only enormous scales need a second round.
     while end - start > MOST_ROWS {
         sum_whole_rows((start..start + MOST_ROWS).map(row), whole);
         for (total, &part) in sum.iter_mut().zip(whole.iter()) {
@@ -132,20 +167,24 @@ fn sum_rows(source: &[u8], stride: usize, cover: &Cover, whole: &mut [u16], sum:
         start += MOST_ROWS;
     }
     sum_whole_rows((start..end).map(row), whole);
-    // Rows that do not count have the weight 0, so that one pass does for all.
-    let (first, last) = (row(cover.first.0), row(cover.last.0));
-    let (first_weight, last_weight) = (cover.first.1, cover.last.1);
     let parts = whole.iter().zip(first).zip(last);
     for (total, ((&part, &first), &last)) in sum.iter_mut().zip(parts) {
-        *total += f32::from(part) + first_weight * f32::from(first) + last_weight * f32::from(last);
+        *total += rest(part, first, last);
     }
 }
 
 const MOST_ROWS: usize = 257;
 
 #[inline(always)]
-fn sum_whole_rows<'a>(rows: impl Iterator<Item = &'a [u8]>, whole: &mut [u16]) {
-    whole.fill(0);
+fn sum_whole_rows<'a>(mut rows: impl Iterator<Item = &'a [u8]>, whole: &mut [u16]) {
+    match rows.next() {
+        Some(row) => {
+            for (total, &value) in whole.iter_mut().zip(row) {
+                *total = u16::from(value);
+            }
+        }
+        None => whole.fill(0),
+    }
     for row in rows {
         for (total, &value) in whole.iter_mut().zip(row) {
             *total += u16::from(value);
@@ -162,22 +201,19 @@ const LANES: usize = 4;
 #[inline(always)]
 fn sum_columns<const C: usize>(row: &[f32], cover: &Cover) -> [f32; C] {
     let mut sum = [0f32; LANES];
-    let mut add = |weight: f32, values: &[f32]| {
-        if let Some(values) = values.first_chunk::<LANES>() {
+    let mut add = |weight: f32, x: usize| {
+        if let Some(values) = row[x * C..].first_chunk::<LANES>() {
             for (total, value) in sum.iter_mut().zip(values) {
                 *total += weight * value;
             }
         }
     };
-    let (start, end) = cover.whole;
-    let (mut rest, mut left) = (&row[start * C..], end - start);
-    while left > 0 {
-        add(1.0, rest);
-        (rest, left) = (&rest[C..], left - 1);
+    for x in cover.whole.0..cover.whole.1 {
+        add(1.0, x);
     }
     for (x, weight) in [cover.first, cover.last] {
         if weight > 0.0 {
-            add(weight, &row[x * C..]);
+            add(weight, x);
         }
     }
     std::array::from_fn(|channel| sum[channel])
@@ -202,10 +238,37 @@ mod tests {
     #[test]
     fn a_huge_picture_of_one_color_keeps_it() {
         let from = Size::new(3, 1500);
+        let to = Size::new(1, 2);
         let pixels = [255, 1, 128].repeat(3 * 1500);
         assert_eq!(
-            shrink::<3>(&pixels, from, Size::new(1, 2)),
+            shrink::<3>(&pixels, from, to, whole(to)),
             [255, 1, 128, 255, 1, 128]
         );
+    }
+
+    fn whole(size: Size) -> Part {
+        let corner = (0, 0);
+        Part { corner, size }
+    }
+
+    #[test]
+    fn a_part_is_what_would_be_cut_out() {
+        let (from, to) = (Size::new(61, 45), Size::new(13, 11));
+        let pixels: Vec<u8> = (0..61 * 45 * 3).map(|i| (i * i / 37) as u8).collect();
+        let all = shrink::<3>(&pixels, from, to, whole(to));
+        for (left, top, width, height) in [(0, 0, 13, 11), (2, 3, 9, 7), (12, 10, 1, 1)] {
+            let part = Part {
+                corner: (left, top),
+                size: Size::new(width, height),
+            };
+            let expected: Vec<u8> = (top..top + height)
+                .flat_map(|y| {
+                    let start = (y * 13 + left) as usize * 3;
+                    &all[start..start + width as usize * 3]
+                })
+                .copied()
+                .collect();
+            assert_eq!(shrink::<3>(&pixels, from, to, part), expected);
+        }
     }
 }

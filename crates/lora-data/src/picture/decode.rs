@@ -5,8 +5,11 @@ use std::path::Path;
 
 use image::error::{LimitError, LimitErrorKind};
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageDecoder, ImageError, ImageReader};
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader};
 
+#[cfg(feature = "avif")]
+use super::avif;
+use super::jpeg;
 use crate::{Error, Result, Size, Transparency};
 
 /// A decoded picture: 8-bit RGB, row by row, with the alpha channel apart.
@@ -56,6 +59,19 @@ pub fn decode_file(path: &Path, options: DecodeOptions) -> Result<Picture> {
 const MAX_BYTES: u64 = 1 << 30;
 
 fn decode(bytes: &[u8], options: DecodeOptions) -> image::ImageResult<Picture> {
+    let (mut image, orientation) = match image::guess_format(bytes) {
+        Ok(ImageFormat::Jpeg) => jpeg::decode(bytes, MAX_BYTES)?,
+        #[cfg(feature = "avif")]
+        _ if avif::is_avif(bytes) => avif::decode(bytes, MAX_BYTES)?,
+        _ => by_image(bytes)?,
+    };
+    if options.exif_orientation && orientation != Orientation::NoTransforms {
+        image.apply_orientation(orientation);
+    }
+    Ok(to_picture(image, options))
+}
+
+fn by_image(bytes: &[u8]) -> image::ImageResult<(DynamicImage, Orientation)> {
     let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
     let mut decoder = reader.into_decoder()?;
     if decoder.total_bytes() > MAX_BYTES {
@@ -63,17 +79,9 @@ fn decode(bytes: &[u8], options: DecodeOptions) -> image::ImageResult<Picture> {
             LimitErrorKind::InsufficientMemory,
         )));
     }
-    let orientation = if options.exif_orientation {
-        // A damaged EXIF block is no reason to refuse the picture.
-        decoder.orientation().unwrap_or(Orientation::NoTransforms)
-    } else {
-        Orientation::NoTransforms
-    };
-    let mut image = DynamicImage::from_decoder(decoder)?;
-    if orientation != Orientation::NoTransforms {
-        image.apply_orientation(orientation);
-    }
-    Ok(to_picture(image, options))
+    // A damaged EXIF block is no reason to refuse the picture.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    Ok((DynamicImage::from_decoder(decoder)?, orientation))
 }
 
 fn to_picture(image: DynamicImage, options: DecodeOptions) -> Picture {

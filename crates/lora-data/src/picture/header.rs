@@ -51,7 +51,8 @@ fn is_turned(orientation: Orientation) -> bool {
     )
 }
 
-/// Reads the header of a PNG, JPEG, WebP or BMP file; other formats go through their decoder.
+/// Reads the header of a PNG, JPEG, WebP, BMP or, with the feature `avif`, AVIF file; other
+/// formats go through their decoder.
 ///
 /// # Errors
 /// [`Error::Io`] when the file cannot be read, [`Error::Decode`] when it is not a picture.
@@ -110,8 +111,48 @@ fn parse(file: &mut BufReader<File>, length: u64) -> io::Result<Option<Header>> 
     } else if start.starts_with(b"BM") {
         parse_bmp(file).map(Some)
     } else {
+        #[cfg(feature = "avif")]
+        if super::avif::is_avif(start) {
+            return parse_avif(file, length).map(Some);
+        }
         Ok(None)
     }
+}
+
+#[cfg(feature = "avif")]
+fn parse_avif(file: &mut BufReader<File>, length: u64) -> io::Result<Header> {
+    let mut position: u64 = 0;
+    let mut header = None;
+    // The end of every box is looked at, to know whether the file is whole.
+    while position < length {
+        let size = u32::from_be_bytes(take(file)?);
+        let kind: [u8; 4] = take(file)?;
+        let (head, size) = match size {
+            0 => (8, length - position),
+            1 => (16, u64::from_be_bytes(take(file)?)),
+            size => (8, size.into()),
+        };
+        let content = size
+            .checked_sub(head)
+            .and_then(|content| i64::try_from(content).ok())
+            .ok_or_else(|| invalid("a box is shorter than its head"))?;
+        position = position.saturating_add(size);
+        if &kind == b"meta" && header.is_none() {
+            let content = take_vec(file, usize::try_from(content).unwrap_or(usize::MAX))?;
+            header = Some(content);
+        } else {
+            skip(file, content)?;
+        }
+    }
+    let header = header.ok_or_else(|| invalid("no header box"))?;
+    let container = super::avif::parse(&header).map_err(|e| invalid(&e))?;
+    Ok(Header {
+        stored: container.size,
+        orientation: container.orientation,
+        looks_cut_off: position > length || !container.fits(length),
+        is_jpeg: false,
+        has_alpha: container.has_alpha(),
+    })
 }
 
 fn parse_png(file: &mut BufReader<File>, length: u64) -> io::Result<Header> {

@@ -35,9 +35,35 @@ pub fn resize(picture: &Picture, to: Size, filter: Option<Interpolation>) -> Pic
     }
 }
 
+/// The same by area, if the filter or its absence asks for that and neither side grows; only
+/// the part from `corner` on is made, as if it were cut out afterwards.
+pub(crate) fn shrink_part(
+    picture: &Picture,
+    to: Size,
+    filter: Option<Interpolation>,
+    corner: (u32, u32),
+    size: Size,
+) -> Option<Picture> {
+    let from = picture.size;
+    let by_area = matches!(filter, None | Some(Interpolation::Area));
+    if !by_area || from == to || !from.covers(to) || to.area() == 0 || size.area() == 0 {
+        return None;
+    }
+    let part = area::Part { corner, size };
+    let alpha = picture.alpha.as_ref();
+    Some(Picture {
+        size,
+        rgb: area::shrink::<3>(&picture.rgb, from, to, part),
+        alpha: alpha.map(|alpha| area::shrink::<1>(alpha, from, to, part)),
+    })
+}
+
 fn channels<const C: usize>(source: &[u8], from: Size, to: Size, filter: Interpolation) -> Vec<u8> {
     match filter {
-        Interpolation::Area if from.covers(to) => area::shrink::<C>(source, from, to),
+        Interpolation::Area if from.covers(to) => {
+            let corner = (0, 0);
+            area::shrink::<C>(source, from, to, area::Part { corner, size: to })
+        }
         Interpolation::Area => taps::resize::<C>(source, from, to, taps::Kernel::EnlargeArea),
         Interpolation::Bilinear => taps::resize::<C>(source, from, to, taps::Kernel::Bilinear),
         Interpolation::Bicubic => taps::resize::<C>(source, from, to, taps::Kernel::Bicubic),
