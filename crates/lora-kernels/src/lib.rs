@@ -18,6 +18,7 @@
 //! * [`row_products`], [`mix_groups`], [`scale_channels`], [`add_to_channels`]: what LoHa, LoKr and
 //!   DoRA do beside products
 //! * [`with_computed_weight`]: a layer whose weight is computed from trained factors
+//! * [`on_worker`]: runs many operations with less waiting
 //! * [`checkpoint`]: gradient checkpointing around any function, on any device
 //!
 //! Each takes and returns ordinary candle tensors. On a CPU with f32 tensors the
@@ -91,6 +92,7 @@ pub use conv2d::{Conv2dParams, conv2d};
 pub use linear::linear;
 pub use memory::{
     device_memory, keep_candle_to_one_thread, keep_freed_device_memory, keep_freed_memory,
+    on_worker,
 };
 pub use norm::{group_norm, layer_norm};
 pub use pointwise::{geglu, silu};

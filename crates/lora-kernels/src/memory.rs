@@ -1,4 +1,4 @@
-//! What a program can set at its start, and what a GPU has left.
+//! What a program can set at its start, where it runs, and what a GPU has left.
 
 use candle_core::Device;
 
@@ -18,6 +18,8 @@ pub fn keep_freed_memory() {
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+        // What one thread frees another may take; heaps of a thread's own cannot grow that far.
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 
@@ -43,6 +45,28 @@ pub fn keep_candle_to_one_thread() {
             // SAFETY: there is no other thread that could read or write the environment.
             unsafe { std::env::set_var(name, value.to_string()) };
         }
+    }
+}
+
+/// Runs `f` on one of rayon's threads, where `device` is the CPU; elsewhere on the calling thread.
+///
+/// A thread of its own has to wake rayon's and to sleep until they are done for each operation that is
+/// divided among them, which for small ones takes longer than the operation. One of rayon's
+/// does its share itself. Worth it around many operations: a forward pass, a backward pass.
+///
+/// `f` must not wait for work that other threads of rayon's have yet to begin.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// let x = Tensor::new(&[3f32], &Device::Cpu)?;
+/// let y = lora_kernels::on_worker(x.device(), || x.sqr())?;
+/// assert_eq!(y.to_vec1::<f32>()?, [9.0]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn on_worker<R: Send>(device: &Device, f: impl FnOnce() -> R + Send) -> R {
+    match device.is_cpu() {
+        true => rayon::scope(|_| f()),
+        false => f(),
     }
 }
 

@@ -109,11 +109,13 @@ impl TextEncoder {
                 self.layers.len()
             );
         };
-        let mut x = self.embed(ids, learned)?;
-        for layer in &self.layers[..depth] {
-            x = layer.forward(&x)?;
-        }
-        self.final_layer_norm.forward(&x)
+        lora_kernels::on_worker(ids.device(), || {
+            let mut x = self.embed(ids, learned)?;
+            for layer in &self.layers[..depth] {
+                x = layer.forward(&x)?;
+            }
+            self.final_layer_norm.forward(&x)
+        })
     }
 
     /// The embedding output and the output of every layer, before the final norm.

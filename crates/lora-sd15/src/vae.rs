@@ -116,7 +116,9 @@ impl Vae {
         if h % 8 != 0 || w % 8 != 0 {
             candle_core::bail!("picture of {w}x{h}: width and height must be multiples of 8");
         }
-        let moments = self.quant_conv.forward(&self.encoder.forward(pictures)?)?;
+        let moments = lora_kernels::on_worker(pictures.device(), || {
+            self.quant_conv.forward(&self.encoder.forward(pictures)?)
+        })?;
         let half = moments.dim(1)? / 2;
         let logvar = moments
             .narrow(1, half, half)?
@@ -134,8 +136,10 @@ impl Vae {
     /// # Errors
     /// When the shapes do not fit.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        self.decoder
-            .forward(&self.post_quant_conv.forward(latents)?)
+        lora_kernels::on_worker(latents.device(), || {
+            let x = self.post_quant_conv.forward(latents)?;
+            self.decoder.forward(&x)
+        })
     }
 
     /// Values held at most while a picture of so many pixels is encoded by so many threads: an

@@ -461,8 +461,10 @@ impl Trainer {
         let value = f64::from(loss.to_scalar::<f32>()?);
         if value.is_finite() {
             let batches = self.config.gradient_accumulation_steps as f64;
-            let gradients = (loss / batches)?.backward().map_err(Error::from);
-            let gradients = gradients.map_err(|error| self.explain(error, batch))?;
+            let loss = (loss / batches)?;
+            let gradients = lora_kernels::on_worker(loss.device(), || loss.backward());
+            drop(loss);
+            let gradients = gradients.map_err(|error| self.explain(error.into(), batch))?;
             window.add(&gradients, &self.adapters.params())?;
         } else {
             drop(loss);
@@ -477,7 +479,8 @@ impl Trainer {
             if !grads.is_empty() {
                 self.lr_schedule
                     .apply(self.at.step as u64, self.optimizer.as_mut());
-                let report = self.optimizer.step(&grads)?;
+                let optimizer = self.optimizer.as_mut();
+                let report = lora_kernels::on_worker(&self.device, || optimizer.step(&grads))?;
                 grad_norm = report.grad_norm;
                 match report.non_finite {
                     None => self.at.failures = 0,

@@ -239,6 +239,12 @@ impl UNet {
         timesteps: &Tensor,
         context: &Tensor,
     ) -> Result<Tensor> {
+        lora_kernels::on_worker(latents.device(), || {
+            self.predict(latents, timesteps, context)
+        })
+    }
+
+    fn predict(&self, latents: &Tensor, timesteps: &Tensor, context: &Tensor) -> Result<Tensor> {
         // Every ResNet block projects silu(temb): computed once.
         let temb = self
             .time_embedding
