@@ -261,7 +261,7 @@ fn training<'a>(o: &'a Options, unet: &'a mut UNet) -> Result<(Step<'a>, usize)>
         let loss = (pred - &target)?.sqr()?.mean_all()?;
         o.device.synchronize()?;
         let forward = start.elapsed().as_secs_f64();
-        let grads = loss.backward()?;
+        let grads = lora_kernels::on_worker(loss.device(), || loss.backward())?;
         o.device.synchronize()?;
         let backward = start.elapsed().as_secs_f64();
         optimizer.step(&grads)?;

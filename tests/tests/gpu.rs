@@ -251,7 +251,13 @@ fn optimizers() {
     }
 }
 
-fn train(device: &Device, folder: &Path, name: &str, arguments: &[&str]) -> (AdapterSet, f64) {
+fn train(
+    device: &Device,
+    folder: &Path,
+    name: &str,
+    dim: usize,
+    arguments: &[&str],
+) -> (AdapterSet, f64) {
     let mut losses = Vec::new();
     let mut observer = |event: &Event<'_>| {
         if let Event::Batch(batch) = event {
@@ -265,8 +271,8 @@ fn train(device: &Device, folder: &Path, name: &str, arguments: &[&str]) -> (Ada
         max_train_steps: 4,
         save_every_n_epochs: None,
         network_args: arguments.iter().map(|a| a.to_string()).collect(),
-        network_dim: Some(4),
-        network_alpha: 4.0,
+        network_dim: Some(dim),
+        network_alpha: dim as f64,
         optimizer_type: "AdamW".into(),
         optimizer_args: vec![],
         learning_rate: Some(1e-3),
@@ -284,29 +290,33 @@ fn train(device: &Device, folder: &Path, name: &str, arguments: &[&str]) -> (Ada
 #[test]
 fn training_of_every_family_and_pictures_with_it() {
     let folder = tempfile::tempdir().unwrap();
-    let families: [(&str, &[&str]); 10] = [
-        ("lora", &["algo=locon", "preset=attn-mlp"]),
-        ("locon", &["algo=locon", "conv_dim=2"]),
-        ("dora", &["algo=locon", "dora_wd=True"]),
-        ("loha", &["algo=loha"]),
-        ("lokr", &["algo=lokr", "factor=4"]),
-        ("ia3", &["algo=ia3"]),
-        ("glora", &["algo=glora"]),
-        ("boft", &["algo=boft"]),
-        ("oft", &["algo=diag-oft"]),
-        ("full", &["algo=full"]),
+    let families: [(&str, usize, &[&str]); 11] = [
+        ("lora", 4, &["algo=locon", "preset=attn-mlp"]),
+        ("locon", 4, &["algo=locon", "conv_dim=2"]),
+        ("dora", 4, &["algo=locon", "dora_wd=True"]),
+        // As a low-rank branch, and by its delta.
+        ("loha2", 2, &["algo=loha"]),
+        ("loha", 16, &["algo=loha"]),
+        ("lokr", 4, &["algo=lokr", "factor=4"]),
+        ("ia3", 4, &["algo=ia3"]),
+        ("glora", 4, &["algo=glora"]),
+        ("boft", 8, &["algo=boft"]),
+        ("oft", 8, &["algo=diag-oft"]),
+        ("full", 4, &["algo=full"]),
     ];
     let gpu = gpu();
     let load = |device: &Device| StableDiffusion::load(demo_model(), DType::F32, device).unwrap();
     let (mut here, mut there) = (load(&Device::Cpu), load(&gpu));
-    for (name, arguments) in families {
+    for (name, dim, arguments) in families {
         let (cpu, cpu_loss) = train(
             &Device::Cpu,
             folder.path(),
             &format!("{name}-cpu"),
+            dim,
             arguments,
         );
-        let (_, gpu_loss) = train(&gpu, folder.path(), &format!("{name}-gpu"), arguments);
+        let there_too = format!("{name}-gpu");
+        let (_, gpu_loss) = train(&gpu, folder.path(), &there_too, dim, arguments);
         let error = (gpu_loss / cpu_loss - 1.0).abs();
         assert!(
             error < 1e-3,
