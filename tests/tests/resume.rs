@@ -114,7 +114,19 @@ fn every_kind_of_optimizer_goes_on_bit_for_bit() {
             "Adafactor",
             vec!["relative_step=False", "scale_parameter=False"],
         ),
+        (
+            "Adafactor",
+            vec!["relative_step=True", "scale_parameter=True"],
+        ),
         ("AdamWScheduleFree", vec![]),
+        ("RAdamScheduleFree", vec![]),
+        ("SGDScheduleFree", vec!["momentum=0.9"]),
+        ("ProdigyPlusScheduleFree", vec![]),
+        ("DAdaptation", vec![]),
+        ("Lion8bit", vec![]),
+        ("SGDNesterov", vec!["momentum=0.9"]),
+        ("Adam", vec![]),
+        ("came_pytorch.CAME", vec![]),
     ] {
         check(|config| {
             config.optimizer_type = optimizer.into();

@@ -6,6 +6,9 @@ use candle_core::Device;
 /// returning it to the system, which would fill it with zeros again, page by page:
 /// tensors of a few megabytes cost several times as much then.
 ///
+/// All threads then share one heap. Threads that have begun to allocate keep their own, and what one
+/// thread frees is lost to the others: call it first.
+///
 /// For programs, at their start; a library should not decide this. Does nothing
 /// where the allocator is not glibc's.
 #[cfg_attr(all(target_os = "linux", target_env = "gnu"), allow(unsafe_code))]
