@@ -311,12 +311,14 @@ impl Layer {
                 Ok::<(), candle_core::Error>(())
             })?;
         }
-        if let Some(product) = multiplied {
+        if let Some(product) = &multiplied
+            && let Some(outputs) = &product.outputs
+        {
             for other in low_rank {
                 branches.push(other.apply(&self.base.op)?);
             }
             branches.extend(residual.cloned());
-            return self.forward_multiplied(x, &product, &branches, shift);
+            return self.forward_multiplied(x, product, outputs, &branches, shift);
         }
         branches.extend(residual.cloned());
         // One is added in the same pass.
@@ -358,11 +360,13 @@ impl Layer {
         }
     }
 
-    /// [`forward_added`](Self::forward_added) where an adapter multiplies the outputs.
+    /// [`forward_added`](Self::forward_added) where an adapter multiplies the layer's own product
+    /// and its low-rank branch by `outputs` `[o]`.
     fn forward_multiplied(
         &self,
         x: &Tensor,
         product: &LowRank,
+        outputs: &Tensor,
         branches: &[Tensor],
         shift: Option<&Tensor>,
     ) -> Result<Tensor> {
@@ -373,13 +377,8 @@ impl Layer {
         };
         let y = self.product(x, None, &added)?;
         let (first, others) = branches.split_first().unzip();
-        let mut y = match &product.outputs {
-            Some(outputs) => {
-                let (axis, bias) = (self.base.op.output_axis(y.rank()), self.base.bias.as_ref());
-                lora_kernels::scale_channels(&y, axis, outputs, bias, first)?
-            }
-            None => y,
-        };
+        let (axis, bias) = (self.base.op.output_axis(y.rank()), self.base.bias.as_ref());
+        let mut y = lora_kernels::scale_channels(&y, axis, outputs, bias, first)?;
         if let Some(shift) = shift {
             y = lora_kernels::add_to_channels(&y, shift)?;
         }
