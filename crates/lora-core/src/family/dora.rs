@@ -123,9 +123,10 @@ impl Dora {
     /// The squared norms of the base weight's rows, `[o]`, f32; computed once per weight.
     fn squares(&self, weight: &Tensor) -> Result<Tensor> {
         let mut known = self.squares.lock().unwrap_or_else(|e| e.into_inner());
-        match known.as_ref() {
-            Some((id, squares)) if *id == weight.id() => return Ok(squares.clone()),
-            _ => {}
+        if let Some((id, squares)) = known.as_ref()
+            && *id == weight.id()
+        {
+            return Ok(squares.clone());
         }
         let rows = weight.detach().flatten_from(1)?.to_dtype(DType::F32)?;
         let squares = rows.sqr()?.sum(1)?;
