@@ -1,4 +1,4 @@
-//! Pictures of a dataset: PNG, JPEG, WebP, BMP, with orientation and transparency.
+//! Pictures of a dataset: PNG, JPEG, WebP, BMP, AVIF, with orientation and transparency.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -264,6 +264,17 @@ fn pictures() {
         let name = format!("{format:?}").to_lowercase();
         seed("picture", &name, bytes.into_inner());
     }
+    let avif = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/lora-data/tests/avif");
+    for entry in std::fs::read_dir(avif).unwrap() {
+        let path = entry.unwrap().path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "avif")
+        {
+            let name = path.file_name().unwrap().to_string_lossy();
+            seed("picture", &name, std::fs::read(&path).unwrap());
+        }
+    }
 }
 
 #[test]

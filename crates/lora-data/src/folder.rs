@@ -255,22 +255,30 @@ impl FolderListing {
     }
 
     fn why_empty(&self) -> String {
+        let none = format!("no {} file in it", FORMATS.join(", "));
         match self.unreadable_pictures() {
-            0 => "no png, jpg, jpeg, webp or bmp file in it".to_owned(),
-            n => format!(
-                "no png, jpg, jpeg, webp or bmp file in it ({n} in other formats: convert them)"
-            ),
+            0 => none,
+            n => format!("{none} ({n} in other formats: {WHAT_TO_DO})"),
         }
     }
 }
 
+/// Extensions of the pictures that this build reads.
+const FORMATS: &[&str] = if cfg!(feature = "avif") {
+    &["png", "jpg", "jpeg", "webp", "bmp", "avif"]
+} else {
+    &["png", "jpg", "jpeg", "webp", "bmp"]
+};
+
+/// What to do about pictures in other formats.
+pub(crate) const WHAT_TO_DO: &str = if cfg!(feature = "avif") {
+    "convert them"
+} else {
+    "convert them; AVIF is read with the feature `avif`"
+};
+
 fn is_image_name(name: &str) -> bool {
-    let formats: &[&str] = if cfg!(feature = "avif") {
-        &["png", "jpg", "jpeg", "webp", "bmp", "avif"]
-    } else {
-        &["png", "jpg", "jpeg", "webp", "bmp"]
-    };
-    has_extension(name, formats)
+    has_extension(name, FORMATS)
 }
 
 fn has_extension(name: &str, extensions: &[&str]) -> bool {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 
 use crate::caption::{CaptionSource, file};
-use crate::folder::FolderListing;
+use crate::folder::{FolderListing, WHAT_TO_DO};
 use crate::picture::{DecodeOptions, Header, decode_file, read_header};
 use crate::{
     DataConfig, DecodeCheck, Error, Finding, FindingKind, Result, Size, SubsetConfig, metadata,
@@ -261,7 +261,7 @@ fn folder_findings(
             "{} pictures in formats that cannot be read",
             folder.unreadable_pictures()
         );
-        let advice = "they are not trained; convert them to PNG, JPEG or WebP";
+        let advice = format!("they are not trained; {WHAT_TO_DO}");
         findings.push(Finding::warning(FindingKind::Undecodable, what, advice).at(dir));
     }
     let caches = folder

@@ -1,11 +1,13 @@
 //! Attention over tiles of queries and keys that stay in the second-level cache,
 //! with the softmax computed on the way (Dao et al. 2022, "FlashAttention").
 
+use std::f32::consts::{LN_2, LOG2_E};
+
 use half::bf16;
 
 use super::{Saved, Sizes};
 use crate::avx512::{self, Arithmetic, Bf16, Element, F32, Operand, Panels, Rows};
-use crate::math::{exp, sum, vectorized};
+use crate::math::{LANES, exp2, vectorized};
 
 /// How tiles of weights are multiplied.
 pub(super) trait Kernel: Arithmetic<Value: Element<Self>> {
@@ -120,10 +122,11 @@ where
     f32: Element<S>,
 {
     let (lq, lk, d) = (sizes.lq, sizes.lk, sizes.d);
+    let scale = sizes.scale * LOG2_E;
     let queries = Rows::new::<S, _>(Head::new(sizes, q, lq, task).along_width());
     let (k, v) = (Head::new(sizes, k, lk, task), Head::new(sizes, v, lk, task));
     let mut out = vec![0f32; lq * d];
-    // Largest score so far and sum of exponentials relative to it.
+    // Largest score so far, as a power of two, and sum of the powers relative to it.
     let (mut max, mut total) = (vec![f32::NEG_INFINITY; lq], vec![0f32; lq]);
     let mut scores = vec![0f32; QUERIES * KEYS];
     let mut weights = S::tile();
@@ -141,7 +144,7 @@ where
                 let (max, total) = (&mut max[first + i], &mut total[first + i]);
                 let grown = vectorized(
                     #[inline(always)]
-                    || exponentials(line, sizes.scale, max, total),
+                    || exponentials(line, scale, max, total),
                 );
                 if grown != 1.0 {
                     let out = &mut out[i * d..][..d];
@@ -154,43 +157,67 @@ where
     for ((out, total), max) in out.chunks_exact_mut(d).zip(&total).zip(&mut max) {
         let inverse = 1.0 / total;
         out.iter_mut().for_each(|o| *o *= inverse);
-        *max += total.ln();
+        *max = *max * LN_2 + total.ln();
     }
     (out, max)
 }
 
-/// Scores become exponentials relative to the largest score so far; returns the factor by
-/// which what was summed before has to be multiplied.
+/// Scores become powers of two relative to the largest score so far; returns the factor by
+/// which what was summed before has to be multiplied. `scale` and `max` count in powers of two.
 #[inline(always)]
 fn exponentials(line: &mut [f32], scale: f32, max: &mut f32, total: &mut f32) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let (wide, rest) = line.as_chunks::<16>();
-    for chunk in wide {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (wide, rest) = line.as_chunks_mut::<LANES>();
+    for chunk in &*wide {
         for (lane, v) in lanes.iter_mut().zip(chunk) {
             *lane = if *v > *lane { *v } else { *lane };
         }
     }
     let largest = lanes
         .iter()
-        .chain(rest)
+        .chain(&*rest)
         .fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a });
     let new = if largest * scale > *max {
         largest * scale
     } else {
         *max
     };
-    let grown = exp(*max - new);
-    for v in line.iter_mut() {
-        *v = exp(*v * scale - new);
+    let grown = if *max == f32::NEG_INFINITY {
+        0.0
+    } else {
+        exp2(*max - new)
+    };
+    let mut sums = [0f32; LANES];
+    for chunk in wide {
+        for (v, sum) in chunk.iter_mut().zip(&mut sums) {
+            *v = exp2(v.mul_add(scale, -new));
+            *sum += *v;
+        }
     }
-    let here = sum(
-        line,
-        #[inline(always)]
-        |v| v,
-    ) as f32;
-    *total = *total * grown + here;
+    let mut here: f32 = sums.iter().sum();
+    for v in rest {
+        *v = exp2(v.mul_add(scale, -new));
+        here += *v;
+    }
+    *total = total.mul_add(grown, here);
     *max = new;
     grown
+}
+
+/// Scores in `p` become weights, gradients of weights in `ds` gradients of products.
+/// `log2_scale` and `lse` count in powers of two.
+#[inline(always)]
+fn score_gradients(
+    p: &mut [f32],
+    ds: &mut [f32],
+    (scale, log2_scale): (f32, f32),
+    lse: f32,
+    dot: f32,
+) {
+    for (p, ds) in p.iter_mut().zip(ds) {
+        *p = exp2(p.mul_add(log2_scale, -lse));
+        *ds = *p * (*ds - dot) * scale;
+    }
 }
 
 /// See [`Sizes::backward`].
@@ -224,6 +251,7 @@ where
     });
     let dots: Vec<f32> = (0..lq).map(|query| sizes.dot(t, task, query)).collect();
     let lse = &t.lse[task * lq..][..lq];
+    let scales = (sizes.scale, sizes.scale * LOG2_E);
     let mut dq = vec![0f32; lq * d];
     let size = if keys_too { lk * d } else { 0 };
     let (mut dk, mut dv) = (vec![0f32; size], vec![0f32; size]);
@@ -245,12 +273,11 @@ where
             k_panels.multiply(p, KEYS, rows, false, q_rows.at(first, 0));
             v_panels.multiply(ds, KEYS, rows, false, dy_rows.at(first, 0));
             each_line::<S>(p, keys, &mut p_tile, |i, p| {
-                let (lse, scale) = (lse[first + i], sizes.scale);
-                let dot = dots[first + i];
+                let (lse, dot) = (lse[first + i] * LOG2_E, dots[first + i]);
                 let ds = &mut ds[i * KEYS..][..keys];
                 vectorized(
                     #[inline(always)]
-                    || super::score_gradients(p, ds, keys, scale, lse, dot),
+                    || score_gradients(p, ds, scales, lse, dot),
                 );
             });
             each_line::<S>(ds, keys, &mut ds_tile, |_, _| {});
