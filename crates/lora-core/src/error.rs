@@ -132,6 +132,22 @@ pub enum Error {
         /// How many of its values are not finite.
         count: usize,
     },
+    /// A tensor that was about to be written holds values that are not numbers or infinite,
+    /// because they are, or because the file's dtype ends before them.
+    #[error(
+        "{}: not written: {key} would hold {count} values that are NaN or infinite in {dtype} (f32 and bf16 reach further than f16)",
+        path.display()
+    )]
+    WouldNotBeFinite {
+        /// The file that was to be written.
+        path: PathBuf,
+        /// The tensor.
+        key: String,
+        /// How many of its values are not finite.
+        count: usize,
+        /// The dtype of the file.
+        dtype: String,
+    },
     /// A layer's adapter cannot be written in the wanted layout.
     #[error("{layer}: {what} cannot be written in {layout} layout; {advice}")]
     NotWritable {

@@ -157,7 +157,7 @@ impl AdapterSet {
     /// # Errors
     /// When a tensor cannot be read or the file not be written; an existing file is
     /// then still whole. [`Error::NotWritable`] when the layout has no way to write a
-    /// layer's adapter.
+    /// layer's adapter; [`Error::WouldNotBeFinite`] for NaN, or values beyond the dtype's.
     pub fn save(&self, path: impl AsRef<Path>, options: &SaveOptions) -> Result<String> {
         format::save(self, path.as_ref(), options)
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Module;
-use lora_core::algebra::{Strength, compose};
+use lora_core::algebra::{MergeOptions, Strength, compose, merge_into_file};
 use lora_core::format::{
     BaseModel, FileReport, FindingKind, Format, LoadOptions, SaveLayout, Strictness, write_tensors,
 };
@@ -201,6 +201,48 @@ fn values_that_are_no_numbers_are_found() {
         says(&error, &["file.safetensors", "lora_up.weight", "12", "NaN"]);
         assert_eq!(lenient(&path).len(), 1);
     }
+}
+
+#[test]
+fn values_beyond_the_dtype_are_not_written() {
+    let mut large = lora(LAYER, Some(2.0));
+    large[1].1 = (&large[1].1 * 1e6).unwrap();
+    // A factor beside the matrices, as old versions of LyCORIS wrote it, overflows f32.
+    let mut scaled = lora(LAYER, Some(2.0));
+    scaled[1].1 = (&scaled[1].1 * 1e30).unwrap();
+    scaled.push((format!("{LAYER}.scalar"), number(1e30)));
+    for (tensors, dtype) in [(large, DType::F16), (scaled, DType::F32)] {
+        let (folder, path) = file(&tensors, &[]);
+        let set = AdapterSet::load(&path, &Device::Cpu).unwrap();
+        let options = SaveOptions {
+            dtype: Some(dtype),
+            ..SaveOptions::default()
+        };
+        let before = std::fs::read(&path).unwrap();
+        let error = set.save(&path, &options).unwrap_err();
+        says(&error, &["file.safetensors", "not written", "lora_up.weight"]);
+        assert_eq!(std::fs::read(&path).unwrap(), before);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}
+
+#[test]
+fn merged_values_beyond_the_dtype_are_not_written() {
+    let folder = folder();
+    let (base, output) = (folder.path().join("base"), folder.path().join("merged"));
+    let key = "model.diffusion_model.middle_block.1.proj_in.weight";
+    let weight = Tensor::ones((6, 4), DType::F16, &Device::Cpu).unwrap();
+    write_at(&base, &vec![(key.to_owned(), weight)], &[]);
+    let mut tensors = lora(LAYER, Some(2.0));
+    tensors[1].1 = (&tensors[1].1 * 1e7).unwrap();
+    let set = load(&tensors).unwrap();
+    let merge = |multiplier: f64| {
+        let adapters = [(&set, Strength::new(multiplier, multiplier))];
+        merge_into_file(&base, &adapters, &output, &MergeOptions::default())
+    };
+    says(&merge(1.0).unwrap_err(), &["merged", key, "F16"]);
+    assert!(!output.exists());
+    merge(1e-4).unwrap();
 }
 
 #[test]

@@ -16,7 +16,7 @@ use super::chunk::{Bytes, Chunk, Product, read_at};
 use super::merge_folder::merge_folder;
 use super::weights::{Naming, place};
 use crate::adapter::Adapter;
-use crate::format::{TensorFile, replace_file};
+use crate::format::{TensorFile, refuse_not_finite, replace_file};
 use crate::{AdapterSet, Error, Result};
 
 /// Bytes of one piece of work, as f32.
@@ -65,8 +65,8 @@ const STALE: [&str; 3] = [
 ///
 /// # Errors
 /// [`Error::UnmatchedLayers`] when the checkpoint lacks layers, unless
-/// [`MergeOptions::lenient`]; [`Error::ShapeMismatch`]; [`Error::Io`]. `output` is then
-/// as it was.
+/// [`MergeOptions::lenient`]; [`Error::ShapeMismatch`]; [`Error::WouldNotBeFinite`] when sums
+/// are NaN or too large for the dtype; [`Error::Io`]. `output` is then as it was.
 pub fn merge_into_file(
     base: &Path,
     adapters: &[(&AdapterSet, Strength)],
@@ -291,7 +291,7 @@ impl FilePlan {
             let mut reader = source.try_clone()?;
             std::thread::scope(|scope| {
                 let writer = scope.spawn(move || write_pieces(&receive, &mut reader, file));
-                let outcome = self.compute(&source, &mut |batch| send.send(batch).is_ok());
+                let outcome = self.compute(&source, output, &mut |batch| send.send(batch).is_ok());
                 drop(send);
                 let written = writer.join();
                 if let Err(error) = outcome {
@@ -305,12 +305,17 @@ impl FilePlan {
     }
 
     /// Computes all pieces in file order; `send` returns false when nobody wants more.
-    fn compute(&self, source: &File, send: &mut dyn FnMut(Vec<Piece>) -> bool) -> Result<()> {
+    fn compute(
+        &self,
+        source: &File,
+        output: &Path,
+        send: &mut dyn FnMut(Vec<Piece>) -> bool,
+    ) -> Result<()> {
         let mut batch = Vec::with_capacity(BATCH);
         let flush = |batch: &mut Vec<Work<'_>>, send: &mut dyn FnMut(Vec<Piece>) -> bool| {
             let pieces: Result<Vec<Piece>> = std::mem::take(batch)
                 .into_par_iter()
-                .map(|work| work.run(source))
+                .map(|work| work.run(source, output))
                 .collect();
             Ok::<bool, Error>(send(pieces?))
         };
@@ -369,18 +374,20 @@ fn write_pieces(
 /// One piece of a tensor, to be computed.
 enum Work<'a> {
     Copy(u64, u64),
-    Chunk(Chunk),
+    Chunk(&'a Entry, Chunk),
     /// A whole tensor whose adapters have no factors to multiply row by row.
     Whole(&'a Entry),
 }
 
 impl Work<'_> {
-    fn run(self, source: &File) -> Result<Piece> {
-        match self {
-            Self::Copy(start, length) => Ok(Piece::Copy(start, length)),
-            Self::Chunk(chunk) => Ok(Piece::Bytes(chunk.run(source)?)),
-            Self::Whole(entry) => Ok(Piece::Bytes(entry.whole(source)?)),
-        }
+    fn run(self, source: &File, output: &Path) -> Result<Piece> {
+        let (entry, bytes) = match self {
+            Self::Copy(start, length) => return Ok(Piece::Copy(start, length)),
+            Self::Chunk(entry, chunk) => (entry, chunk.run(source)?),
+            Self::Whole(entry) => (entry, entry.whole(source)?),
+        };
+        refuse_not_finite(output, &entry.key, entry.to, bytes.as_slice())?;
+        Ok(Piece::Bytes(bytes))
     }
 }
 
@@ -423,14 +430,15 @@ impl Entry {
         Ok((0..rows)
             .step_by(step)
             .map(|first| {
-                Work::Chunk(Chunk {
+                let chunk = Chunk {
                     start: self.start,
                     from: self.from,
                     to: self.to,
                     rows: first..(first + step).min(rows),
                     columns,
                     products: products.clone(),
-                })
+                };
+                Work::Chunk(self, chunk)
             })
             .collect())
     }

@@ -116,15 +116,7 @@ impl TensorFile {
             let info = self.header.info(name)?;
             let (start, end) = info.data_offsets;
             let bytes = self.data().get(start..end)?;
-            let count = match info.dtype {
-                Dtype::F16 => odd_words::<2>(bytes, |w| u16::from_le_bytes(w) & 0x7c00 == 0x7c00),
-                Dtype::BF16 => odd_words::<2>(bytes, |w| u16::from_le_bytes(w) & 0x7f80 == 0x7f80),
-                Dtype::F32 => odd_words::<4>(bytes, |w| {
-                    u32::from_le_bytes(w) & 0x7f80_0000 == 0x7f80_0000
-                }),
-                Dtype::F64 => odd_words::<8>(bytes, |w| !f64::from_le_bytes(w).is_finite()),
-                _ => 0,
-            };
+            let count = count_not_finite(info.dtype, bytes);
             (count > 0).then(|| (name.clone(), count))
         };
         self.names().iter().filter_map(count).collect()
@@ -194,6 +186,32 @@ impl TensorFile {
 
     #[cfg(not(target_os = "linux"))]
     fn discard(&self, _: usize, _: usize) {}
+}
+
+/// How many little-endian values are NaN or infinite.
+pub(crate) fn count_not_finite(dtype: Dtype, bytes: &[u8]) -> usize {
+    match dtype {
+        Dtype::F16 => odd_words::<2>(bytes, |w| u16::from_le_bytes(w) & 0x7c00 == 0x7c00),
+        Dtype::BF16 => odd_words::<2>(bytes, |w| u16::from_le_bytes(w) & 0x7f80 == 0x7f80),
+        Dtype::F32 => odd_words::<4>(bytes, |w| {
+            u32::from_le_bytes(w) & 0x7f80_0000 == 0x7f80_0000
+        }),
+        Dtype::F64 => odd_words::<8>(bytes, |w| !f64::from_le_bytes(w).is_finite()),
+        _ => 0,
+    }
+}
+
+/// Refuses bytes of `key` that hold NaN or infinite values, before they are written to `path`.
+pub(crate) fn refuse_not_finite(path: &Path, key: &str, dtype: Dtype, bytes: &[u8]) -> Result<()> {
+    match count_not_finite(dtype, bytes) {
+        0 => Ok(()),
+        count => Err(Error::WouldNotBeFinite {
+            path: path.to_path_buf(),
+            key: key.to_owned(),
+            count,
+            dtype: format!("{dtype:?}"),
+        }),
+    }
 }
 
 /// How many words of `N` bytes pass a test.
@@ -313,7 +331,7 @@ pub(crate) fn lay_out(
     Ok(Layout { header, order })
 }
 
-fn safetensors_dtype(name: &str, tensor: &Tensor) -> Result<Dtype> {
+pub(super) fn safetensors_dtype(name: &str, tensor: &Tensor) -> Result<Dtype> {
     Ok(match tensor.dtype() {
         DType::F64 => Dtype::F64,
         DType::F32 => Dtype::F32,

@@ -14,8 +14,8 @@ mod report;
 mod save;
 mod write;
 
-pub(crate) use file::replace_file;
 pub use file::{TensorFile, write_atomically, write_tensors};
+pub(crate) use file::{refuse_not_finite, replace_file};
 pub use hash::{data_hash_of_file, legacy_hash, model_hash, model_hash_of_file, sha256_of_file};
 pub use modules::{layer_from_ldm, layer_path, layer_to_ldm};
 pub(crate) use read::{BUNDLE, load, outline};

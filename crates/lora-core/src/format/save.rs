@@ -5,7 +5,7 @@ use std::path::Path;
 
 use candle_core::DType;
 
-use super::file::write_tensors;
+use super::file::{bytes, refuse_not_finite, safetensors_dtype, write_tensors};
 use super::hash::{legacy_hash, model_hash};
 use super::write::{SaveLayout, laid_out, write_config};
 use crate::{AdapterSet, Result};
@@ -25,6 +25,9 @@ pub struct SaveOptions {
 pub(crate) fn save(set: &AdapterSet, path: &Path, options: &SaveOptions) -> Result<String> {
     let written = laid_out(set, options.layout, options.dtype)?;
     let tensors = written.tensors;
+    for (key, tensor) in &tensors {
+        refuse_not_finite(path, key, safetensors_dtype(key, tensor)?, &bytes(tensor)?)?;
+    }
     let mut metadata = set.metadata().clone();
     // What it tells is in the layers now, or written anew.
     metadata.remove("lora_adapter_metadata");
