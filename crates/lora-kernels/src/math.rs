@@ -59,7 +59,7 @@ pub(crate) fn exp2(x: f32) -> f32 {
     let p = p.mul_add(r, 9.617_693e-3);
     let p = p.mul_add(r, 5.550_310_6e-2);
     let p = p.mul_add(r, 0.240_226_53);
-    let p = p.mul_add(r, 0.693_147_2);
+    let p = p.mul_add(r, std::f32::consts::LN_2);
     let p = p.mul_add(r, 1.0);
     // The whole number is added to the exponent.
     f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
