@@ -220,7 +220,10 @@ fn values_beyond_the_dtype_are_not_written() {
         };
         let before = std::fs::read(&path).unwrap();
         let error = set.save(&path, &options).unwrap_err();
-        says(&error, &["file.safetensors", "not written", "lora_up.weight"]);
+        says(
+            &error,
+            &["file.safetensors", "not written", "lora_up.weight"],
+        );
         assert_eq!(std::fs::read(&path).unwrap(), before);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
