@@ -1,5 +1,5 @@
-//! Layer norm and group norm with frozen scale and shift, SiLU fused behind the
-//! latter. The backward pass recomputes the statistics instead of keeping them.
+//! Layer norm and group norm, SiLU fused behind the latter. The backward pass recomputes
+//! the statistics instead of keeping them.
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -13,12 +13,12 @@ use crate::{as_nodes, composed, fast, plain, values};
 /// # Errors
 /// When the shapes do not fit.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    let trained = weight.track_op() || bias.track_op();
-    if trained || !as_nodes() {
-        return plain::layer_norm(x, weight, bias, eps);
-    }
     if !fast(&[x, weight, bias]) {
-        return composed::norm(x, weight, bias, None, eps, false);
+        let trained = weight.track_op() || bias.track_op();
+        return match as_nodes() && !trained {
+            true => composed::norm(x, weight, bias, None, eps, false),
+            false => plain::layer_norm(x, weight, bias, eps),
+        };
     }
     let op = Norm {
         groups: None,
@@ -42,12 +42,12 @@ pub fn group_norm(
     eps: f64,
     silu: bool,
 ) -> Result<Tensor> {
-    let trained = weight.track_op() || bias.track_op();
-    if trained || !as_nodes() {
-        return plain::group_norm(x, weight, bias, groups, eps, silu);
-    }
     if !fast(&[x, weight, bias]) {
-        return composed::norm(x, weight, bias, Some(groups), eps, silu);
+        let trained = weight.track_op() || bias.track_op();
+        return match as_nodes() && !trained {
+            true => composed::norm(x, weight, bias, Some(groups), eps, silu),
+            false => plain::group_norm(x, weight, bias, groups, eps, silu),
+        };
     }
     let op = Norm {
         groups: Some(groups),
@@ -226,6 +226,91 @@ fn backward(dx: &mut [f32], x: &[f32], rows: Rows, w: &[f32], b: &[f32], eps: f6
     }
 }
 
+/// Gradients of weight and bias. Rows are summed in parts that do not depend on the number
+/// of threads, the parts in their order.
+fn scale_gradients(
+    norm: &Norm,
+    rows: Rows,
+    (x, dy): (&[f32], &[f32]),
+    (w, b): (&[f32], &[f32]),
+) -> [Vec<f32>; 2] {
+    /// Rows of a part, where all have the same scales.
+    const PART: usize = 64;
+    let per_part = if rows.period == 1 { PART } else { 1 };
+    let values = per_part * rows.width;
+    let parts: Vec<[Vec<f32>; 2]> = x
+        .par_chunks(values)
+        .zip(dy.par_chunks(values))
+        .enumerate()
+        .map(|(part, (x, dy))| {
+            let (w, b) = (rows.scales(w, part), rows.scales(b, part));
+            let mut sums = [vec![0f32; w.len()], vec![0f32; w.len()]];
+            vectorized(
+                #[inline(always)]
+                || {
+                    let pairs = x.chunks_exact(rows.width).zip(dy.chunks_exact(rows.width));
+                    for (x, dy) in pairs {
+                        add_scale_gradients(&mut sums, norm, rows.segment, (x, dy), (w, b));
+                    }
+                },
+            );
+            sums
+        })
+        .collect();
+    let mut totals = [vec![0f64; w.len()], vec![0f64; w.len()]];
+    for (part, sums) in parts.iter().enumerate() {
+        for (total, sums) in totals.iter_mut().zip(sums) {
+            let first = part % rows.period * sums.len();
+            for (total, sum) in total[first..].iter_mut().zip(sums) {
+                *total += f64::from(*sum);
+            }
+        }
+    }
+    totals.map(|total| total.into_iter().map(|v| v as f32).collect())
+}
+
+/// Adds what one row gives to the gradients of its weights and biases.
+#[inline(always)]
+fn add_scale_gradients(
+    [to_w, to_b]: &mut [Vec<f32>; 2],
+    norm: &Norm,
+    segment: usize,
+    (x, dy): (&[f32], &[f32]),
+    (w, b): (&[f32], &[f32]),
+) {
+    let (stats, silu) = (Statistics::of(x, norm.eps), norm.silu);
+    let scales = w.iter().zip(b);
+    let sums = to_w.iter_mut().zip(to_b);
+    if segment == 1 {
+        let values = x.iter().zip(dy);
+        for (((x, dy), (w, b)), (to_w, to_b)) in values.zip(scales).zip(sums) {
+            let normal = stats.normal(*x);
+            let dz = dy * slope_of(normal * w + b, silu);
+            *to_w += dz * normal;
+            *to_b += dz;
+        }
+        return;
+    }
+    let segments = x.chunks_exact(segment).zip(dy.chunks_exact(segment));
+    for (((x, dy), (w, b)), (to_w, to_b)) in segments.zip(scales).zip(sums) {
+        *to_w += sum2(
+            x,
+            dy,
+            #[inline(always)]
+            |x, dy| {
+                let normal = stats.normal(x);
+                dy * slope_of(normal * w + b, silu) * normal
+            },
+        ) as f32;
+        *to_b += sum2(
+            x,
+            dy,
+            #[inline(always)]
+            |x, dy| dy * slope_of(stats.normal(x) * w + b, silu),
+        ) as f32;
+    }
+}
+
 /// Calls `body(row number, out, input)` for each row, several rows per task.
 fn each_row(
     out: &mut [f32],
@@ -305,38 +390,36 @@ impl CustomOp3 for Norm {
         _: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        if !x.track_op() {
-            return Ok((None, None, None));
-        }
         let rows = self.rows(x.shape(), w.elem_count())?;
         let (eps, silu) = (self.eps, self.silu);
-        let dx = with_values(w, b, |w, b| {
+        let to_x = x.track_op();
+        let to_scales = w.track_op() || b.track_op();
+        let (dx, scales) = with_values(w, b, |w, b| {
             with_values(x, &dy.contiguous()?, |x, dy| {
-                let mut dx = dy.to_vec();
-                each_row(
-                    &mut dx,
-                    x,
-                    rows.width,
-                    #[inline(always)]
-                    |row, dx, x| {
-                        backward(
-                            dx,
-                            x,
-                            rows,
-                            rows.scales(w, row),
-                            rows.scales(b, row),
-                            eps,
-                            silu,
-                        );
-                    },
-                );
-                dx
+                let scales = to_scales.then(|| scale_gradients(self, rows, (x, dy), (w, b)));
+                let dx = to_x.then(|| {
+                    let mut dx = dy.to_vec();
+                    each_row(
+                        &mut dx,
+                        x,
+                        rows.width,
+                        #[inline(always)]
+                        |row, dx, x| {
+                            let (w, b) = (rows.scales(w, row), rows.scales(b, row));
+                            backward(dx, x, rows, w, b, eps, silu);
+                        },
+                    );
+                    dx
+                });
+                (dx, scales)
             })
         })??;
-        Ok((
-            Some(Tensor::from_vec(dx, x.shape(), x.device())?),
-            None,
-            None,
-        ))
+        let tensor = |values: Option<Vec<f32>>, like: &Tensor| {
+            let values = values.filter(|_| like.track_op());
+            let tensor = |values| Tensor::from_vec(values, like.shape(), like.device());
+            values.map(tensor).transpose()
+        };
+        let (dw, db) = scales.map(|[dw, db]| (dw, db)).unzip();
+        Ok((tensor(dx, x)?, tensor(dw, w)?, tensor(db, b)?))
     }
 }

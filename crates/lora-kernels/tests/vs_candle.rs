@@ -312,17 +312,19 @@ fn attention_with_frozen_keys_gives_the_queries_their_gradient() {
     );
 }
 
-/// Gradient to the input only: scale and shift are frozen on this path.
-fn compare_frozen(what: &str, x: &[usize], channels: usize, fast: Op<'_>, reference: Op<'_>) {
+/// Compares norms with frozen scales, and with trained ones.
+fn compare_norms(what: &str, x: &[usize], channels: usize, fast: Op<'_>, reference: Op<'_>) {
     let (w, b) = (filled(7, &[channels]), filled(8, &[channels]));
     let with = |op: Op<'_>, t: &[Tensor]| op(&[t[0].clone(), w.clone(), b.clone()]);
     compare(what, &[x], &|t| with(fast, t), &|t| with(reference, t));
+    let trained = format!("{what}, trained");
+    compare(&trained, &[x, &[channels], &[channels]], fast, reference);
 }
 
 #[test]
 fn norms_agree_with_candle() {
     for (rows, c) in [(1, 1), (3, 5), (70, 320), (2, 1000)] {
-        compare_frozen(
+        compare_norms(
             &format!("layer norm {rows} x {c}"),
             &[2, rows, c],
             c,
@@ -337,7 +339,7 @@ fn norms_agree_with_candle() {
         (1, 6, 1, 1, 1),
     ] {
         for fused in [false, true] {
-            compare_frozen(
+            compare_norms(
                 &format!("group norm {n}x{c}x{h}x{w}, {groups} groups, silu {fused}"),
                 &[n, c, h, w],
                 c,
@@ -346,16 +348,6 @@ fn norms_agree_with_candle() {
             );
         }
     }
-}
-
-#[test]
-fn norms_with_trained_scales_still_give_them_gradients() {
-    compare(
-        "trained scales",
-        &[&[2, 3, 5], &[5], &[5]],
-        &|t| layer_norm(&t[0], &t[1], &t[2], 1e-5),
-        &|t| plain::layer_norm(&t[0], &t[1], &t[2], 1e-5),
-    );
 }
 
 #[test]
