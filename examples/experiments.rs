@@ -2,7 +2,7 @@
 //! the tables of `docs/experiments.md`.
 //!
 //! ```text
-//! cargo run --release --example experiments                # all: most of an hour on two cores
+//! cargo run --release --example experiments                # all: half an hour on two cores
 //! cargo run --release --example experiments -- betas dims  # some
 //! ```
 //!
