@@ -45,6 +45,7 @@ pub(crate) fn exp(x: f32) -> f32 {
 
 /// `2^x`, relative error below 2e-7, up to 127; below -125 no less than there. For processors
 /// that multiply and add in one instruction: elsewhere `mul_add` is a slow function.
+#[cfg(any(target_arch = "x86_64", test))]
 #[inline(always)]
 pub(crate) fn exp2(x: f32) -> f32 {
     // As in `exp`.
