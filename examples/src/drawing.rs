@@ -15,8 +15,8 @@ use lora_sd15::prompt::{Styles, extract_tags};
 use lora_sd15::sampler::{Prediction, SigmaSchedule};
 use lora_sd15::{
     AdapterMode, Axis, Cell, Checkpoint, Emphasis, Image, Img2Img, Infotext, Inpaint,
-    MaskedContent, NoiseSource, ResizeMode, SamplerKind, StableDiffusion, Sweep, Txt2Img, Upscaler,
-    Variation, WeightStorage, find_adapter, find_model,
+    MaskedContent, NoiseSource, ResizeMode, SamplerKind, StableDiffusion, Sweep, Txt2Img,
+    UpscaleNetwork, Upscaler, Variation, WeightStorage, find_adapter, find_model, find_upscaler,
 };
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
@@ -130,9 +130,13 @@ pub struct Arguments {
     /// Steps of the second pass; 0 is as many as in the first.
     #[arg(long)]
     pub hires_steps: Option<usize>,
-    /// How the first picture is enlarged, as in A1111; Latent if not given.
+    /// How the first picture is enlarged, as in A1111; Latent if not given. Besides A1111's names
+    /// that of an ESRGAN network in the folder of upscalers.
     #[arg(long)]
     pub hires_upscaler: Option<String>,
+    /// Folder of ESRGAN networks (.safetensors, .pth).
+    #[arg(long, default_value = "upscalers")]
+    pub upscaler_dir: PathBuf,
     /// How much is drawn anew from a picture or in the second pass, 0 to 1.
     #[arg(long)]
     pub strength: Option<f64>,
@@ -329,7 +333,7 @@ impl Arguments {
                 set(&mut hires.steps, &self.hires_steps);
                 set(&mut hires.strength, &self.strength);
                 if let Some(name) = &self.hires_upscaler {
-                    hires.upscaler = Upscaler::from_name(name)?;
+                    hires.upscaler = Upscaler::from_name(name);
                 }
             }
             None if self.hires_steps.is_some() || self.hires_upscaler.is_some() => {
@@ -527,6 +531,14 @@ impl Arguments {
             }
         }
         for cell in cells {
+            let upscaler = cell.job.hires.as_ref().map(|hires| &hires.upscaler);
+            if let Some(Upscaler::Network(name)) = upscaler
+                && !sd.has_upscaler(name)
+            {
+                let path = find_upscaler(&self.upscaler_dir, name)?;
+                let network = UpscaleNetwork::load(path, sd.device())?;
+                sd.add_upscaler(name, network);
+            }
             for tag in extract_tags(&cell.job.prompt).1 {
                 if !sd.has_adapter(&tag.name) {
                     let path = find_adapter(&self.lora_dir, &tag.name)?;

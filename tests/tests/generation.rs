@@ -6,7 +6,7 @@ use lora_core::{Adaptable, AdapterSet, Component, Lora};
 use lora_sd15::sampler::{Prediction, SigmaSchedule};
 use lora_sd15::{
     AdapterMode, Hires, Image, Img2Img, Infotext, Inpaint, MaskedContent, ResizeMode, SamplerKind,
-    StableDiffusion, Txt2Img, Upscaler, Variation,
+    StableDiffusion, Txt2Img, UpscaleNetwork, Upscaler, Variation,
 };
 use lora_tests::golden_path;
 
@@ -159,7 +159,6 @@ fn texts_of_what_is_not_here_are_refused_by_name() {
         ("Token merging ratio: 0.5", "Token merging ratio"),
         ("ControlNet 1: \"Module: canny\"", "ControlNet 1"),
         ("Pad conds v0: True", "Pad conds v0"),
-        ("Hires upscaler: 4x-UltraSharp", "Latent (antialiased)"),
         ("SGM noise multiplier: 2", "SGM noise multiplier"),
     ] {
         let text = format!("zoe\nSteps: 20, Sampler: Euler, Seed: 1, {feature}");
@@ -340,6 +339,29 @@ fn hires_fix_enlarges_in_every_way() {
         }),
         ..job("zoe")
     };
+    let text = "zoe\nSteps: 2, Sampler: Euler, Seed: 1, Size: 64x64, Hires upscale: 1.5, Hires upscaler: 4x-UltraSharp";
+    let by_network = Txt2Img::from_infotext(&Infotext::parse(text)).unwrap();
+    let error = sd
+        .txt2img(&by_network, &mut |_| true)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("4x-UltraSharp") && error.contains("Latent (antialiased)"),
+        "{error}"
+    );
+    let file = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../crates/lora-sd15/tests/upscale/new2.pth"
+    );
+    let network = UpscaleNetwork::load(file, sd.device()).unwrap();
+    sd.add_upscaler("4x-UltraSharp", network);
+    let image = draw(&mut sd, &by_network);
+    assert_eq!((image.width, image.height), (96, 96));
+    assert!(
+        by_network
+            .infotext(0, &[], &[])
+            .contains("Hires upscaler: 4x-UltraSharp")
+    );
     let image = draw(&mut sd, &wide);
     assert_eq!((image.width, image.height), (128, 72));
 }

@@ -6,8 +6,9 @@ use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
+use crate::buffer::{in_parts, rows_of, zeros};
 use crate::conv2d::Geometry;
-use crate::matrix::{Values, View, fill_rows, multiply, multiply_in, reads_narrow};
+use crate::matrix::{Values, View, multiply, multiply_in, reads_narrow};
 use crate::node::{Value, node};
 use crate::{Compute, Conv2dParams, as_nodes, composed, fast, plain, values};
 
@@ -102,19 +103,19 @@ pub fn linear_added(
     if bias.is_some_and(|b| b.dims() != [o]) {
         candle_core::bail!("linear: the bias does not fit weight [{o}, {i}]");
     }
-    let mut y = vec![0f32; rows * o];
-    let mut begun = false;
-    if let Some(residual) = added.residual {
-        with(residual, |r| y.copy_from_slice(r))?;
-        begun = true;
-    }
-    if let Some(bias) = bias {
-        with(bias, |b| match begun {
-            true => add_rows(&mut y, b),
-            false => fill_rows(&mut y, b),
-        })?;
-        begun = true;
-    }
+    let begun = added.residual.is_some() || bias.is_some();
+    let mut y = maybe_with(added.residual, |residual| {
+        maybe_with(bias, |bias| {
+            in_parts(rows * o, rows_of(o), |first, y: &mut [f32]| {
+                if let Some(residual) = residual {
+                    y.copy_from_slice(&residual[first..first + y.len()]);
+                }
+                if let Some(bias) = bias {
+                    add_rows(y, bias);
+                }
+            })
+        })
+    })??;
     let narrow = reads_narrow(compute);
     with(x, |x| {
         with_weight(weight, narrow, |w| {
@@ -219,20 +220,23 @@ pub fn conv2d_added(
     if bias.is_some_and(|b| b.dims() != [o]) || added.shift.is_some_and(|s| s.dims() != [n, o]) {
         candle_core::bail!("conv2d: bias or shift do not fit an output of {out:?}");
     }
-    let mut y = match added.residual {
-        Some(residual) => with(residual, <[f32]>::to_vec)?,
-        None => vec![0f32; n * o * plane],
-    };
-    for constant in bias.into_iter().chain(added.shift) {
-        // A bias repeats for every sample.
-        with(constant, |c| {
-            let planes = y.par_chunks_mut(plane.max(1)).enumerate();
-            planes.for_each(|(at, y)| {
-                let c = c[at % c.len()];
-                y.iter_mut().for_each(|y| *y += c);
-            });
-        })?;
-    }
+    let mut y = maybe_with(added.residual, |residual| {
+        maybe_with(bias, |bias| {
+            maybe_with(added.shift, |shift| {
+                in_parts(n * o * plane, plane, |first, y: &mut [f32]| {
+                    if let Some(residual) = residual {
+                        y.copy_from_slice(&residual[first..first + y.len()]);
+                    }
+                    let channel = first / plane.max(1);
+                    for constants in [bias, shift].into_iter().flatten() {
+                        // A bias repeats for every sample.
+                        let constant = constants[channel % constants.len()];
+                        y.iter_mut().for_each(|y| *y += constant);
+                    }
+                })
+            })
+        })
+    })???;
     let begun = added.residual.is_some() || bias.is_some() || added.shift.is_some();
     with(x, |x| {
         with_weight(weight, g.reads_narrow(compute, false), |w| {
@@ -359,7 +363,7 @@ fn check_pairs(
 
 /// A new tensor whose values `fill` writes.
 fn product(shape: &Shape, fill: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<Tensor> {
-    let mut values = vec![0f32; shape.elem_count()];
+    let mut values = zeros(shape.elem_count());
     fill(&mut values)?;
     Tensor::from_vec(values, shape, &Device::Cpu)
 }
@@ -377,6 +381,14 @@ fn with<R>(t: &Tensor, body: impl FnOnce(&[f32]) -> R) -> Result<R> {
     match &*storage {
         Storage::Cpu(storage) => Ok(body(values(storage, layout)?)),
         _ => candle_core::bail!("expected a tensor on the CPU"),
+    }
+}
+
+/// [`with`] for a tensor that may be absent.
+fn maybe_with<R>(t: Option<&Tensor>, body: impl FnOnce(Option<&[f32]>) -> R) -> Result<R> {
+    match t {
+        Some(t) => with(t, |values| body(Some(values))),
+        None => Ok(body(None)),
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::Mutex;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
 
+use crate::buffer::{in_parts, rows_of};
 use crate::math::{exp, sum, sum2, vectorized};
 use crate::matrix::{View, multiply_here};
 use crate::{Compute, as_nodes, composed, fast, plain, values};
@@ -149,19 +150,17 @@ impl Sizes {
 
     /// Puts per-head results `[heads][l, d]` of each image side by side.
     fn interleave(&self, parts: &[&[f32]], length: usize) -> Vec<f32> {
-        let mut out = vec![0f32; self.n * length * self.c];
-        out.par_chunks_mut((length * self.c).max(1))
-            .enumerate()
-            .for_each(|(image, out)| {
-                for (row, out) in out.chunks_exact_mut(self.c).enumerate() {
-                    for (head, out) in out.chunks_exact_mut(self.d).enumerate() {
-                        out.copy_from_slice(
-                            &parts[image * self.heads + head][row * self.d..][..self.d],
-                        );
-                    }
+        let values = self.n * length * self.c;
+        in_parts(values, rows_of(self.c), |first, out: &mut [f32]| {
+            let rows = out.chunks_exact_mut(self.c).zip(first / self.c..);
+            for (out, row) in rows {
+                let (image, row) = (row / length, row % length);
+                for (head, out) in out.chunks_exact_mut(self.d).enumerate() {
+                    let part = parts[image * self.heads + head];
+                    out.copy_from_slice(&part[row * self.d..][..self.d]);
                 }
-            });
-        out
+            }
+        })
     }
 
     /// Output `[lq, d]` and denominators `[lq]` of one head.

@@ -15,6 +15,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::amx;
+use crate::buffer::zeros;
 use crate::matrix::PANEL;
 
 /// Rows of a tile; with four vectors of 16 columns its sums fill 24 registers.
@@ -280,6 +281,23 @@ impl<T: Copy> Operand<'_, T> {
         words
     }
 
+    /// 16 words from word `w` on of up to 16 rows (or columns) from `o` on; zeros beyond the
+    /// ends.
+    pub(crate) fn words_of<S: Arithmetic>(&self, o: usize, w: usize) -> [[u32; 16]; 16]
+    where
+        T: Element<S>,
+    {
+        check_processor();
+        self.check();
+        assert!(o < self.outer && w < self.words::<S>());
+        // SAFETY: the processor is able, the operand is checked, `o` and `w` are inside; a vector is
+        // 16 words.
+        unsafe {
+            let words = self.block::<S>(o, w, false);
+            std::mem::transmute::<[__m512i; 16], [[u32; 16]; 16]>(words)
+        }
+    }
+
     /// The left operand's rows `from..to`, `[row][stride]`.
     ///
     /// # Safety
@@ -540,7 +558,7 @@ unsafe fn by_rows<S: Arithmetic, A: Element<S>, B: Element<S>>(
 ) {
     let words = b.words::<S>();
     let length = PANEL * words.next_multiple_of(16);
-    let mut panels = vec![0u32; b.outer.div_ceil(PANEL) * length];
+    let mut panels: Vec<u32> = zeros(b.outer.div_ceil(PANEL) * length);
     // SAFETY: the caller's word, and columns are inside.
     let lay = |(number, out): (usize, &mut [u32])| unsafe {
         b.panel::<S>(number * PANEL, 0, words, out);

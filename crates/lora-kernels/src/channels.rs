@@ -3,6 +3,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 
+use crate::buffer::in_parts;
 use crate::{fast, values};
 
 /// `y` `[n, c, h, w]` plus `shift` `[n, c]`, or `[1, c]` for all samples.
@@ -45,11 +46,12 @@ impl CustomOp2 for AddToChannels {
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (_, _, h, w) = l1.shape().dims4()?;
-        let mut y = values(s1, l1)?.to_vec();
-        let shifts = values(s2, l2)?.iter().cycle();
-        for (plane, shift) in y.chunks_exact_mut((h * w).max(1)).zip(shifts) {
-            plane.iter_mut().for_each(|v| *v += shift);
-        }
+        let (y, shifts, plane) = (values(s1, l1)?, values(s2, l2)?, (h * w).max(1));
+        let y = in_parts(y.len(), plane, |first, out: &mut [f32]| {
+            let shift = shifts[first / plane % shifts.len()];
+            let y = &y[first..];
+            out.iter_mut().zip(y).for_each(|(out, y)| *out = y + shift);
+        });
         Ok((CpuStorage::F32(y), l1.shape().clone()))
     }
 

@@ -10,6 +10,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::added::{Added, conv2d_added, frozen};
+use crate::buffer::zeros;
 use crate::channels::add_to_channels;
 #[cfg(target_arch = "x86_64")]
 use crate::implicit::Implicit;
@@ -80,10 +81,14 @@ enum Direct {
 }
 
 impl Direct {
-    /// One image.
+    /// All images.
     fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
         match self {
-            Self::Winograd(winograd) => winograd.run(y, accumulate, x, weight),
+            Self::Winograd(winograd) => {
+                let (area, c, o) = (winograd.h * winograd.w, winograd.c, winograd.o);
+                let images = y.chunks_mut(o * area).zip(x.chunks(c * area));
+                images.for_each(|(y, x)| winograd.run(y, accumulate, x, weight));
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Implicit(implicit) => implicit.run(y, accumulate, x, weight),
         }
@@ -272,6 +277,7 @@ impl Geometry {
         #[cfg(target_arch = "x86_64")]
         {
             let implicit = Implicit {
+                images: self.n,
                 c,
                 o,
                 h,
@@ -311,9 +317,7 @@ impl Geometry {
     ) {
         let plane = self.oh * self.ow;
         if let Some(direct) = self.direct(compute, false) {
-            let images = y.chunks_mut(self.o * plane).zip(x.chunks(self.c * plane));
-            images.for_each(|(y, x)| direct.run(y, accumulate, x, w));
-            return;
+            return direct.run(y, accumulate, x, w);
         }
         let mut col = Vec::new();
         self.each_strip(|image, group, rows| {
@@ -334,10 +338,9 @@ impl Geometry {
 
     pub(crate) fn input_gradient(&self, compute: Compute, w: Values<'_>, dy: &[f32]) -> Vec<f32> {
         let plane = self.oh * self.ow;
-        let mut dx = vec![0f32; self.n * self.c * self.h * self.w];
+        let mut dx = zeros(self.n * self.c * self.h * self.w);
         if let Some(direct) = self.direct(compute, true) {
-            let images = dx.chunks_mut(self.c * plane).zip(dy.chunks(self.o * plane));
-            images.for_each(|(dx, dy)| direct.run(dx, false, dy, w));
+            direct.run(&mut dx, false, dy, w);
             return dx;
         }
         let mut col = Vec::new();
@@ -440,7 +443,7 @@ impl CustomOp2 for Conv2d {
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let g = Geometry::new(l1.shape(), l2.shape(), self.0)?;
-        let mut y = vec![0f32; g.n * g.o * g.oh * g.ow];
+        let mut y = zeros(g.n * g.o * g.oh * g.ow);
         let (x, w) = (values(s1, l1)?, values(s2, l2)?);
         g.forward(Compute::F32, &mut y, false, x, w.into());
         Ok((CpuStorage::F32(y), (g.n, g.o, g.oh, g.ow).into()))

@@ -14,7 +14,7 @@
 //!   operands rounded to bf16 ([`Compute`])
 //! * [`attention`]: scaled dot-product attention that never holds all scores
 //! * [`layer_norm`], [`group_norm`] (SiLU behind it if wanted), [`silu`], [`geglu`]
-//! * [`upsample_nearest2x`]: nearest-neighbour doubling
+//! * [`upsample_nearest2x`]: nearest-neighbour doubling; [`transpose`]: channels and pixels change places
 //! * [`row_products`], [`mix_groups`], [`scale_channels`], [`add_to_channels`]: what LoHa, LoKr and
 //!   DoRA do beside products
 //! * [`with_computed_weight`]: a layer whose weight is computed from trained factors
@@ -59,6 +59,7 @@ mod attention;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod avx512;
+mod buffer;
 mod channels;
 mod checkpoint;
 mod composed;
@@ -76,6 +77,7 @@ mod norm;
 pub mod plain;
 mod pointwise;
 mod rows;
+mod transpose;
 mod upsample;
 mod winograd;
 
@@ -97,6 +99,7 @@ pub use memory::{
 pub use norm::{group_norm, layer_norm};
 pub use pointwise::{geglu, silu};
 pub use rows::{mix_groups, row_products, scale_channels};
+pub use transpose::transpose;
 pub use upsample::upsample_nearest2x;
 
 /// What the products with frozen weights, and those inside attention, are computed in.
@@ -105,9 +108,9 @@ pub enum Compute {
     /// f32 throughout.
     #[default]
     F32,
-    /// Operands are rounded to bf16 once, sums are f32. Where f32 is as fast (3x3
-    /// convolutions by Winograd's algorithm) it stays f32. Low-rank branches, norms,
-    /// activation functions, softmax and all gradients of trained factors are f32.
+    /// Operands are rounded to bf16 once, sums are f32. Low-rank branches, norms,
+    /// activation functions, softmax and all gradients of trained factors are f32, and so are
+    /// 3x3 convolutions by Winograd's algorithm where that is as fast.
     Bf16,
 }
 

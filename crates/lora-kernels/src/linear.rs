@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 
 use crate::added::{Added, frozen, linear_added};
+use crate::buffer::{in_parts, rows_of, zeros};
 use crate::matrix::{View, fill_rows, multiply};
 use crate::{Compute, as_nodes, composed, fast, plain, values};
 
@@ -47,10 +48,11 @@ impl Linear {
             candle_core::bail!("linear: input {dims:?} and bias do not fit weight [{o}, {i}]");
         }
         let rows = x.len() / i.max(1);
-        let mut y = vec![0f32; rows * o];
-        if let Some(bias) = bias {
-            fill_rows(&mut y, bias);
-        }
+        let mut y = in_parts(rows * o, rows_of(o), |_, y: &mut [f32]| {
+            if let Some(bias) = bias {
+                fill_rows(y, bias);
+            }
+        });
         multiply(
             &mut y,
             o,
@@ -177,7 +179,7 @@ impl CustomOp2 for Product {
     ) -> Result<(CpuStorage, Shape)> {
         let ((m, k), (_, n)) = (l1.shape().dims2()?, l2.shape().dims2()?);
         let (a, b) = (values(s1, l1)?, values(s2, l2)?);
-        let mut y = vec![0f32; m * n];
+        let mut y = zeros(m * n);
         multiply(
             &mut y,
             n,
@@ -205,7 +207,7 @@ impl CustomOp2 for ProductTn {
     ) -> Result<(CpuStorage, Shape)> {
         let ((k, m), (_, n)) = (l1.shape().dims2()?, l2.shape().dims2()?);
         let (a, b) = (values(s1, l1)?, values(s2, l2)?);
-        let mut y = vec![0f32; m * n];
+        let mut y = zeros(m * n);
         multiply(
             &mut y,
             n,

@@ -15,7 +15,7 @@ use crate::{Path, avx512, path};
 pub(crate) const PANEL: usize = 64;
 
 /// Products with fewer multiplications run on the calling thread.
-const PARALLEL_PRODUCTS: usize = 1 << 20;
+pub(crate) const PARALLEL_PRODUCTS: usize = 1 << 20;
 
 /// The values of an operand, as they are stored.
 #[derive(Clone, Copy)]

@@ -4,6 +4,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use crate::buffer::{copied, zeros};
 use crate::math::{sigmoid, sum, sum2, vectorized};
 use crate::pointwise::with_values;
 use crate::{as_nodes, composed, fast, plain, values};
@@ -360,7 +361,7 @@ impl CustomOp3 for Norm {
         if b.len() != w.len() {
             candle_core::bail!("norm: weight and bias differ in length");
         }
-        let mut y = vec![0f32; x.len()];
+        let mut y = zeros(x.len());
         let (eps, silu) = (self.eps, self.silu);
         each_row(
             &mut y,
@@ -398,7 +399,7 @@ impl CustomOp3 for Norm {
             with_values(x, &dy.contiguous()?, |x, dy| {
                 let scales = to_scales.then(|| scale_gradients(self, rows, (x, dy), (w, b)));
                 let dx = to_x.then(|| {
-                    let mut dx = dy.to_vec();
+                    let mut dx = copied(dy);
                     each_row(
                         &mut dx,
                         x,

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use crate::buffer::{copied, in_parts, rows_of};
 use crate::math::{normal_cdf, normal_pdf, sigmoid, vectorized};
 use crate::{as_nodes, checkpoint, fast, plain, values};
 
@@ -38,15 +39,7 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
 
 /// Applies `f` block by block to (output, input), on several threads.
 fn map(n: usize, body: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
-    let mut y = vec![0f32; n];
-    if n <= BLOCK {
-        vectorized(|| body(0, &mut y));
-    } else {
-        y.par_chunks_mut(BLOCK)
-            .enumerate()
-            .for_each(|(i, y)| vectorized(|| body(i * BLOCK, y)));
-    }
-    y
+    in_parts(n, BLOCK, |first, y| vectorized(|| body(first, y)))
 }
 
 struct Silu;
@@ -109,12 +102,21 @@ impl CustomOp1 for Geglu {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = values(storage, layout)?;
         let c = Self::width(layout.shape())?;
-        let mut y = vec![0f32; x.len() / 2];
-        each_row(&mut y, c, x, 2 * c, |y, x| {
-            let (value, gate) = x.split_at(c);
-            for ((y, value), gate) in y.iter_mut().zip(value).zip(gate) {
-                *y = value * gate * normal_cdf(*gate);
-            }
+        let y = in_parts(x.len() / 2, rows_of(c), |first, y: &mut [f32]| {
+            let rows = y
+                .chunks_exact_mut(c)
+                .zip(x[2 * first..].chunks_exact(2 * c));
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (y, x) in rows {
+                        let (value, gate) = x.split_at(c);
+                        for ((y, value), gate) in y.iter_mut().zip(value).zip(gate) {
+                            *y = value * gate * normal_cdf(*gate);
+                        }
+                    }
+                },
+            );
         });
         let mut dims = layout.dims().to_vec();
         if let Some(last) = dims.last_mut() {
@@ -129,7 +131,7 @@ impl CustomOp1 for Geglu {
         }
         let c = Self::width(x.shape())?;
         let dx = with_values(x, &dy.contiguous()?, |x, dy| {
-            let mut dx = x.to_vec();
+            let mut dx = copied(x);
             // The input is in `dx` already and is replaced by its gradient.
             each_row(&mut dx, 2 * c, dy, c, |dx, dy| {
                 let (value, gate) = dx.split_at_mut(c);

@@ -5,6 +5,7 @@
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use crate::buffer::{copied, zeros};
 use crate::math::{sum2, vectorized};
 use crate::node::{Value, node};
 use crate::pointwise::with_values;
@@ -172,8 +173,8 @@ pub fn scale_channels(
     let bias = bias.map(per_channel).transpose()?;
     let (kept, shape) = (y.detach().contiguous()?, y.shape().clone());
     let mut value = match residual {
-        Some(residual) => residual.detach().flatten_all()?.to_vec1::<f32>()?,
-        None => vec![0f32; kept.elem_count()],
+        Some(residual) => with_values(residual, residual, |r, _| copied(r))?,
+        None => zeros(kept.elem_count()),
     };
     with_values(&kept, &kept, |y, _| {
         by_channel(&mut value, y, run, &factors, bias.as_deref());
@@ -187,7 +188,7 @@ pub fn scale_channels(
         let dy = dy.contiguous()?;
         let (dy_scaled, sums) = with_values(&kept, &dy, |y, dy| {
             let scaled = to_y.then(|| {
-                let mut scaled = vec![0f32; dy.len()];
+                let mut scaled = zeros(dy.len());
                 by_channel(&mut scaled, dy, run, &factors, None);
                 scaled
             });

@@ -3,6 +3,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
+use crate::buffer::in_parts;
 use crate::{fast, plain, values};
 
 /// Doubles height and width of `x` `[n, c, h, w]` by repeating pixels.
@@ -27,12 +28,16 @@ impl CustomOp1 for Double {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (n, c, h, w) = layout.shape().dims4()?;
         let x = values(storage, layout)?;
-        let mut y = Vec::with_capacity(4 * x.len());
-        for line in x.chunks_exact(w.max(1)) {
-            let start = y.len();
-            y.extend(line.iter().flat_map(|&v| [v, v]));
-            y.extend_from_within(start..);
-        }
+        let y = in_parts(4 * x.len(), 4 * h * w, |first, y: &mut [f32]| {
+            let lines = x[first / 4..].chunks_exact(w.max(1));
+            for (y, line) in y.chunks_exact_mut((4 * w).max(1)).zip(lines) {
+                let (top, bottom) = y.split_at_mut(2 * w);
+                for (y, v) in top.chunks_exact_mut(2).zip(line) {
+                    y.fill(*v);
+                }
+                bottom.copy_from_slice(top);
+            }
+        });
         Ok((CpuStorage::F32(y), (n, c, 2 * h, 2 * w).into()))
     }
 
@@ -57,12 +62,16 @@ impl CustomOp1 for SumSquares {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (n, c, h, w) = layout.shape().dims4()?;
         let x = values(storage, layout)?;
-        let mut y = Vec::with_capacity(x.len() / 4);
-        for pair in x.chunks_exact((2 * w).max(1)) {
-            let (top, bottom) = pair.split_at(w);
-            let columns = top.chunks_exact(2).zip(bottom.chunks_exact(2));
-            y.extend(columns.map(|(t, b)| (t[0] + t[1]) + (b[0] + b[1])));
-        }
+        let y = in_parts(x.len() / 4, h * w / 4, |first, y: &mut [f32]| {
+            let pairs = x[4 * first..].chunks_exact((2 * w).max(1));
+            for (y, pair) in y.chunks_exact_mut((w / 2).max(1)).zip(pairs) {
+                let (top, bottom) = pair.split_at(w);
+                let columns = top.chunks_exact(2).zip(bottom.chunks_exact(2));
+                for (y, (t, b)) in y.iter_mut().zip(columns) {
+                    *y = (t[0] + t[1]) + (b[0] + b[1]);
+                }
+            }
+        });
         Ok((CpuStorage::F32(y), (n, c, h / 2, w / 2).into()))
     }
 }

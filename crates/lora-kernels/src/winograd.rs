@@ -11,6 +11,7 @@
 use rayon::prelude::*;
 
 use crate::Compute;
+use crate::buffer::zeros;
 use crate::math::vectorized;
 use crate::matrix::{PANEL, Values, View, multiply_here};
 
@@ -115,7 +116,7 @@ impl Winograd {
         }
 
         let (tiles, panels) = (self.tiles(), self.tiles().div_ceil(PANEL));
-        let mut v = vec![0f32; POINTS * panels * self.c * PANEL];
+        let mut v: Vec<f32> = zeros(POINTS * panels * self.c * PANEL);
         let lines = Lines(v.as_mut_ptr());
         let channels = x.par_chunks(self.h * self.w).enumerate().take(self.c);
         channels.for_each_init(

@@ -7,7 +7,7 @@ mod common;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use lora_kernels::{
     Compute, Conv2dParams, Product, attention, conv2d, geglu, group_norm, layer_norm, linear,
-    mix_groups, plain, row_products, scale_channels, silu, upsample_nearest2x,
+    mix_groups, plain, row_products, scale_channels, silu, transpose, upsample_nearest2x,
     with_computed_weight,
 };
 
@@ -256,6 +256,15 @@ fn upsampling_agrees_and_adds_to_other_gradients() {
         .to_vec1::<f32>()
         .unwrap();
     assert_eq!(grad, [5.0; 4]);
+}
+
+#[test]
+fn transposition_agrees() {
+    for (n, a, b) in [(1, 1, 1), (2, 3, 40), (3, 70, 17), (2, 320, 256)] {
+        compare("transpose", &[&[n, a, b]], &|t| transpose(&t[0]), &|t| {
+            t[0].transpose(1, 2)?.contiguous()
+        });
+    }
 }
 
 #[test]

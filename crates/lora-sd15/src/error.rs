@@ -114,6 +114,14 @@ pub enum Error {
         /// What is wrong, and what to do.
         what: String,
     },
+    /// An upscaling network that cannot be used.
+    #[error("upscaler {}: {what}", path.display())]
+    Upscaler {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        what: String,
+    },
     /// A picture that cannot be used.
     #[error("{what}")]
     Picture {

@@ -42,6 +42,7 @@ mod text_encoder;
 pub mod tokenizer;
 mod trainable;
 mod unet;
+mod upscale;
 mod vae;
 
 pub use brownian::{BrownianTree, seed_sequence};
@@ -54,7 +55,7 @@ pub use infotext::{Infotext, infotext};
 pub use noise::{BatchNoise, NoiseRequest};
 pub use pipeline::{
     AdapterMode, Emphasis, Hires, Img2Img, Inpaint, MaskedContent, OnStep, StableDiffusion, Step,
-    Txt2Img, Upscaler, Variation, find_adapter, find_model, img2img_steps,
+    Txt2Img, Upscaler, Variation, find_adapter, find_model, find_upscaler, img2img_steps,
 };
 pub use resample::{Filter, ResizeMode};
 pub use rng::{NoiseGenerator, NoiseSource, philox_words};
@@ -65,6 +66,7 @@ pub use text_encoder::{TextEncoder, weigh, weigh_restoring_mean};
 pub use tokenizer::Tokenizer;
 pub use trainable::TrainableModel;
 pub use unet::{StepSize, UNet, UnevenSize, timestep_embedding};
+pub use upscale::UpscaleNetwork;
 pub use vae::{Posterior, Vae};
 
 /// The README's programs, compiled and run as tests.

@@ -282,7 +282,7 @@ impl Axis {
             Varied::Nothing => {}
             Varied::HiresUpscaler => {
                 let hires = job.hires.get_or_insert_default();
-                hires.upscaler = Upscaler::from_name(value)?;
+                hires.upscaler = Upscaler::from_name(value);
             }
         }
         Ok(())

@@ -10,7 +10,7 @@ use crate::brownian::BrownianBatch;
 use crate::noise::BatchNoise;
 use crate::resample::Filter;
 use crate::sampler::{Denoiser, Sampler, SamplerKind, ddim_timesteps, lcm_sigmas, noisy_at};
-use crate::{Image, NoiseSchedule, Result};
+use crate::{NoiseSchedule, Result};
 
 /// Steps of the table and steps before the last one that drawing from a picture takes:
 /// `(total, t_enc)`. `t_enc + 1` steps are made, from level `total - t_enc - 1` on.
@@ -93,6 +93,9 @@ impl StableDiffusion {
             };
             (hires, steps)
         });
+        if let Some(hires) = &job.hires {
+            hires.check_network(&self.upscalers)?;
+        }
         let mut progress = Progress {
             on_step,
             before: 0,
@@ -122,15 +125,12 @@ impl StableDiffusion {
         let latents = match hires.enlarge(job, &latents)? {
             Some(latents) => latents,
             None => {
-                let (wide, high) = hires.covering(job);
-                let filter = hires.upscaler.on_pictures();
-                let large = |picture: Image| {
-                    let large = picture.resize(wide, high, filter);
-                    large.crop((wide - width) / 2, (high - height) / 2, width, height)
+                let large = |picture| {
+                    let large = hires.enlarge_picture(job, &self.upscalers, &picture)?;
+                    self.encode(&large)
                 };
-                let pictures = self.decode(&latents)?.into_iter().map(large);
-                let encoded: Result<Vec<Tensor>> = pictures.map(|p| self.encode(&p)).collect();
-                Tensor::cat(&encoded?, 0)?
+                let pictures = self.decode(&latents)?.into_iter();
+                Tensor::cat(&pictures.map(large).collect::<Result<Vec<_>>>()?, 0)?
             }
         };
         let mut noise = BatchNoise::new(job.noise_request(size.0, size.1));

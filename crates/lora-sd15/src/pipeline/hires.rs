@@ -1,13 +1,16 @@
 //! The second pass at a larger size.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 use super::job::{Parameters, Txt2Img, bad, check_size};
 use crate::resample::{Filter, resize_latents};
-use crate::{Error, Result};
+use crate::{Error, Image, Result, UpscaleNetwork};
 
 /// How the first picture is enlarged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Upscaler {
     /// Latents, bilinear.
     #[default]
@@ -26,6 +29,9 @@ pub enum Upscaler {
     Lanczos,
     /// The decoded picture, nearest neighbour.
     Nearest,
+    /// The decoded picture, by the network that
+    /// [`add_upscaler`](crate::StableDiffusion::add_upscaler) was given under this name.
+    Network(String),
 }
 
 impl Upscaler {
@@ -44,27 +50,29 @@ impl Upscaler {
         ("Nearest", Upscaler::Nearest),
     ];
 
-    /// By name, in any letter case.
-    ///
-    /// # Errors
-    /// [`Error::UnknownName`]: upscaling networks such as ESRGAN are not among them.
-    pub fn from_name(name: &str) -> Result<Self> {
+    /// By name, in any letter case; "None" is Lanczos, as in the web UI. Any other name is that
+    /// of a network.
+    pub fn from_name(name: &str) -> Self {
+        if name.eq_ignore_ascii_case("None") {
+            return Self::Lanczos;
+        }
         let found = Self::ALL.iter().find(|(n, _)| n.eq_ignore_ascii_case(name));
-        found.map(|(_, u)| *u).ok_or_else(|| Error::UnknownName {
-            what: "upscaler",
-            name: name.to_string(),
-            known: Self::ALL.map(|(n, _)| n).join(", "),
-        })
+        found.map_or_else(|| Self::Network(name.to_string()), |(_, u)| u.clone())
     }
 
     /// The web UI's name.
-    pub fn name(self) -> &'static str {
-        let found = Self::ALL.iter().find(|(_, u)| *u == self);
-        found.map_or("Latent", |(n, _)| n)
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Network(name) => name,
+            _ => {
+                let found = Self::ALL.iter().find(|(_, u)| u == self);
+                found.map_or("Latent", |(n, _)| n)
+            }
+        }
     }
 
     /// How latents are enlarged; `None` for those that enlarge pictures.
-    fn on_latents(self) -> Option<Filter> {
+    fn on_latents(&self) -> Option<Filter> {
         Some(match self {
             Self::Latent => Filter::Bilinear { antialias: false },
             Self::LatentAntialiased => Filter::Bilinear { antialias: true },
@@ -72,18 +80,38 @@ impl Upscaler {
             Self::LatentBicubicAntialiased => Filter::Bicubic { antialias: true },
             Self::LatentNearest => Filter::Nearest { exact: false },
             Self::LatentNearestExact => Filter::Nearest { exact: true },
-            Self::Lanczos | Self::Nearest => return None,
+            Self::Lanczos | Self::Nearest | Self::Network(_) => return None,
         })
     }
 
-    /// How pictures are enlarged.
-    pub(crate) fn on_pictures(self) -> Filter {
-        if self == Self::Nearest {
-            Filter::Nearest { exact: true }
-        } else {
-            Filter::Lanczos
-        }
+    /// The picture in another size.
+    fn on_picture(
+        &self,
+        networks: &BTreeMap<String, Arc<UpscaleNetwork>>,
+        picture: &Image,
+        (width, height): (usize, usize),
+    ) -> Result<Image> {
+        Ok(match self {
+            Self::Network(name) => find(networks, name)?.enlarge_to(picture, width, height)?,
+            Self::Nearest => picture.resize(width, height, Filter::Nearest { exact: true }),
+            _ => picture.resize(width, height, Filter::Lanczos),
+        })
     }
+}
+
+fn find<'a>(
+    networks: &'a BTreeMap<String, Arc<UpscaleNetwork>>,
+    name: &str,
+) -> Result<&'a UpscaleNetwork> {
+    let network = networks.get(name).map(Arc::as_ref);
+    network.ok_or_else(|| Error::UnknownName {
+        what: "upscaler",
+        name: name.to_string(),
+        known: (Upscaler::ALL.iter().map(|(name, _)| *name))
+            .chain(networks.keys().map(String::as_str))
+            .collect::<Vec<_>>()
+            .join(", "),
+    })
 }
 
 /// Draws the picture again at a larger size, starting from the enlarged first one: "hires
@@ -149,6 +177,33 @@ impl Hires {
         }
         let (width, height) = self.target(job);
         check_size(width, height)
+    }
+
+    /// Whether the network asked for, if any, is there.
+    ///
+    /// # Errors
+    /// [`Error::UnknownName`] if it is not.
+    pub(crate) fn check_network(
+        &self,
+        networks: &BTreeMap<String, Arc<UpscaleNetwork>>,
+    ) -> Result<()> {
+        match &self.upscaler {
+            Upscaler::Network(name) => find(networks, name).map(|_| ()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The enlarged and cut picture, for upscalers that work on pictures.
+    pub(crate) fn enlarge_picture(
+        &self,
+        job: &Txt2Img,
+        networks: &BTreeMap<String, Arc<UpscaleNetwork>>,
+        picture: &Image,
+    ) -> Result<Image> {
+        let (wide, high) = self.covering(job);
+        let (width, height) = self.target(job);
+        let large = self.upscaler.on_picture(networks, picture, (wide, high))?;
+        Ok(large.crop((wide - width) / 2, (high - height) / 2, width, height))
     }
 
     /// Enlarged and cut latents; `None` when the upscaler works on pictures.

@@ -169,8 +169,15 @@ impl Img2Img {
         if !(inpaint.blur.is_finite() && (0.0..=512.0).contains(&inpaint.blur)) {
             return bad("mask blur", inpaint.blur, "expected 0 to 512");
         }
-        if self.resize == ResizeMode::Latent {
-            return bad("resize", "latent", "a mask needs stretch, crop or fill");
+        // The web UI's own latent mode fails here: picture and mask differ in size then.
+        let drawn = (self.job.width, self.job.height);
+        let whole = inpaint.only_masked.is_none() && (picture.width, picture.height) != drawn;
+        if self.resize == ResizeMode::Latent && whole {
+            return bad(
+                "resize",
+                "latent",
+                "under a mask it needs a picture of the size that is drawn, or only_masked; else stretch, crop or fill",
+            );
         }
         Ok(())
     }

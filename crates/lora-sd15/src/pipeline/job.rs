@@ -446,7 +446,7 @@ impl Txt2Img {
                 size: resize.0.zip(resize.1),
                 steps: number(text, "Hires steps")?.unwrap_or(0),
                 strength: number(text, "Denoising strength")?.unwrap_or(0.7),
-                upscaler: Upscaler::from_name(upscaler)?,
+                upscaler: Upscaler::from_name(upscaler),
             });
         } else if text.get("Denoising strength").is_some() {
             let what = "the picture was drawn from another picture (img2img), which is needed to draw it again";

@@ -9,7 +9,9 @@ mod hires;
 mod img2img;
 mod job;
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -18,12 +20,13 @@ use lora_core::AdapterSet;
 use crate::prompt::{AdapterTag, Embeddings, extract_tags};
 use crate::sampler::Prediction;
 use crate::{
-    Checkpoint, Error, Image, Part, Result, TextEncoder, Tokenizer, UNet, Vae, WeightStorage,
+    Checkpoint, Error, Image, Part, Result, TextEncoder, Tokenizer, UNet, UpscaleNetwork, Vae,
+    WeightStorage,
 };
 
 pub use adapters::AdapterMode;
 pub use diffuse::img2img_steps;
-pub use files::{find_adapter, find_model};
+pub use files::{find_adapter, find_model, find_upscaler};
 pub use hires::{Hires, Upscaler};
 pub use img2img::{Img2Img, Inpaint, MaskedContent};
 pub use job::{Emphasis, Txt2Img, Variation};
@@ -78,6 +81,7 @@ pub struct StableDiffusion {
     /// tiles of that size, which saves memory and changes them slightly. 64 is 512 pixels.
     pub vae_tile: Option<usize>,
     adapters: Adapters,
+    upscalers: BTreeMap<String, Arc<UpscaleNetwork>>,
     dtype: DType,
     device: Device,
 }
@@ -153,6 +157,7 @@ impl StableDiffusion {
             zero_terminal_snr: false,
             vae_tile: None,
             adapters: Adapters::default(),
+            upscalers: BTreeMap::new(),
             dtype,
             device: device.clone(),
         })
@@ -183,6 +188,17 @@ impl StableDiffusion {
         let set = self.adapters.load(name, path.as_ref(), &self.device)?;
         self.embeddings.add_bundled(&self.tokenizer, set)?;
         Ok(set.left_out().to_vec())
+    }
+
+    /// Makes a network available to hires fix as
+    /// [`Upscaler::Network`] of this name; one of that name before is replaced.
+    pub fn add_upscaler(&mut self, name: impl Into<String>, network: UpscaleNetwork) {
+        self.upscalers.insert(name.into(), Arc::new(network));
+    }
+
+    /// Whether a network of this name was added.
+    pub fn has_upscaler(&self, name: &str) -> bool {
+        self.upscalers.contains_key(name)
     }
 
     /// Reads an embedding (textual inversion) file; its name is the file's stem.

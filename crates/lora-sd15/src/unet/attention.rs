@@ -6,7 +6,7 @@ use lora_core::{Held, Layer};
 
 use super::{POINT, outputs};
 use crate::UnetConfig;
-use lora_kernels::attention;
+use lora_kernels::{attention, transpose};
 
 /// Group norm, 1x1 projection, one block over pixels as tokens, projection back.
 #[derive(Debug, Clone)]
@@ -71,15 +71,9 @@ impl Transformer {
     pub(super) fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
         let (n, c, h, w) = x.dims4()?;
         let tokens = self.proj_in.forward(&self.norm.forward(x)?)?;
-        let tokens = tokens
-            .reshape((n, c, h * w))?
-            .transpose(1, 2)?
-            .contiguous()?;
+        let tokens = transpose(&tokens.reshape((n, c, h * w))?)?;
         let tokens = self.block.forward(&tokens, context)?;
-        let y = tokens
-            .transpose(1, 2)?
-            .contiguous()?
-            .reshape((n, c, h, w))?;
+        let y = transpose(&tokens)?.reshape((n, c, h, w))?;
         self.proj_out.forward_added(&y, None, Some(x))
     }
 
