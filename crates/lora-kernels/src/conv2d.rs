@@ -284,7 +284,7 @@ impl Geometry {
                 w,
                 transposed,
             };
-            if compute == Compute::Bf16 && implicit.fits() {
+            if compute == Compute::Bf16 && implicit.pays() {
                 return Some(Direct::Implicit(implicit));
             }
         }

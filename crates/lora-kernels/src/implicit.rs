@@ -32,6 +32,9 @@ const VECTORS: usize = 4;
 /// Blocks that are summed before sums are written: their pixels (25 KB) stay in the
 /// first-level cache for all output channels of a task.
 const PART: usize = 2;
+/// Fewer pixels than this do not pay for laying out the weights, which for patches are read where
+/// they lie; transposed ones are not.
+const MIN_PIXELS: usize = 512;
 /// Most output channels and vectors per task.
 const TASK_CHANNELS: usize = 16 * TILE;
 const TASK_VECTORS: usize = 64;
@@ -57,10 +60,21 @@ struct Sixteen {
 }
 
 impl Implicit {
-    /// Whether the channels read are whole blocks, and there are instructions for it.
-    pub(crate) fn fits(&self) -> bool {
+    /// Whether this is the faster way: the channels read are whole blocks, and there are
+    /// instructions for it.
+    pub(crate) fn pays(&self) -> bool {
+        let enough = self.transposed || self.images * self.area() >= MIN_PIXELS;
+        self.fits() && (enough || self.in_registers())
+    }
+
+    fn fits(&self) -> bool {
         let blocks = self.c > 0 && self.c.is_multiple_of(BLOCK);
         blocks && self.images * self.o * self.area() > 0 && native_products()
+    }
+
+    /// Whether matrix registers do it.
+    fn in_registers(&self) -> bool {
+        crate::matrix_registers() && self.o.is_multiple_of(CHANNELS)
     }
 
     fn area(&self) -> usize {
@@ -103,7 +117,7 @@ impl Implicit {
             Values::Bf16(w) => self.weights(w),
         };
         let y = &mut y[..self.images * self.o * self.area()];
-        if crate::matrix_registers() && self.o.is_multiple_of(CHANNELS) {
+        if self.in_registers() {
             let images = y.chunks_mut(self.o * self.area());
             for (y, picture) in images.zip(pictures.chunks(self.picture())) {
                 self.in_matrices(y, accumulate, picture, &weights);

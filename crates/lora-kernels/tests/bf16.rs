@@ -66,9 +66,9 @@ fn linear_of_exact_operands() {
 
 #[test]
 fn convolution_of_exact_operands() {
-    // From the sixth on without a matrix of patches, where channels are multiples of 32: rows of
-    // whole vectors and others, output channels of whole tiles and others. The one of 33 channels
-    // is done by Winograd's algorithm.
+    // From the sixth on without a matrix of patches, where channels are multiples of 32 and pixels
+    // are many: rows of whole vectors and others, output channels of whole tiles and others. The
+    // one of 33 channels is done by Winograd's algorithm.
     for (n, i, o, k, stride, groups, h, w) in [
         (2, 5, 7, 3, 1, 1, 9, 6),
         (1, 4, 3, 3, 2, 1, 8, 6),
@@ -80,7 +80,8 @@ fn convolution_of_exact_operands() {
         (2, 32, 32, 3, 1, 1, 32, 32),
         (2, 96, 64, 3, 1, 1, 11, 37),
         (3, 64, 96, 3, 1, 1, 8, 8),
-        (1, 160, 4, 3, 1, 1, 3, 5),
+        (3, 64, 96, 3, 1, 1, 24, 8),
+        (1, 160, 4, 3, 1, 1, 23, 25),
         (1, 32, 224, 3, 1, 1, 40, 48),
     ] {
         let p = Conv2dParams {
