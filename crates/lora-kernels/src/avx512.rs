@@ -16,7 +16,7 @@ use rayon::prelude::*;
 
 use crate::amx;
 use crate::buffer::zeros;
-use crate::matrix::PANEL;
+use crate::matrix::{PANEL, PARALLEL_PRODUCTS};
 
 /// Rows of a tile; with four vectors of 16 columns its sums fill 24 registers.
 const TILE: usize = 6;
@@ -26,8 +26,6 @@ const DEPTH: usize = 256;
 /// Rows, or panels, per task.
 const TASK_ROWS: usize = 16 * TILE;
 const TASK_PANELS: usize = 2;
-/// Products with fewer multiplications run on the calling thread.
-const PARALLEL_PRODUCTS: usize = 1 << 20;
 
 /// Whether this processor can do it. BF16 is asked for by the f32 products, too, so that all
 /// functions here are compiled for one set of instructions.

@@ -110,7 +110,7 @@ pub enum Compute {
     F32,
     /// Operands are rounded to bf16 once, sums are f32. Low-rank branches, norms,
     /// activation functions, softmax and all gradients of trained factors are f32, and so are
-    /// 3x3 convolutions by Winograd's algorithm where that is as fast.
+    /// 3x3 convolutions by Winograd's algorithm (those whose input channels are no multiple of 32).
     Bf16,
 }
 

@@ -19,7 +19,7 @@ use crate::{fast, values};
 /// # Errors
 /// When `x` does not have three dimensions.
 pub fn transpose(x: &Tensor) -> Result<Tensor> {
-    let (_, _, _) = x.dims3()?;
+    x.dims3()?;
     if fast(&[x]) {
         x.contiguous()?.apply_op1(Transpose)
     } else {

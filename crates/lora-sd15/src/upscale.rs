@@ -50,7 +50,8 @@ impl UpscaleNetwork {
     /// write it; nothing in the file is run. Its kind and scale are told by its tensors.
     ///
     /// # Errors
-    /// [`Error::Upscaler`] when the file cannot be read, or is another kind of network.
+    /// [`Error::Io`] when there is no such file; [`Error::Upscaler`] when it is another kind of
+    /// network.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let path = path.as_ref();
         let weights = Weights {
@@ -190,6 +191,7 @@ fn fade_in(whole: &mut Image, tile: &Image, (x, y): (usize, usize), overlap: usi
 
 /// The tensors of a file in f32, under the names in it.
 fn read(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+    std::fs::File::open(path).map_err(Error::io(path))?;
     let unreadable = |what: String| Error::Upscaler {
         path: path.to_path_buf(),
         what,

@@ -42,10 +42,7 @@ pub fn find_model(folder: &Path, what: &'static str, name: &str) -> Result<PathB
         return Ok(name.into());
     }
     let files = weights(folder)?;
-    let named = |file: &&PathBuf| {
-        stem(file) == Some(name) || file.file_name().is_some_and(|whole| whole == name)
-    };
-    let found = files.iter().find(named).cloned();
+    let found = files.iter().find(|file| is_named(file, name)).cloned();
     found.ok_or_else(|| not_found(what, folder, name, &files))
 }
 
@@ -71,13 +68,7 @@ pub fn find_upscaler(folder: &Path, name: &str) -> Result<PathBuf> {
     };
     let shown = SHOWN.iter().find(|(shown, _)| *shown == name);
     let names = [Some(name), shown.map(|(_, stem)| *stem)];
-    let named = |file: &&PathBuf| {
-        let whole = file.file_name().and_then(|name| name.to_str());
-        names
-            .iter()
-            .flatten()
-            .any(|name| stem(file) == Some(name) || whole == Some(name))
-    };
+    let named = |file: &&PathBuf| names.iter().flatten().any(|name| is_named(file, name));
     let found = files.iter().find(named).cloned();
     found.ok_or_else(|| Error::UnknownName {
         what: "upscaler",
@@ -90,6 +81,11 @@ pub fn find_upscaler(folder: &Path, name: &str) -> Result<PathBuf> {
             .collect::<Vec<_>>()
             .join(", "),
     })
+}
+
+/// Whether it is the file's name or its stem.
+fn is_named(file: &Path, name: &str) -> bool {
+    stem(file) == Some(name) || file.file_name().is_some_and(|whole| whole == name)
 }
 
 fn stem(path: &Path) -> Option<&str> {

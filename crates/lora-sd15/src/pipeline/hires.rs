@@ -1,13 +1,15 @@
 //! The second pass at a larger size.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use candle_core::Tensor;
 
 use super::job::{Parameters, Txt2Img, bad, check_size};
 use crate::resample::{Filter, resize_latents};
 use crate::{Error, Image, Result, UpscaleNetwork};
+
+/// Networks by name.
+pub(super) type Networks = BTreeMap<String, UpscaleNetwork>;
 
 /// How the first picture is enlarged.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -87,7 +89,7 @@ impl Upscaler {
     /// The picture in another size.
     fn on_picture(
         &self,
-        networks: &BTreeMap<String, Arc<UpscaleNetwork>>,
+        networks: &Networks,
         picture: &Image,
         (width, height): (usize, usize),
     ) -> Result<Image> {
@@ -99,11 +101,8 @@ impl Upscaler {
     }
 }
 
-fn find<'a>(
-    networks: &'a BTreeMap<String, Arc<UpscaleNetwork>>,
-    name: &str,
-) -> Result<&'a UpscaleNetwork> {
-    let network = networks.get(name).map(Arc::as_ref);
+fn find<'a>(networks: &'a Networks, name: &str) -> Result<&'a UpscaleNetwork> {
+    let network = networks.get(name);
     network.ok_or_else(|| Error::UnknownName {
         what: "upscaler",
         name: name.to_string(),
@@ -183,10 +182,7 @@ impl Hires {
     ///
     /// # Errors
     /// [`Error::UnknownName`] if it is not.
-    pub(crate) fn check_network(
-        &self,
-        networks: &BTreeMap<String, Arc<UpscaleNetwork>>,
-    ) -> Result<()> {
+    pub(crate) fn check_network(&self, networks: &Networks) -> Result<()> {
         match &self.upscaler {
             Upscaler::Network(name) => find(networks, name).map(|_| ()),
             _ => Ok(()),
@@ -197,7 +193,7 @@ impl Hires {
     pub(crate) fn enlarge_picture(
         &self,
         job: &Txt2Img,
-        networks: &BTreeMap<String, Arc<UpscaleNetwork>>,
+        networks: &Networks,
         picture: &Image,
     ) -> Result<Image> {
         let (wide, high) = self.covering(job);

@@ -9,9 +9,7 @@ mod hires;
 mod img2img;
 mod job;
 
-use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -33,6 +31,7 @@ pub use job::{Emphasis, Txt2Img, Variation};
 
 use adapters::Adapters;
 use conditioning::Encoding;
+use hires::Networks;
 
 /// What a caller is told while a batch is drawn.
 #[derive(Debug, Clone, Copy)]
@@ -81,7 +80,7 @@ pub struct StableDiffusion {
     /// tiles of that size, which saves memory and changes them slightly. 64 is 512 pixels.
     pub vae_tile: Option<usize>,
     adapters: Adapters,
-    upscalers: BTreeMap<String, Arc<UpscaleNetwork>>,
+    upscalers: Networks,
     dtype: DType,
     device: Device,
 }
@@ -157,7 +156,7 @@ impl StableDiffusion {
             zero_terminal_snr: false,
             vae_tile: None,
             adapters: Adapters::default(),
-            upscalers: BTreeMap::new(),
+            upscalers: Networks::new(),
             dtype,
             device: device.clone(),
         })
@@ -193,7 +192,7 @@ impl StableDiffusion {
     /// Makes a network available to hires fix as
     /// [`Upscaler::Network`] of this name; one of that name before is replaced.
     pub fn add_upscaler(&mut self, name: impl Into<String>, network: UpscaleNetwork) {
-        self.upscalers.insert(name.into(), Arc::new(network));
+        self.upscalers.insert(name.into(), network);
     }
 
     /// Whether a network of this name was added.
