@@ -396,10 +396,17 @@ impl Layer {
             kept: outputs * rows,
             backward: 0,
         };
+        own.then(self.held_by_adapters(rows))
+    }
+
+    /// [`held`](Self::held) without the layer's output.
+    pub fn held_by_adapters(&self, rows: usize) -> Held {
         self.attached
             .iter()
             .filter(|a| a.control.multiplier() != 0.0)
-            .fold(own, |held, a| held.then(a.adapter.held(&self.base, rows)))
+            .fold(Held::default(), |held, a| {
+                held.then(a.adapter.held(&self.base, rows))
+            })
     }
 
     /// How many adapters are attached.

@@ -2,15 +2,17 @@
 //! next: low-rank branches, a residual, a shift per sample. One result instead of a chain of
 //! sums, of which candle's graph would keep every step.
 
-use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use crate::buffer::{in_parts, rows_of, zeros};
+use crate::buffer::{in_parts, maybe_with, rows_of, with, with_both};
+use crate::channels::plane_sums;
 use crate::conv2d::Geometry;
 use crate::matrix::{Values, View, multiply, multiply_in, reads_narrow};
+use crate::gradient::Gradient;
 use crate::node::{Value, node};
-use crate::{Compute, Conv2dParams, as_nodes, composed, fast, plain, values};
+use crate::{Compute, Conv2dParams, as_nodes, composed, fast, plain};
 
 /// What [`linear_added`] and [`conv2d_added`] add to the layer's own output.
 #[derive(Debug, Clone, Copy, Default)]
@@ -134,54 +136,49 @@ pub fn linear_added(
     }
     let (weight, wanted) = (weight.detach(), wanted(x, added));
     let pairs = detached(added);
-    let (x_shape, residual) = (x.shape().clone(), added.residual.is_some());
+    let residual = added.residual.is_some();
     let gradients = move |dy: &Tensor| {
         let dy = dy.contiguous()?;
-        let mut all = Vec::with_capacity(wanted.len());
-        with(&dy, |dy| {
-            let dyv = View::rows(dy, rows, o, o);
-            all.push(match wanted[0] {
-                true => Some(product(&x_shape, |dx| {
-                    with_weight(&weight, narrow, |w| {
-                        multiply_in(compute, dx, i, false, dyv, View::rows(w, o, i, i))
+        let mut all = Vec::with_capacity(wanted.len() + 1);
+        all.push(wanted[0].then(|| {
+            let (dy, weight) = (dy.clone(), weight.clone());
+            Gradient::values(move |dx, add| {
+                let mut product = |dy: &[f32], w: Values<'_>| {
+                    let (dy, w) = (View::rows(dy, rows, o, o), View::rows(w, o, i, i));
+                    multiply_in(compute, dx, i, add, dy, w);
+                };
+                with(&dy, |dy| with_weight(&weight, narrow, |w| product(dy, w)))?
+            })
+        }));
+        for ((middle, up), wanted) in pairs.iter().zip(wanted[1..].chunks(2)) {
+            let r = up.dim(1)?;
+            let to_middle = wanted[0].then(|| {
+                let (dy, up) = (dy.clone(), up.clone());
+                Gradient::values(move |dm, add| {
+                    with_both(&dy, &up, |dy, up| {
+                        let (dy, up) = (View::rows(dy, rows, o, o), View::rows(up, o, r, r));
+                        multiply(dm, r, add, dy, up);
                     })
-                })?),
-                false => None,
+                })
             });
-            for ((middle, up), wanted) in pairs.iter().zip(wanted[1..].chunks(2)) {
-                let r = up.dim(1)?;
-                all.push(match wanted[0] {
-                    true => Some(product(middle.shape(), |dm| {
-                        with(up, |up| {
-                            multiply(dm, r, false, dyv, View::rows(up, o, r, r))
-                        })
-                    })?),
-                    false => None,
-                });
-                all.push(match wanted[1] {
-                    true => Some(product(up.shape(), |du| {
-                        with(middle, |middle| {
-                            let middle = View::rows(middle, rows, r, r);
-                            multiply(du, r, false, dyv.t(), middle);
-                        })
-                    })?),
-                    false => None,
-                });
-            }
-            Ok::<(), candle_core::Error>(())
-        })??;
+            let to_up = wanted[1].then(|| {
+                let (dy, middle) = (dy.clone(), middle.clone());
+                Gradient::values(move |du, add| {
+                    with_both(&dy, &middle, |dy, middle| {
+                        let dy = View::rows(dy, rows, o, o).t();
+                        multiply(du, r, add, dy, View::rows(middle, rows, r, r));
+                    })
+                })
+            });
+            all.extend([to_middle, to_up]);
+        }
         if residual {
-            all.push(Some(dy));
+            all.push(Some(dy.into()));
         }
         Ok(all)
     };
     let args: Vec<&Tensor> = std::iter::once(x).chain(added.tensors()).collect();
-    node(
-        "linear",
-        &args,
-        Value::Cpu(y, out.into()),
-        Box::new(gradients),
-    )
+    node("linear", &args, Value::cpu(y, out), Box::new(gradients))
 }
 
 /// A convolution of `x` `[n, i, h, w]` with `weight` `[o, i / groups, kh, kw]` and `bias`
@@ -257,62 +254,58 @@ pub fn conv2d_added(
     }
     let (weight, wanted) = (weight.detach(), wanted(x, added));
     let pairs = detached(added);
-    let (x_shape, has) = (
-        x.shape().clone(),
-        (added.residual.is_some(), added.shift.is_some()),
-    );
+    let (residual, shift) = (added.residual.is_some(), added.shift.is_some());
     let gradients = move |dy: &Tensor| {
         let dy = dy.contiguous()?;
-        let mut all = Vec::with_capacity(wanted.len());
-        with(&dy, |d| {
-            all.push(match wanted[0] {
-                true => {
-                    let narrow = g.reads_narrow(compute, true);
-                    let dx = with_weight(&weight, narrow, |w| g.input_gradient(compute, w, d))?;
-                    Some(Tensor::from_vec(dx, &x_shape, &Device::Cpu)?)
-                }
-                false => None,
+        let mut all = Vec::with_capacity(wanted.len() + 2);
+        all.push(wanted[0].then(|| {
+            let (dy, weight) = (dy.clone(), weight.clone());
+            Gradient::values(move |dx, add| {
+                let narrow = g.reads_narrow(compute, true);
+                with(&dy, |dy| {
+                    with_weight(&weight, narrow, |w| {
+                        g.input_gradient(compute, dx, add, w, dy);
+                    })
+                })?
+            })
+        }));
+        for ((middle, up), wanted) in pairs.iter().zip(wanted[1..].chunks(2)) {
+            let r = up.dim(1)?;
+            let to_middle = wanted[0].then(|| {
+                let (dy, up) = (dy.clone(), up.clone());
+                Gradient::values(move |dm, add| {
+                    with_both(&dy, &up, |dy, up| {
+                        for number in 0..n {
+                            let dm = &mut dm[number * r * plane..];
+                            let up = View::rows(up, o, r, r).t();
+                            multiply(dm, plane, add, up, View::rows(&dy[number * o * plane..], o, plane, plane));
+                        }
+                    })
+                })
             });
-            let image_dy = |image: usize| View::rows(&d[image * o * plane..], o, plane, plane);
-            for ((middle, up), wanted) in pairs.iter().zip(wanted[1..].chunks(2)) {
-                let r = up.dim(1)?;
-                all.push(match wanted[0] {
-                    true => Some(product(middle.shape(), |dm| {
-                        with(up, |up| {
-                            for image in 0..n {
-                                let dm = &mut dm[image * r * plane..];
-                                let up = View::rows(up, o, r, r).t();
-                                multiply(dm, plane, false, up, image_dy(image));
-                            }
-                        })
-                    })?),
-                    false => None,
-                });
-                all.push(match wanted[1] {
-                    true => Some(product(up.shape(), |du| {
-                        with(middle, |middle| {
-                            for image in 0..n {
-                                let m = View::rows(&middle[image * r * plane..], r, plane, plane);
-                                multiply(du, r, image > 0, image_dy(image), m.t());
-                            }
-                        })
-                    })?),
-                    false => None,
-                });
-            }
-            Ok::<(), candle_core::Error>(())
-        })??;
-        if has.0 {
-            all.push(Some(dy.clone()));
+            let to_up = wanted[1].then(|| {
+                let (dy, middle) = (dy.clone(), middle.clone());
+                Gradient::values(move |du, add| {
+                    with_both(&dy, &middle, |dy, middle| {
+                        for number in 0..n {
+                            let m = View::rows(&middle[number * r * plane..], r, plane, plane);
+                            multiply(du, r, add || number > 0, View::rows(&dy[number * o * plane..], o, plane, plane), m.t());
+                        }
+                    })
+                })
+            });
+            all.extend([to_middle, to_up]);
         }
-        if has.1 {
-            all.push(Some(dy.sum((2, 3))?));
+        if residual {
+            all.push(Some(dy.clone().into()));
+        }
+        if shift {
+            all.push(Some(plane_sums(&dy)?.into()));
         }
         Ok(all)
     };
     let args: Vec<&Tensor> = std::iter::once(x).chain(added.tensors()).collect();
-    let shape: Shape = (n, o, g.oh, g.ow).into();
-    node("conv2d", &args, Value::Cpu(y, shape), Box::new(gradients))
+    node("conv2d", &args, Value::cpu(y, (n, o, g.oh, g.ow)), Box::new(gradients))
 }
 
 /// Whether neither weight nor bias is tracked.
@@ -361,34 +354,9 @@ fn check_pairs(
     }
 }
 
-/// A new tensor whose values `fill` writes.
-fn product(shape: &Shape, fill: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<Tensor> {
-    let mut values = zeros(shape.elem_count());
-    fill(&mut values)?;
-    Tensor::from_vec(values, shape, &Device::Cpu)
-}
-
 fn add_rows(y: &mut [f32], row: &[f32]) {
     for y in y.chunks_exact_mut(row.len().max(1)) {
         y.iter_mut().zip(row).for_each(|(y, v)| *y += v);
-    }
-}
-
-/// Runs `body` on the values of an f32 tensor on the CPU.
-fn with<R>(t: &Tensor, body: impl FnOnce(&[f32]) -> R) -> Result<R> {
-    let t = t.contiguous()?;
-    let (storage, layout) = t.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => Ok(body(values(storage, layout)?)),
-        _ => candle_core::bail!("expected a tensor on the CPU"),
-    }
-}
-
-/// [`with`] for a tensor that may be absent.
-fn maybe_with<R>(t: Option<&Tensor>, body: impl FnOnce(Option<&[f32]>) -> R) -> Result<R> {
-    match t {
-        Some(t) => with(t, |values| body(Some(values))),
-        None => Ok(body(None)),
     }
 }
 

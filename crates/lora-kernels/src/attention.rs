@@ -4,15 +4,17 @@
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
-use std::sync::Mutex;
+use std::sync::{Arc, OnceLock};
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::buffer::{in_parts, rows_of};
+use crate::buffer::{in_parts, rows_of, with, with_both};
+use crate::gradient::Gradient;
 use crate::math::{exp, sum, sum2, vectorized};
 use crate::matrix::{View, multiply_here};
-use crate::{Compute, as_nodes, composed, fast, plain, values};
+use crate::node::{Value, node};
+use crate::{Compute, as_nodes, composed, fast, plain};
 #[cfg(target_arch = "x86_64")]
 use crate::{avx512, matrix::native_products};
 
@@ -37,27 +39,63 @@ pub fn attention(
             false => plain::attention(q, k, v, heads, causal),
         };
     }
-    let op = Attention {
-        heads,
-        causal,
-        compute,
-        lse: Mutex::new(Vec::new()),
+    let args = [q, k, v];
+    let [q, k, v] = [q.detach(), k.detach(), v.detach()];
+    let sizes = Sizes::new([&q, &k, &v], heads, causal, compute)?;
+    let (y, lse) = with_both(&q, &k, |q, k| {
+        with(&v, |v| {
+            let tasks = (0..sizes.n * heads).into_par_iter();
+            let parts: Vec<_> = tasks.map(|task| sizes.forward(q, k, v, task)).collect();
+            let outputs: Vec<&[f32]> = parts.iter().map(|(out, _)| out.as_slice()).collect();
+            let lse: Vec<f32> = parts.iter().flat_map(|(_, lse)| lse).copied().collect();
+            (sizes.interleave(&outputs, sizes.lq), lse)
+        })
+    })??;
+    // The backward pass reads the result, too.
+    let result = Arc::new(OnceLock::new());
+    let (kept, wanted) = (result.clone(), args.map(Tensor::track_op));
+    let value = Value::cpu(y, q.shape());
+    let gradients = move |dy: &Tensor| {
+        let Some(y) = kept.get() else {
+            candle_core::bail!("attention: no result to go back from");
+        };
+        let keys = wanted[1] || wanted[2];
+        let heads: Vec<[Vec<f32>; 3]> = with_both(&q, &k, |q, k| {
+            with_both(&v, y, |v, y| {
+                with(dy, |dy| {
+                    let lse = lse.as_slice();
+                    let saved = Saved {
+                        q,
+                        k,
+                        v,
+                        y,
+                        dy,
+                        lse,
+                    };
+                    let tasks = (0..sizes.n * sizes.heads).into_par_iter();
+                    tasks.map(|t| sizes.backward(&saved, t, keys)).collect()
+                })
+            })
+        })???;
+        let collect = |which: usize, length: usize| {
+            let parts: Vec<&[f32]> = heads.iter().map(|head| head[which].as_slice()).collect();
+            let values = sizes.interleave(&parts, length);
+            let shape = (sizes.n, length, sizes.c);
+            Tensor::from_vec(values, shape, &Device::Cpu).map(Gradient::from)
+        };
+        let lengths = [sizes.lq, sizes.lk, sizes.lk];
+        let each = wanted.into_iter().zip(lengths).enumerate();
+        each.map(|(which, (wanted, length))| wanted.then(|| collect(which, length)).transpose())
+            .collect()
     };
-    q.contiguous()?
-        .apply_op3(&k.contiguous()?, &v.contiguous()?, op)
+    let y = node("attention", &args, value, Box::new(gradients))?;
+    // A detached tensor: it shares the values, but is no part of the graph.
+    let _ = result.set(y.detach());
+    Ok(y)
 }
 
 /// Queries per block.
 const BLOCK: usize = 128;
-
-struct Attention {
-    heads: usize,
-    causal: bool,
-    compute: Compute,
-    /// Logarithm of each softmax's denominator, `[n, heads, lq]`, kept for the
-    /// backward pass.
-    lse: Mutex<Vec<f32>>,
-}
 
 #[derive(Clone, Copy)]
 struct Sizes {
@@ -73,32 +111,37 @@ struct Sizes {
     compute: Compute,
 }
 
-impl Attention {
-    fn sizes(&self, q: &Shape, k: &Shape, v: &Shape) -> Result<Sizes> {
+impl Sizes {
+    fn new(
+        [q, k, v]: [&Tensor; 3],
+        heads: usize,
+        causal: bool,
+        compute: Compute,
+    ) -> Result<Self> {
         let ((n, lq, c), (kn, lk, kc)) = (q.dims3()?, k.dims3()?);
-        if k != v || (n, c) != (kn, kc) || self.heads == 0 || c % self.heads != 0 || lk == 0 {
+        let fit = k.dims() == v.dims() && (n, c) == (kn, kc);
+        if !fit || heads == 0 || c % heads != 0 || lk == 0 {
             candle_core::bail!(
-                "attention: {q:?}, {k:?}, {v:?} do not fit {} heads",
-                self.heads
+                "attention: {:?}, {:?}, {:?} do not fit {heads} heads",
+                q.shape(),
+                k.shape(),
+                v.shape(),
             );
         }
-        let d = c / self.heads;
-        let scale = (d as f32).sqrt().recip();
-        Ok(Sizes {
+        let d = c / heads;
+        Ok(Self {
             n,
             lq,
             lk,
             c,
-            heads: self.heads,
+            heads,
             d,
-            scale,
-            causal: self.causal,
-            compute: self.compute,
+            scale: (d as f32).sqrt().recip(),
+            causal,
+            compute,
         })
     }
-}
 
-impl Sizes {
     /// Rows `start..start + rows` of one head of one image.
     fn head<'a>(
         &self,
@@ -333,92 +376,5 @@ fn score_gradients(p: &mut [f32], ds: &mut [f32], visible: usize, scale: f32, ls
     for (p, ds) in p[..visible].iter_mut().zip(&mut ds[..visible]) {
         *p = exp(*p * scale - lse);
         *ds = *p * (*ds - dot) * scale;
-    }
-}
-
-impl CustomOp3 for Attention {
-    fn name(&self) -> &'static str {
-        "attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let sizes = self.sizes(l1.shape(), l2.shape(), l3.shape())?;
-        let (q, k, v) = (values(s1, l1)?, values(s2, l2)?, values(s3, l3)?);
-        let heads: Vec<(Vec<f32>, Vec<f32>)> = (0..sizes.n * sizes.heads)
-            .into_par_iter()
-            .map(|task| sizes.forward(q, k, v, task))
-            .collect();
-        let parts: Vec<&[f32]> = heads.iter().map(|(out, _)| out.as_slice()).collect();
-        let y = sizes.interleave(&parts, sizes.lq);
-        let lse = heads.iter().flat_map(|(_, lse)| lse).copied().collect();
-        *self.lse.lock().unwrap_or_else(|e| e.into_inner()) = lse;
-        Ok((CpuStorage::F32(y), l1.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let sizes = self.sizes(q.shape(), k.shape(), v.shape())?;
-        let keys = k.track_op() || v.track_op();
-        let tensors = [
-            q.contiguous()?,
-            k.contiguous()?,
-            v.contiguous()?,
-            y.contiguous()?,
-            dy.contiguous()?,
-        ];
-        let guards = tensors.each_ref().map(Tensor::storage_and_layout);
-        let mut slices = Vec::new();
-        for (storage, layout) in &guards {
-            match &**storage {
-                Storage::Cpu(storage) => slices.push(values(storage, layout)?),
-                _ => candle_core::bail!("expected tensors on the CPU"),
-            }
-        }
-        let [q_, k_, v_, y_, dy_] = slices[..] else {
-            candle_core::bail!("five tensors")
-        };
-        let lse = self.lse.lock().unwrap_or_else(|e| e.into_inner());
-        let saved = Saved {
-            q: q_,
-            k: k_,
-            v: v_,
-            y: y_,
-            dy: dy_,
-            lse: &lse,
-        };
-        let heads: Vec<[Vec<f32>; 3]> = (0..sizes.n * sizes.heads)
-            .into_par_iter()
-            .map(|task| sizes.backward(&saved, task, keys))
-            .collect();
-        let collect = |which: usize, like: &Tensor, length: usize| -> Result<Option<Tensor>> {
-            if !like.track_op() {
-                return Ok(None);
-            }
-            let parts: Vec<&[f32]> = heads.iter().map(|head| head[which].as_slice()).collect();
-            Ok(Some(Tensor::from_vec(
-                sizes.interleave(&parts, length),
-                like.shape(),
-                like.device(),
-            )?))
-        };
-        Ok((
-            collect(0, q, sizes.lq)?,
-            collect(1, k, sizes.lk)?,
-            collect(2, v, sizes.lk)?,
-        ))
     }
 }

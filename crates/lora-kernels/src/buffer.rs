@@ -3,7 +3,10 @@
 
 use std::mem::MaybeUninit;
 
+use candle_core::{Result, Storage, Tensor};
 use rayon::prelude::*;
+
+use crate::values;
 
 /// Values per task, where nothing else divides them.
 const PART: usize = 1 << 15;
@@ -51,4 +54,34 @@ pub(crate) fn copied<T: Copy + Default + Send + Sync>(values: &[T]) -> Vec<T> {
 /// Values per task that are whole rows of `width`.
 pub(crate) fn rows_of(width: usize) -> usize {
     width.max(1) * (PART / width.max(1)).max(1)
+}
+
+/// Runs `body` on the values of an f32 tensor on the CPU.
+pub(crate) fn with<R>(t: &Tensor, body: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    let t = t.contiguous()?;
+    let (storage, layout) = t.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok(body(values(storage, layout)?)),
+        _ => candle_core::bail!("expected a tensor on the CPU"),
+    }
+}
+
+/// [`with`] for a tensor that may be absent.
+pub(crate) fn maybe_with<R>(
+    t: Option<&Tensor>,
+    body: impl FnOnce(Option<&[f32]>) -> R,
+) -> Result<R> {
+    match t {
+        Some(t) => with(t, |values| body(Some(values))),
+        None => Ok(body(None)),
+    }
+}
+
+/// [`with`] for two tensors.
+pub(crate) fn with_both<R>(
+    a: &Tensor,
+    b: &Tensor,
+    body: impl FnOnce(&[f32], &[f32]) -> R,
+) -> Result<R> {
+    with(a, |a| with(b, |b| body(a, b)))?
 }

@@ -1,10 +1,12 @@
 //! One number per channel added to a picture. candle's broadcast does the same, but its
 //! backward pass sums slowly.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{Device, Result, Tensor};
 
-use crate::buffer::in_parts;
-use crate::{fast, values};
+use crate::buffer::{in_parts, with, with_both};
+use crate::fast;
+use crate::math::sum;
+use crate::node::{Value, node};
 
 /// `y` `[n, c, h, w]` plus `shift` `[n, c]`, or `[1, c]` for all samples.
 ///
@@ -23,81 +25,45 @@ pub fn add_to_channels(y: &Tensor, shift: &Tensor) -> Result<Tensor> {
     let (n, c) = shift.dims2()?;
     let (samples, channels, _, _) = y.dims4()?;
     let fits = c == channels && (n == 1 || n == samples);
-    if fits && fast(&[y, shift]) {
-        y.contiguous()?
-            .apply_op2(&shift.contiguous()?, AddToChannels)
-    } else {
-        y.broadcast_add(&shift.reshape((n, c, 1, 1))?)
+    if !fits || !fast(&[y, shift]) {
+        return y.broadcast_add(&shift.reshape((n, c, 1, 1))?);
     }
-}
-
-struct AddToChannels;
-
-impl CustomOp2 for AddToChannels {
-    fn name(&self) -> &'static str {
-        "add_to_channels"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (_, _, h, w) = l1.shape().dims4()?;
-        let (y, shifts, plane) = (values(s1, l1)?, values(s2, l2)?, (h * w).max(1));
-        let y = in_parts(y.len(), plane, |first, out: &mut [f32]| {
+    let (_, _, h, w) = y.dims4()?;
+    let plane = (h * w).max(1);
+    let sums = with_both(&y.detach(), &shift.detach(), |y, shifts| {
+        in_parts(y.len(), plane, |first, out: &mut [f32]| {
             let shift = shifts[first / plane % shifts.len()];
             let y = &y[first..];
             out.iter_mut().zip(y).for_each(|(out, y)| *out = y + shift);
-        });
-        Ok((CpuStorage::F32(y), l1.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        y: &Tensor,
-        shift: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.detach();
-        let to_shift = |rows: usize| {
-            let sums = dy.contiguous()?.apply_op1_no_bwd(&PlaneSums)?;
-            match rows {
-                1 => sums.sum_keepdim(0),
-                _ => Ok(sums),
-            }
+        })
+    })?;
+    let to_shift = shift.track_op();
+    let gradients = move |dy: &Tensor| {
+        let dshift = match to_shift {
+            true if n == 1 => Some(plane_sums(dy)?.sum_keepdim(0)?.into()),
+            true => Some(plane_sums(dy)?.into()),
+            false => None,
         };
-        let dshift = shift
-            .track_op()
-            .then(|| to_shift(shift.dim(0)?))
-            .transpose()?;
-        Ok((y.track_op().then_some(dy), dshift))
-    }
+        Ok(vec![Some(dy.clone().into()), dshift])
+    };
+    let value = Value::cpu(sums, y.shape());
+    node("add_to_channels", &[y, shift], value, Box::new(gradients))
 }
 
 /// `[n, c, h, w]` to the sums over each plane, `[n, c]`.
-struct PlaneSums;
-
-impl CustomOp1 for PlaneSums {
-    fn name(&self) -> &'static str {
-        "plane_sums"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (n, c, h, w) = layout.shape().dims4()?;
-        let planes = values(storage, layout)?.chunks_exact((h * w).max(1));
-        let sums = planes.map(|plane| crate::math::sum(plane, |v| v) as f32);
-        Ok((CpuStorage::F32(sums.collect()), (n, c).into()))
-    }
+pub(crate) fn plane_sums(x: &Tensor) -> Result<Tensor> {
+    let (n, c, h, w) = x.dims4()?;
+    let sums: Vec<f32> = with(x, |x| {
+        let planes = x.chunks_exact((h * w).max(1));
+        planes.map(|plane| sum(plane, |v| v) as f32).collect()
+    })?;
+    Tensor::from_vec(sums, (n, c), &Device::Cpu)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     #[test]
     fn sums_and_gradients_are_those_of_a_broadcast() -> Result<()> {

@@ -1,11 +1,11 @@
 //! Gradient checkpointing: a part of a network that keeps nothing but its inputs.
 
-use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, DType, Layout, MetalStorage, Result, Shape, Tensor, Var,
-};
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor};
 
-use crate::node::{Value, node};
+use crate::gradient::Gradient;
+use crate::pointwise::{geglu, geglu_gradient, geglu_var};
+use crate::node::{Leaf, Value, backward_from, node};
 
 /// Runs `f` on `inputs` and keeps only these and the result; the backward pass runs `f`
 /// again. Gradients, of `inputs` and of every variable that `f` uses, are those of
@@ -34,65 +34,148 @@ pub fn checkpoint(
     inputs: &[&Tensor],
     f: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    let detached: Vec<Tensor> = inputs.iter().map(|t| t.detach()).collect();
-    let tracked: Vec<bool> = inputs.iter().map(|t| t.track_op()).collect();
-    let y = f(&detached)?;
+    recomputed("checkpoint", inputs.iter().map(|x| Input::new(x)), inputs, f)
+}
+
+/// [`checkpoint`] of `f(geglu(x), inputs..)` that keeps `x` instead of its [`geglu`](crate::geglu).
+///
+/// ```
+/// use candle_core::{Device, Var};
+/// let x = Var::new(&[[2f32, 0.]], &Device::Cpu)?;
+/// let y = lora_kernels::after_geglu(&x, &[], |t| &t[0] + 1.0)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[1.0]]);
+/// assert_eq!(y.backward()?.get(&x).unwrap().to_vec2::<f32>()?, [[0.0, 1.0]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// When the last axis is odd, and those of `f`.
+pub fn after_geglu(
+    x: &Tensor,
+    inputs: &[&Tensor],
+    f: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let gated = Input {
+        gated: true,
+        ..Input::new(x)
+    };
+    let all: Vec<&Tensor> = std::iter::once(x).chain(inputs.iter().copied()).collect();
+    let others = inputs.iter().map(|x| Input::new(x));
+    recomputed("after_geglu", std::iter::once(gated).chain(others), &all, f)
+}
+
+fn recomputed(
+    name: &'static str,
+    inputs: impl Iterator<Item = Input>,
+    args: &[&Tensor],
+    f: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let inputs: Vec<Input> = inputs.collect();
+    let values = inputs.iter().map(Input::value).collect::<Result<Vec<_>>>()?;
+    let y = f(&values)?;
     // The graph of this run is only good for finding the variables.
     let nodes = y.sorted_nodes().into_iter();
     let variables: Vec<Tensor> = nodes.filter(|t| t.is_variable()).cloned().collect();
     let value = y.detach();
-    drop(y);
-    let args: Vec<&Tensor> = inputs.iter().copied().chain(&variables).collect();
-    let leaves = variables.clone();
+    drop((y, values));
+    let args: Vec<&Tensor> = args.iter().copied().chain(&variables).collect();
+    let trained = variables.clone();
     let gradients = move |dy: &Tensor| {
-        let inputs = leaves_of(&detached, &tracked)?;
-        let y = f(&inputs)?;
-        let mut store = y.apply_op1(Seed(dy.clone()))?.backward()?;
-        let all = inputs.iter().chain(&leaves);
-        Ok(all.map(|leaf| store.remove(leaf)).collect())
+        let again: Vec<Again> = inputs.iter().map(Input::again).collect::<Result<_>>()?;
+        let y = f(&tensors_of(&again))?;
+        let mut store = backward_from(&y, dy.clone())?;
+        drop(y);
+        let mut all = Vec::with_capacity(inputs.len() + trained.len());
+        for (input, again) in inputs.iter().zip(again) {
+            let gradient = again.gradient(&mut store)?;
+            drop(again);
+            all.push(match gradient {
+                Some(gradient) => input.gradient(gradient)?,
+                None => None,
+            });
+        }
+        let trained = trained.iter().map(|variable| store.remove(variable));
+        all.extend(trained.map(|gradient| gradient.map(Gradient::Tensor)));
+        Ok(all)
     };
-    node(
-        "checkpoint",
-        &args,
-        Value::Tensor(value),
-        Box::new(gradients),
-    )
+    node(name, &args, Value::Tensor(value), Box::new(gradients))
+}
+
+/// What a checkpoint keeps.
+struct Input {
+    kept: Tensor,
+    tracked: bool,
+    /// The function takes [`geglu`](crate::geglu) of it.
+    gated: bool,
+}
+
+impl Input {
+    fn new(x: &Tensor) -> Self {
+        Self {
+            kept: x.detach(),
+            tracked: x.track_op(),
+            gated: false,
+        }
+    }
+
+    /// What the function takes.
+    fn value(&self) -> Result<Tensor> {
+        match self.gated {
+            true => geglu(&self.kept),
+            false => Ok(self.kept.clone()),
+        }
+    }
+
+    /// The same for the backward pass.
+    fn again(&self) -> Result<Again> {
+        match (self.tracked, self.gated) {
+            (false, _) => self.value().map(Again::Constant),
+            (true, true) => Leaf::of(geglu_var(&self.kept)?).map(Again::Leaf),
+            (true, false) => Leaf::new(&self.kept).map(Again::Leaf),
+        }
+    }
+
+    /// Its gradient from that of what the function took.
+    fn gradient(&self, of_value: Tensor) -> Result<Option<Gradient>> {
+        match self.gated {
+            true => geglu_gradient(&self.kept, of_value),
+            false => Ok(Some(of_value.into())),
+        }
+    }
+}
+
+/// A tensor once more: as a leaf of a new graph if it was tracked.
+pub(crate) enum Again {
+    Leaf(Leaf),
+    Constant(Tensor),
+}
+
+impl Again {
+    /// What the backward pass has left for it.
+    pub(crate) fn gradient(&self, store: &mut GradStore) -> Result<Option<Tensor>> {
+        match self {
+            Self::Leaf(leaf) => leaf.gradient(store),
+            Self::Constant(_) => Ok(None),
+        }
+    }
 }
 
 /// The tensors once more, those that were tracked as leaves of a new graph.
-pub(crate) fn leaves_of(tensors: &[Tensor], tracked: &[bool]) -> Result<Vec<Tensor>> {
+pub(crate) fn leaves_of(tensors: &[Tensor], tracked: &[bool]) -> Result<Vec<Again>> {
     let pairs = tensors.iter().zip(tracked);
     pairs
         .map(|(tensor, tracked)| match tracked {
-            true => Ok(Var::from_tensor(tensor)?.into_inner()),
-            false => Ok(tensor.clone()),
+            true => Leaf::new(tensor).map(Again::Leaf),
+            false => Ok(Again::Constant(tensor.clone())),
         })
         .collect()
 }
 
-/// A scalar whose gradient with respect to its argument is the given tensor.
-pub(crate) struct Seed(pub(crate) Tensor);
-
-impl CustomOp1 for Seed {
-    fn name(&self) -> &'static str {
-        "checkpoint_seed"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![0.0]), ().into()))
-    }
-
-    fn cuda_fwd(&self, s: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        let shape = Shape::from(());
-        Ok((s.device().zeros_impl(&shape, DType::F32)?, shape))
-    }
-
-    fn metal_fwd(&self, s: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
-        let shape = Shape::from(());
-        Ok((s.device().zeros_impl(&shape, DType::F32)?, shape))
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(self.0.clone()))
-    }
+/// What a function of them takes.
+pub(crate) fn tensors_of(leaves: &[Again]) -> Vec<Tensor> {
+    let tensor = |leaf: &Again| match leaf {
+        Again::Leaf(leaf) => leaf.tensor.clone(),
+        Again::Constant(tensor) => tensor.clone(),
+    };
+    leaves.iter().map(tensor).collect()
 }

@@ -6,6 +6,7 @@ use candle_core::{D, DType, Result, Tensor};
 use candle_nn::ops::softmax_last_dim;
 
 use crate::added::{Added, detached};
+use crate::gradient::Gradient;
 use crate::node::{Gradients, Value, node};
 use crate::{Compute, Conv2dParams, plain};
 
@@ -74,10 +75,16 @@ fn added(
         if shift {
             all.push(Some(dy.sum((2, 3))?));
         }
-        Ok(all)
+        Ok(tensors(all))
     });
     let args: Vec<&Tensor> = std::iter::once(x).chain(added.tensors()).collect();
     node(name, &args, Value::Tensor(y), gradients)
+}
+
+/// As what a node gives its arguments.
+fn tensors(all: impl IntoIterator<Item = Option<Tensor>>) -> Vec<Option<Gradient>> {
+    let each = all.into_iter();
+    each.map(|gradient| gradient.map(Gradient::Tensor)).collect()
 }
 
 /// See [`linear_added`](crate::linear_added); weight and bias are frozen.
@@ -153,10 +160,9 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     let with_bias = bias.is_some();
     let gradients: Gradients = Box::new(move |dy| {
         let dy = dy.contiguous()?;
-        let (dx, dw) = linear_gradients(&input, &w, &dy, wanted)?;
-        let mut all = vec![dx, dw];
+        let mut all = Vec::from(linear_gradients(&input, &w, &dy, wanted)?);
         if with_bias {
-            all.push(Some(rows(&dy)?.sum(0)?));
+            all.push(Some(rows(&dy)?.sum(0)?.into()));
         }
         Ok(all)
     });
@@ -170,17 +176,17 @@ pub(crate) fn linear_gradients(
     weight: &Tensor,
     dy: &Tensor,
     wanted: [bool; 2],
-) -> Result<(Option<Tensor>, Option<Tensor>)> {
+) -> Result<[Option<Gradient>; 2]> {
     let dy = rows(dy)?;
     let dx = match wanted[0] {
-        true => Some(dy.matmul(weight)?.reshape(x.shape())?),
+        true => Some(dy.matmul(weight)?.reshape(x.shape())?.into()),
         false => None,
     };
     let dw = match wanted[1] {
-        true => Some(dy.t()?.matmul(&rows(x)?)?),
+        true => Some(dy.t()?.matmul(&rows(x)?)?.into()),
         false => None,
     };
-    Ok((dx, dw))
+    Ok([dx, dw])
 }
 
 /// See [`conv2d_added`](crate::conv2d_added); weight and bias are frozen.
@@ -360,8 +366,8 @@ pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, params: Conv2dParams) -> Resul
     let y = layer.forward(&input)?;
     let wanted = [x, weight].map(Tensor::track_op);
     let gradients: Gradients = Box::new(move |dy| {
-        let (dx, dw) = conv2d_gradients(params, &input, &w, &dy.contiguous()?, wanted)?;
-        Ok(vec![dx, dw])
+        let dy = dy.contiguous()?;
+        conv2d_gradients(params, &input, &w, &dy, wanted).map(Vec::from)
     });
     node("conv2d", &[x, weight], Value::Tensor(y), gradients)
 }
@@ -373,17 +379,17 @@ pub(crate) fn conv2d_gradients(
     weight: &Tensor,
     dy: &Tensor,
     wanted: [bool; 2],
-) -> Result<(Option<Tensor>, Option<Tensor>)> {
+) -> Result<[Option<Gradient>; 2]> {
     let layer = Conv::new(x, weight, params)?;
     let dx = match wanted[0] {
-        true => Some(layer.input_gradient(dy)?),
+        true => Some(layer.input_gradient(dy)?.into()),
         false => None,
     };
     let dw = match wanted[1] {
-        true => Some(layer.weight_gradient(x, dy)?),
+        true => Some(layer.weight_gradient(x, dy)?.into()),
         false => None,
     };
-    Ok((dx, dw))
+    Ok([dx, dw])
 }
 
 /// Layer norm of `x` `[.., c]`, or, of `groups`, group norm of `x` `[n, c, h, w]` with SiLU
@@ -410,7 +416,7 @@ pub(crate) fn norm(
         "norm",
         &[x],
         Value::Tensor(y.to_dtype(x.dtype())?),
-        Box::new(move |dy| Ok(vec![Some(norm.gradient(dy, silu)?)])),
+        Box::new(move |dy| Ok(vec![Some(norm.gradient(dy, silu)?.into())])),
     )
 }
 
@@ -513,7 +519,7 @@ pub(crate) fn attention(
         "attention",
         &[q, k, v],
         Value::Tensor(y),
-        Box::new(move |dy| this.gradients(dy)),
+        Box::new(move |dy| Ok(tensors(this.gradients(dy)?))),
     )
 }
 

@@ -2,8 +2,9 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::checkpoint::{Seed, leaves_of};
-use crate::node::{Value, node};
+use crate::checkpoint::{leaves_of, tensors_of};
+use crate::gradient::Gradient;
+use crate::node::{Value, backward_from, node};
 use crate::{Conv2dParams, as_nodes, composed, conv2d, fast, linear};
 
 /// How a computed weight is multiplied.
@@ -30,17 +31,17 @@ impl Product {
         weight: &Tensor,
         dy: &Tensor,
         to_x: bool,
-    ) -> Result<(Option<Tensor>, Tensor)> {
+    ) -> Result<(Option<Gradient>, Tensor)> {
         let kernels = fast(&[x, weight, dy]);
         let (x, weight) = (x.contiguous()?, weight.contiguous()?);
-        let (dx, dw) = match self {
+        let [dx, dw] = match self {
             Self::Linear if kernels => linear::gradients(&x, &weight, dy, [to_x, true])?,
             Self::Linear => composed::linear_gradients(&x, &weight, dy, [to_x, true])?,
             Self::Conv2d(p) if kernels => conv2d::gradients(p, &x, &weight, dy, [to_x, true])?,
             Self::Conv2d(p) => composed::conv2d_gradients(p, &x, &weight, dy, [to_x, true])?,
         };
         match dw {
-            Some(dw) => Ok((dx, dw)),
+            Some(dw) => Ok((dx, dw.into_tensor(weight.shape())?)),
             None => candle_core::bail!("no gradient to a computed weight"),
         }
     }
@@ -82,12 +83,14 @@ pub fn with_computed_weight(
     let y = product.apply(&input, &f(&detached)?)?;
     let gradients = move |dy: &Tensor| {
         let leaves = leaves_of(&detached, &tracked)?;
-        let weight = f(&leaves)?;
+        let weight = f(&tensors_of(&leaves))?;
         let dy = dy.contiguous()?;
         let (dx, dw) = product.gradients(&input, &weight.detach(), &dy, to_x)?;
         let mut all = vec![dx];
-        let mut store = weight.apply_op1(Seed(dw))?.backward()?;
-        all.extend(leaves.iter().map(|leaf| store.remove(leaf)));
+        let mut store = backward_from(&weight, dw)?;
+        for leaf in &leaves {
+            all.push(leaf.gradient(&mut store)?.map(Gradient::Tensor));
+        }
         Ok(all)
     };
     let args: Vec<&Tensor> = std::iter::once(x).chain(factors.iter().copied()).collect();

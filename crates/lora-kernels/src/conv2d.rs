@@ -6,17 +6,19 @@
 //! keeps the patch matrix a few megabytes small whatever the image size. 1x1
 //! convolutions skip the layout step.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::added::{Added, conv2d_added, frozen};
-use crate::buffer::zeros;
-use crate::channels::add_to_channels;
+use crate::buffer::{in_parts, maybe_with, with_both};
+use crate::channels::{add_to_channels, plane_sums};
+use crate::gradient::Gradient;
 #[cfg(target_arch = "x86_64")]
 use crate::implicit::Implicit;
 use crate::matrix::{Values, View, multiply, multiply_in, reads_narrow};
+use crate::node::{Value, node};
 use crate::winograd::Winograd;
-use crate::{Compute, as_nodes, composed, fast, plain, values};
+use crate::{Compute, as_nodes, composed, fast, plain};
 
 /// Stride, padding (zeros, on all sides), dilation and groups of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,18 +58,46 @@ pub fn conv2d(
     if frozen(weight, bias) || weight.dtype() != x.dtype() {
         return conv2d_added(x, weight, bias, params, Compute::F32, &Added::default());
     }
-    let y = if fast(&[x, weight]) {
-        x.contiguous()?
-            .apply_op2(&weight.contiguous()?, Conv2d(params))?
-    } else if as_nodes() {
-        composed::conv2d(x, weight, params)?
-    } else {
-        plain::conv2d(x, weight, None, params)?
-    };
-    match bias {
-        Some(bias) => add_to_channels(&y, &bias.reshape((1, ()))?),
-        None => Ok(y),
+    let operands: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
+    if !fast(&operands) {
+        let y = match as_nodes() {
+            true => composed::conv2d(x, weight, params)?,
+            false => plain::conv2d(x, weight, None, params)?,
+        };
+        return match bias {
+            Some(bias) => add_to_channels(&y, &bias.reshape((1, ()))?),
+            None => Ok(y),
+        };
     }
+    let g = Geometry::new(x.shape(), weight.shape(), params)?;
+    if bias.is_some_and(|b| b.dims() != [g.o]) {
+        candle_core::bail!("conv2d: the bias does not fit weight {:?}", weight.shape());
+    }
+    let (input, w) = (x.detach().contiguous()?, weight.detach().contiguous()?);
+    let plane = g.oh * g.ow;
+    let mut y = maybe_with(bias, |bias| {
+        in_parts(g.n * g.o * plane, plane, |first, y: &mut [f32]| {
+            if let Some(bias) = bias {
+                y.fill(bias[first / plane.max(1) % g.o]);
+            }
+        })
+    })?;
+    with_both(&input, &w, |x, w| {
+        g.forward(Compute::F32, &mut y, bias.is_some(), x, w.into());
+    })?;
+    let wanted = [x, weight].map(Tensor::track_op);
+    let to_bias = bias.is_some_and(Tensor::track_op);
+    let backward = move |dy: &Tensor| {
+        let dy = dy.contiguous()?;
+        let mut all = Vec::from(gradients(params, &input, &w, &dy, wanted)?);
+        all.push(match to_bias {
+            true => Some(plane_sums(&dy)?.sum(0)?.into()),
+            false => None,
+        });
+        Ok(all)
+    };
+    let shape = (g.n, g.o, g.oh, g.ow);
+    node("conv2d", &operands, Value::cpu(y, shape), Box::new(backward))
 }
 
 /// Most values of one patch matrix (8 MB).
@@ -336,12 +366,18 @@ impl Geometry {
         });
     }
 
-    pub(crate) fn input_gradient(&self, compute: Compute, w: Values<'_>, dy: &[f32]) -> Vec<f32> {
+    /// Adds the gradient to the input to `dx`, which is all zeros unless `add` is set.
+    pub(crate) fn input_gradient(
+        &self,
+        compute: Compute,
+        dx: &mut [f32],
+        add: bool,
+        w: Values<'_>,
+        dy: &[f32],
+    ) {
         let plane = self.oh * self.ow;
-        let mut dx = zeros(self.n * self.c * self.h * self.w);
         if let Some(direct) = self.direct(compute, true) {
-            direct.run(&mut dx, false, dy, w);
-            return dx;
+            return direct.run(dx, add, dy, w);
         }
         let mut col = Vec::new();
         self.each_strip(|image, group, rows| {
@@ -358,7 +394,7 @@ impl Geometry {
                     compute,
                     &mut target[rows.start * self.ow..],
                     plane,
-                    false,
+                    add,
                     self.weight(w, group).t(),
                     dy,
                 );
@@ -375,13 +411,12 @@ impl Geometry {
                 self.fold(&col, rows, target);
             }
         });
-        dx
     }
 
-    fn weight_gradient(&self, x: &[f32], dy: &[f32]) -> Vec<f32> {
+    /// Adds the gradient to the weight to `dw`.
+    fn weight_gradient(&self, dw: &mut [f32], x: &[f32], dy: &[f32]) {
         let plane = self.oh * self.ow;
         let len = self.og() * self.patch();
-        let mut dw = vec![0f32; self.p.groups * len];
         let mut col = Vec::new();
         self.each_strip(|image, group, rows| {
             let pixels = rows.len() * self.ow;
@@ -408,7 +443,6 @@ impl Geometry {
                 );
             }
         });
-        dw
     }
 }
 
@@ -427,39 +461,6 @@ fn each_chunk(data: &mut [f32], size: usize, body: impl Fn(usize, &mut [f32]) + 
     }
 }
 
-/// The operation on (x, weight).
-struct Conv2d(Conv2dParams);
-
-impl CustomOp2 for Conv2d {
-    fn name(&self) -> &'static str {
-        "conv2d"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let g = Geometry::new(l1.shape(), l2.shape(), self.0)?;
-        let mut y = zeros(g.n * g.o * g.oh * g.ow);
-        let (x, w) = (values(s1, l1)?, values(s2, l2)?);
-        g.forward(Compute::F32, &mut y, false, x, w.into());
-        Ok((CpuStorage::F32(y), (g.n, g.o, g.oh, g.ow).into()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        gradients(self.0, x, w, dy, [x.track_op(), w.track_op()])
-    }
-}
-
 /// The gradients to x and weight that are wanted; all contiguous.
 pub(crate) fn gradients(
     params: Conv2dParams,
@@ -467,59 +468,17 @@ pub(crate) fn gradients(
     w: &Tensor,
     dy: &Tensor,
     wanted: [bool; 2],
-) -> Result<(Option<Tensor>, Option<Tensor>)> {
+) -> Result<[Option<Gradient>; 2]> {
     let g = Geometry::new(x.shape(), w.shape(), params)?;
-    let dy = dy.detach().contiguous()?;
-    let dx = if wanted[0] {
-        Some(w.detach().apply_op2_no_bwd(&dy, &InputGradient(g))?)
-    } else {
-        None
-    };
-    let dw = if wanted[1] {
-        Some(x.detach().apply_op2_no_bwd(&dy, &WeightGradient(g))?)
-    } else {
-        None
-    };
-    Ok((dx, dw))
-}
-
-/// `dx` from (weight, dy).
-struct InputGradient(Geometry);
-
-impl CustomOp2 for InputGradient {
-    fn name(&self) -> &'static str {
-        "conv2d_input_gradient"
-    }
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let g = self.0;
-        let (w, dy) = (values(s1, l1)?, values(s2, l2)?);
-        let dx = g.input_gradient(Compute::F32, w.into(), dy);
-        Ok((CpuStorage::F32(dx), (g.n, g.c, g.h, g.w).into()))
-    }
-}
-
-/// `dW` from (x, dy).
-struct WeightGradient(Geometry);
-
-impl CustomOp2 for WeightGradient {
-    fn name(&self) -> &'static str {
-        "conv2d_weight_gradient"
-    }
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let g = self.0;
-        let dw = g.weight_gradient(values(s1, l1)?, values(s2, l2)?);
-        Ok((CpuStorage::F32(dw), (g.o, g.cg(), g.kh, g.kw).into()))
-    }
+    let to_x = wanted[0].then(|| {
+        let (dy, w) = (dy.clone(), w.clone());
+        Gradient::values(move |dx, add| {
+            with_both(&dy, &w, |dy, w| g.input_gradient(Compute::F32, dx, add, w.into(), dy))
+        })
+    });
+    let to_w = wanted[1].then(|| {
+        let (dy, x) = (dy.clone(), x.clone());
+        Gradient::values(move |dw, _| with_both(&x, &dy, |x, dy| g.weight_gradient(dw, x, dy)))
+    });
+    Ok([to_x, to_w])
 }

@@ -14,12 +14,13 @@
 //!   operands rounded to bf16 ([`Compute`])
 //! * [`attention`]: scaled dot-product attention that never holds all scores
 //! * [`layer_norm`], [`group_norm`] (SiLU behind it if wanted), [`silu`], [`geglu`]
-//! * [`upsample_nearest2x`]: nearest-neighbour doubling; [`transpose`]: channels and pixels change places
+//! * [`upsample_nearest2x`]: nearest-neighbour doubling; [`transpose`]: channels and pixels change places;
+//!   [`concat_channels`], [`reshape`]
 //! * [`row_products`], [`mix_groups`], [`scale_channels`], [`add_to_channels`]: what LoHa, LoKr and
 //!   DoRA do beside products
 //! * [`with_computed_weight`]: a layer whose weight is computed from trained factors
 //! * [`on_worker`]: runs many operations with less waiting
-//! * [`checkpoint`]: gradient checkpointing around any function, on any device
+//! * [`checkpoint`]: gradient checkpointing around any function, on any device; [`after_geglu`]
 //!
 //! Each takes and returns ordinary candle tensors. On a CPU with f32 tensors the
 //! kernels run; for every other device or dtype the same function is composed of candle's
@@ -65,9 +66,11 @@ mod checkpoint;
 mod composed;
 mod computed;
 mod conv2d;
+mod gradient;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod implicit;
+mod joined;
 mod linear;
 mod math;
 mod matrix;
@@ -88,9 +91,10 @@ use candle_core::{DType, Tensor};
 pub use added::{Added, conv2d_added, linear_added};
 pub use attention::attention;
 pub use channels::add_to_channels;
-pub use checkpoint::checkpoint;
+pub use checkpoint::{after_geglu, checkpoint};
 pub use computed::{Product, with_computed_weight};
 pub use conv2d::{Conv2dParams, conv2d};
+pub use joined::{concat_channels, reshape};
 pub use linear::linear;
 pub use memory::{
     device_memory, keep_candle_to_one_thread, keep_freed_device_memory, keep_freed_memory,

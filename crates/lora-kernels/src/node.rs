@@ -1,25 +1,35 @@
 //! Graph nodes with any number of arguments, which candle's custom operations lack: they
-//! have three at most.
+//! have three at most. And gradients that do not go through candle's store, which fills a
+//! tensor with zeros for each and adds to it on one thread.
 //!
-//! candle's graph of `node(args, value, gradients)`, with one scalar handle per tracked
-//! argument:
+//! Every value stands beside a token, one number, and candle's graph is made of the tokens. Of
+//! `node(args, value, gradients)`:
 //!
 //! ```text
-//! argument -> Handle -> [1] -\
-//!             ...             cat -> [k] -> Joint -> value
-//! argument -> Handle -> [1] -/
+//! token of an argument -------\
+//!          ...                 cat -> [k] -> Joint -> token -> Expand -> value
+//! other argument -> Handle -> /
 //! ```
 //!
-//! In the backward pass `Joint` computes all gradients and puts them into slots shared
-//! with the handles, and each handle then returns its slot's gradient as its own.
+//! Nodes find the token of an argument by its id and hang on that. In the backward pass `Joint`
+//! takes the sum of the gradients that uses of its value have left ([`Sum`]), computes those of
+//! its arguments and leaves them there; candle adds single numbers only. candle's own
+//! operations use the value; their gradient reaches the sum by `Expand`. Arguments that
+//! are no values of nodes, such as variables, have a `Handle`, which hands their gradient to candle.
+//! Values are held by those who read them only: the graph does not.
 
-use std::sync::{Arc, Mutex};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::backprop::GradStore;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, MetalStorage, Result, Shape,
-    Storage, Tensor,
+    Storage, Tensor, TensorId, Var,
 };
+
+use crate::buffer::copied;
+use crate::gradient::{Gradient, Sum};
 
 /// What a node evaluates to.
 pub(crate) enum Value {
@@ -30,6 +40,17 @@ pub(crate) enum Value {
 }
 
 impl Value {
+    pub(crate) fn cpu(values: Vec<f32>, shape: impl Into<Shape>) -> Self {
+        Self::Cpu(values, shape.into())
+    }
+
+    fn shape(&self) -> &Shape {
+        match self {
+            Self::Cpu(_, shape) => shape,
+            Self::Tensor(t) => t.shape(),
+        }
+    }
+
     fn into_tensor(self) -> Result<Tensor> {
         match self {
             Value::Cpu(values, shape) => Tensor::from_vec(values, shape, &Device::Cpu),
@@ -40,7 +61,7 @@ impl Value {
 
 /// Computes the gradients of all arguments from that of the value; those of arguments that
 /// are not tracked are dropped.
-pub(crate) type Gradients = Box<dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync>;
+pub(crate) type Gradients = Box<dyn Fn(&Tensor) -> Result<Vec<Option<Gradient>>> + Send + Sync>;
 
 /// `value` as a node of the graph that depends on `args`.
 pub(crate) fn node(
@@ -49,41 +70,171 @@ pub(crate) fn node(
     value: Value,
     gradients: Gradients,
 ) -> Result<Tensor> {
-    let mut slots = Vec::with_capacity(args.len());
-    let mut handles = Vec::new();
-    for arg in args {
-        if !arg.track_op() {
-            slots.push(None);
-            continue;
-        }
-        let slot = Slot::default();
-        handles.push(arg.apply_op1(Handle {
-            slot: slot.clone(),
-            // A tracked value that is no variable must get a gradient, if only zeros.
-            essential: !arg.is_variable(),
-        })?);
-        slots.push(Some(slot));
-    }
-    if handles.is_empty() {
-        return value.into_tensor();
-    }
     let value = match value {
-        Value::Tensor(t) => Value::Tensor(compact(&t)?),
+        Value::Tensor(t) if args.iter().any(|arg| arg.track_op()) => Value::Tensor(compact(&t)?),
         other => other,
     };
-    Tensor::cat(&handles, 0)?.apply_op1(Joint {
+    let sum = Sum::new(value.shape());
+    let Some(token) = joint(name, args, &sum, gradients)? else {
+        return value.into_tensor();
+    };
+    let names = Names::default();
+    let value = token.apply_op1(Expand {
         name,
-        gradients,
-        slots,
         value: Mutex::new(Some(value)),
-    })
+        sum: sum.clone(),
+        names: names.clone(),
+    })?;
+    register(&value, Place { token, sum, names });
+    Ok(value)
 }
 
-/// A gradient on its way from [`Joint`] to a [`Handle`].
-type Slot = Arc<Mutex<Option<Tensor>>>;
+/// The same values in another shape. A use of the result is summed with other uses of the result,
+/// before the sum joins those of other uses of `x`.
+pub(crate) fn view(x: &Tensor, shape: Shape) -> Result<Tensor> {
+    let y = x.reshape(shape)?;
+    let Some(Place { names, .. }) = place(x) else {
+        return Ok(y);
+    };
+    let (sum, before) = (Sum::new(y.shape()), x.shape().clone());
+    let back = move |dy: &Tensor| Ok(vec![Some(dy.reshape(&before)?.into())]);
+    if let Some(token) = joint("view", &[x], &sum, Box::new(back))? {
+        register(&y, Place { token, sum, names });
+    }
+    Ok(y)
+}
 
-fn put(slot: &Slot, gradient: Option<Tensor>) {
-    *slot.lock().unwrap_or_else(|e| e.into_inner()) = gradient;
+/// A leaf of a graph of its own, whose gradient is summed as that of a node's value.
+pub(crate) struct Leaf {
+    pub(crate) tensor: Tensor,
+    sum: Sum,
+    names: Names,
+}
+
+impl Leaf {
+    /// With a copy of the values.
+    pub(crate) fn new(t: &Tensor) -> Result<Self> {
+        Self::of(Var::from_tensor(t)?)
+    }
+
+    pub(crate) fn of(var: Var) -> Result<Self> {
+        let tensor = var.into_inner();
+        let (sum, names) = (Sum::new(tensor.shape()), Names::default());
+        let token = Var::zeros(1, DType::F32, tensor.device())?.into_inner();
+        let place = Place {
+            token,
+            sum: sum.clone(),
+            names: names.clone(),
+        };
+        register(&tensor, place);
+        Ok(Self { tensor, sum, names })
+    }
+
+    /// Its gradient after the backward pass, with what candle's operations gave it.
+    pub(crate) fn gradient(&self, store: &mut GradStore) -> Result<Option<Tensor>> {
+        if let Some(gradient) = store.remove(&self.tensor) {
+            self.sum.add(gradient.into(), true)?;
+        }
+        Ok(self.sum.take().map(|(gradient, _)| gradient))
+    }
+}
+
+impl Drop for Leaf {
+    fn drop(&mut self) {
+        forget(&self.names);
+    }
+}
+
+/// Runs the backward pass from `y`, whose gradient is `dy`.
+pub(crate) fn backward_from(y: &Tensor, dy: Tensor) -> Result<GradStore> {
+    match place(y) {
+        Some(place) => {
+            place.sum.add(dy.into(), false)?;
+            place.token.backward()
+        }
+        None => y.apply_op1(Seed(dy))?.backward(),
+    }
+}
+
+/// Where a value stands in the graph.
+#[derive(Clone)]
+struct Place {
+    token: Tensor,
+    sum: Sum,
+    names: Names,
+}
+
+/// Under which ids a value and its views are registered.
+type Names = Arc<Mutex<Vec<TensorId>>>;
+
+fn places() -> MutexGuard<'static, HashMap<TensorId, Place>> {
+    static PLACES: OnceLock<Mutex<HashMap<TensorId, Place>>> = OnceLock::new();
+    let places = PLACES.get_or_init(Mutex::default);
+    places.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn place(value: &Tensor) -> Option<Place> {
+    places().get(&value.id()).cloned()
+}
+
+fn register(value: &Tensor, place: Place) {
+    let mut names = place.names.lock().unwrap_or_else(|e| e.into_inner());
+    names.push(value.id());
+    drop(names);
+    places().insert(value.id(), place);
+}
+
+fn forget(names: &Names) {
+    let ids = std::mem::take(&mut *names.lock().unwrap_or_else(|e| e.into_inner()));
+    // They are dropped after the lock is released: with them others may go.
+    let _dropped: Vec<Option<Place>> = {
+        let mut places = places();
+        ids.iter().map(|id| places.remove(id)).collect()
+    };
+}
+
+/// The token of a value that depends on `args` and whose gradients are summed in `sum`; none if
+/// no argument is tracked.
+fn joint(
+    name: &'static str,
+    args: &[&Tensor],
+    sum: &Sum,
+    gradients: Gradients,
+) -> Result<Option<Tensor>> {
+    let mut targets = Vec::with_capacity(args.len());
+    let mut tokens = Vec::new();
+    for arg in args {
+        if !arg.track_op() {
+            targets.push(None);
+            continue;
+        }
+        let target = match place(arg) {
+            Some(place) => {
+                tokens.push(place.token);
+                place.sum
+            }
+            None => {
+                let sum = Sum::new(arg.shape());
+                tokens.push(arg.apply_op1(Handle {
+                    sum: sum.clone(),
+                    // A tracked value that is no variable must get a gradient, if only zeros.
+                    essential: !arg.is_variable(),
+                })?);
+                sum
+            }
+        };
+        targets.push(Some(target));
+    }
+    if tokens.is_empty() {
+        return Ok(None);
+    }
+    let joint = Joint {
+        name,
+        gradients,
+        sum: sum.clone(),
+        targets,
+    };
+    Tensor::cat(&tokens, 0)?.apply_op1(joint).map(Some)
 }
 
 /// The tensor alone in its storage, as the copy on the CPU wants it.
@@ -113,9 +264,28 @@ fn cpu_len(storage: &CpuStorage) -> usize {
     }
 }
 
-/// Stands for a tensor in the list of a [`Joint`]'s arguments.
+/// One zero, on each kind of device.
+macro_rules! one_number {
+    () => {
+        fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+            Ok((CpuStorage::F32(vec![0.0]), 1.into()))
+        }
+
+        fn cuda_fwd(&self, s: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+            let shape = Shape::from(1);
+            Ok((s.device().zeros_impl(&shape, DType::F32)?, shape))
+        }
+
+        fn metal_fwd(&self, s: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+            let shape = Shape::from(1);
+            Ok((s.device().zeros_impl(&shape, DType::F32)?, shape))
+        }
+    };
+}
+
+/// The token of an argument that has none.
 struct Handle {
-    slot: Slot,
+    sum: Sum,
     /// Zeros when there is no gradient.
     essential: bool,
 }
@@ -125,40 +295,72 @@ impl CustomOp1 for Handle {
         "handle"
     }
 
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![0.0]), 1.into()))
-    }
-
-    fn cuda_fwd(&self, s: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        let shape = Shape::from(1);
-        Ok((s.device().zeros_impl(&shape, DType::F32)?, shape))
-    }
-
-    fn metal_fwd(&self, s: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
-        let shape = Shape::from(1);
-        Ok((s.device().zeros_impl(&shape, DType::F32)?, shape))
-    }
+    one_number!();
 
     fn bwd(&self, arg: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        let gradient = self.slot.lock().unwrap_or_else(|e| e.into_inner()).take();
-        match gradient {
+        match self.sum.take() {
             None if self.essential => arg.zeros_like().map(Some),
-            other => Ok(other),
+            sum => Ok(sum.map(|(gradient, _)| gradient)),
         }
     }
 }
 
-/// The operation proper; its argument is the list of handles.
+/// The operation proper; its argument is the list of tokens, its result the value's token.
 struct Joint {
     name: &'static str,
     gradients: Gradients,
+    /// What the uses of the value have left.
+    sum: Sum,
     /// One per argument, where a gradient is wanted.
-    slots: Vec<Option<Slot>>,
-    /// The result, until the operation's forward hands it out.
-    value: Mutex<Option<Value>>,
+    targets: Vec<Option<Sum>>,
 }
 
-impl Joint {
+impl CustomOp1 for Joint {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    one_number!();
+
+    fn bwd(&self, tokens: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        if let Some((dy, own)) = self.sum.take() {
+            let dy = dy.detach();
+            let gradients = (self.gradients)(&dy)?;
+            let pairs = self.targets.iter().zip(gradients);
+            let wanted: Vec<(&Sum, Gradient)> = pairs
+                .filter_map(|(target, gradient)| target.as_ref().zip(gradient))
+                .collect();
+            let views = wanted.iter().filter(|(_, g)| g.is_view_of(&dy)).count();
+            // First what is computed from dy, which may be handed on and added to then.
+            let (views_of, new): (Vec<_>, Vec<_>) =
+                wanted.into_iter().partition(|(_, g)| g.is_view_of(&dy));
+            for (target, gradient) in new {
+                target.add(gradient, true)?;
+            }
+            for (target, gradient) in views_of {
+                target.add(gradient, own && views == 1)?;
+            }
+        }
+        tokens.zeros_like().map(Some)
+    }
+}
+
+/// From a value's token to the value.
+struct Expand {
+    name: &'static str,
+    /// The value, until the operation's forward hands it out.
+    value: Mutex<Option<Value>>,
+    sum: Sum,
+    names: Names,
+}
+
+impl Drop for Expand {
+    fn drop(&mut self) {
+        forget(&self.names);
+    }
+}
+
+impl Expand {
     fn take(&self) -> Result<Value> {
         let value = self.value.lock().unwrap_or_else(|e| e.into_inner()).take();
         value.ok_or_else(|| candle_core::Error::Msg(format!("{}: applied twice", self.name)))
@@ -189,7 +391,7 @@ where
     Ok(copy)
 }
 
-impl CustomOp1 for Joint {
+impl CustomOp1 for Expand {
     fn name(&self) -> &'static str {
         self.name
     }
@@ -201,6 +403,9 @@ impl CustomOp1 for Joint {
         };
         let (storage, layout) = value.storage_and_layout();
         match &*storage {
+            Storage::Cpu(CpuStorage::F32(v)) if v.len() == layout.shape().elem_count() => {
+                Ok((CpuStorage::F32(copied(v)), layout.shape().clone()))
+            }
             Storage::Cpu(s) => Ok((s.try_clone(layout)?, layout.shape().clone())),
             _ => candle_core::bail!("{}: arguments and result on two devices", self.name),
         }
@@ -220,13 +425,23 @@ impl CustomOp1 for Joint {
         })
     }
 
-    fn bwd(&self, handles: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let gradients = (self.gradients)(&dy.detach())?;
-        for (slot, gradient) in self.slots.iter().zip(gradients) {
-            if let Some(slot) = slot {
-                put(slot, gradient);
-            }
-        }
-        handles.zeros_like().map(Some)
+    fn bwd(&self, token: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        self.sum.add(dy.detach().into(), false)?;
+        token.zeros_like().map(Some)
+    }
+}
+
+/// A scalar whose gradient with respect to its argument is the given tensor.
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    one_number!();
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
     }
 }

@@ -1,13 +1,14 @@
 //! Layer norm and group norm, SiLU fused behind the latter. The backward pass recomputes
 //! the statistics instead of keeping them.
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{Device, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::buffer::{copied, zeros};
+use crate::buffer::{in_parts, with, with_both};
+use crate::gradient::Gradient;
 use crate::math::{sigmoid, sum, sum2, vectorized};
-use crate::pointwise::with_values;
-use crate::{as_nodes, composed, fast, plain, values};
+use crate::node::{Value, node};
+use crate::{as_nodes, composed, fast, plain};
 
 /// Layer norm over the last axis: `x` `[.., c]`, `weight` and `bias` `[c]`.
 ///
@@ -21,13 +22,12 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
             false => plain::layer_norm(x, weight, bias, eps),
         };
     }
-    let op = Norm {
+    let norm = Norm {
         groups: None,
         eps,
         silu: false,
     };
-    x.contiguous()?
-        .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)
+    norm.apply(x, weight, bias)
 }
 
 /// Group norm of `x` `[n, c, h, w]`, `weight` and `bias` `[c]`; with `silu` the result
@@ -50,17 +50,17 @@ pub fn group_norm(
             false => plain::group_norm(x, weight, bias, groups, eps, silu),
         };
     }
-    let op = Norm {
+    let norm = Norm {
         groups: Some(groups),
         eps,
         silu,
     };
-    x.contiguous()?
-        .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)
+    norm.apply(x, weight, bias)
 }
 
 /// Both norms: a "row" is normalized as a whole and consists of segments that share
 /// one scale and shift (group norm), or has one of each per value (layer norm).
+#[derive(Clone, Copy)]
 struct Norm {
     groups: Option<usize>,
     eps: f64,
@@ -190,47 +190,63 @@ fn forward(y: &mut [f32], x: &[f32], rows: Rows, w: &[f32], b: &[f32], eps: f64,
     }
 }
 
-/// One row backward: `dx` holds the gradient of the output and is replaced by the
-/// gradient of the input.
+/// One row backward: writes the gradient of the input to `dx`, or adds it. `normal` is memory for
+/// the gradient of the normalized values.
 #[inline(always)]
-fn backward(dx: &mut [f32], x: &[f32], rows: Rows, w: &[f32], b: &[f32], eps: f64, silu: bool) {
+fn backward(
+    (dx, add): (&mut [f32], bool),
+    normal: &mut [f32],
+    (x, dy): (&[f32], &[f32]),
+    rows: Rows,
+    (w, b): (&[f32], &[f32]),
+    norm: Norm,
+) {
+    let Norm { eps, silu, .. } = norm;
     let stats = Statistics::of(x, eps);
-    // First the gradient of the normalized value, in place.
     if rows.segment == 1 {
-        for (((dx, x), w), b) in dx.iter_mut().zip(x).zip(w).zip(b) {
-            *dx *= w * slope_of(stats.normal(*x) * w + b, silu);
+        let values = normal.iter_mut().zip(x).zip(dy);
+        for (((normal, x), dy), (w, b)) in values.zip(w.iter().zip(b)) {
+            *normal = dy * (w * slope_of(stats.normal(*x) * w + b, silu));
         }
     } else {
-        let segments = dx
+        let segments = normal
             .chunks_exact_mut(rows.segment)
-            .zip(x.chunks_exact(rows.segment));
-        for (((dx, x), w), b) in segments.zip(w).zip(b) {
-            for (dx, x) in dx.iter_mut().zip(x) {
-                *dx *= w * slope_of(stats.normal(*x) * w + b, silu);
+            .zip(x.chunks_exact(rows.segment))
+            .zip(dy.chunks_exact(rows.segment));
+        for (((normal, x), dy), (w, b)) in segments.zip(w.iter().zip(b)) {
+            for ((normal, x), dy) in normal.iter_mut().zip(x).zip(dy) {
+                *normal = dy * (w * slope_of(stats.normal(*x) * w + b, silu));
             }
         }
     }
     let n = x.len() as f64;
     let average = (sum(
-        dx,
+        normal,
         #[inline(always)]
         |g| g,
     ) / n) as f32;
     let slope = (sum2(
-        dx,
+        normal,
         x,
         #[inline(always)]
         |g, x| g * stats.normal(x),
     ) / n) as f32;
-    for (dx, x) in dx.iter_mut().zip(x) {
-        *dx = stats.r * (*dx - average - stats.normal(*x) * slope);
+    let gradients = normal.iter().zip(x);
+    if add {
+        for (dx, (g, x)) in dx.iter_mut().zip(gradients) {
+            *dx += stats.r * (g - average - stats.normal(*x) * slope);
+        }
+    } else {
+        for (dx, (g, x)) in dx.iter_mut().zip(gradients) {
+            *dx = stats.r * (g - average - stats.normal(*x) * slope);
+        }
     }
 }
 
 /// Gradients of weight and bias. Rows are summed in parts that do not depend on the number
 /// of threads, the parts in their order.
 fn scale_gradients(
-    norm: &Norm,
+    norm: Norm,
     rows: Rows,
     (x, dy): (&[f32], &[f32]),
     (w, b): (&[f32], &[f32]),
@@ -274,7 +290,7 @@ fn scale_gradients(
 #[inline(always)]
 fn add_scale_gradients(
     [to_w, to_b]: &mut [Vec<f32>; 2],
-    norm: &Norm,
+    norm: Norm,
     segment: usize,
     (x, dy): (&[f32], &[f32]),
     (w, b): (&[f32], &[f32]),
@@ -312,115 +328,99 @@ fn add_scale_gradients(
     }
 }
 
-/// Calls `body(row number, out, input)` for each row, several rows per task.
-fn each_row(
-    out: &mut [f32],
-    input: &[f32],
-    width: usize,
-    body: impl Fn(usize, &mut [f32], &[f32]) + Sync,
-) {
-    const TASK: usize = 1 << 14;
-    let rows = (TASK / width).max(1);
-    let run = |first: usize, out: &mut [f32], input: &[f32]| {
-        vectorized(
-            #[inline(always)]
-            || {
-                let pairs = out.chunks_exact_mut(width).zip(input.chunks_exact(width));
-                for (i, (out, input)) in pairs.enumerate() {
-                    body(first + i, out, input);
-                }
-            },
-        );
-    };
-    if out.len() <= rows * width {
-        run(0, out, input);
-    } else {
-        out.par_chunks_mut(rows * width)
-            .zip(input.par_chunks(rows * width))
-            .enumerate()
-            .for_each(|(i, (out, input))| run(i * rows, out, input));
-    }
-}
+/// Values per task; at least one row.
+const TASK: usize = 1 << 14;
 
-impl CustomOp3 for Norm {
-    fn name(&self) -> &'static str {
-        "norm"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (x, w, b) = (values(s1, l1)?, values(s2, l2)?, values(s3, l3)?);
-        let rows = self.rows(l1.shape(), w.len())?;
-        if b.len() != w.len() {
+impl Norm {
+    fn apply(self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+        let args = [x, weight, bias];
+        let [x, w, b] = [x.detach(), weight.detach(), bias.detach()];
+        let x = x.contiguous()?;
+        let rows = self.rows(x.shape(), w.elem_count())?;
+        if b.elem_count() != w.elem_count() {
             candle_core::bail!("norm: weight and bias differ in length");
         }
-        let mut y = zeros(x.len());
-        let (eps, silu) = (self.eps, self.silu);
-        each_row(
-            &mut y,
-            x,
-            rows.width,
-            #[inline(always)]
-            |row, y, x| {
-                forward(
-                    y,
-                    x,
-                    rows,
-                    rows.scales(w, row),
-                    rows.scales(b, row),
-                    eps,
-                    silu,
-                );
-            },
-        );
-        Ok((CpuStorage::F32(y), l1.shape().clone()))
+        let y = with(&x, |x| with_both(&w, &b, |w, b| self.forward(rows, x, w, b)))??;
+        let wanted = args.map(Tensor::track_op);
+        let shape = x.shape().clone();
+        let gradients = move |dy: &Tensor| {
+            let dy = dy.contiguous()?;
+            let scales = (wanted[1] || wanted[2])
+                .then(|| {
+                    with_both(&x, &dy, |x, dy| {
+                        with_both(&w, &b, |w, b| scale_gradients(self, rows, (x, dy), (w, b)))
+                    })?
+                })
+                .transpose()?;
+            let [x, w, b] = [&x, &w, &b].map(Tensor::clone);
+            let shape = w.shape().clone();
+            let to_x = wanted[0].then(|| {
+                Gradient::values(move |dx, add| {
+                    with_both(&x, &dy, |x, dy| {
+                        with_both(&w, &b, |w, b| {
+                            self.backward(rows, (dx, add), (x, dy), (w, b));
+                        })
+                    })?
+                })
+            });
+            let mut all = vec![to_x];
+            for values in scales.into_iter().flatten() {
+                let gradient = Tensor::from_vec(values, &shape, &Device::Cpu)?;
+                all.push(Some(gradient.into()));
+            }
+            Ok(all)
+        };
+        node("norm", &args, Value::Cpu(y, shape), Box::new(gradients))
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let rows = self.rows(x.shape(), w.elem_count())?;
-        let (eps, silu) = (self.eps, self.silu);
-        let to_x = x.track_op();
-        let to_scales = w.track_op() || b.track_op();
-        let (dx, scales) = with_values(w, b, |w, b| {
-            with_values(x, &dy.contiguous()?, |x, dy| {
-                let scales = to_scales.then(|| scale_gradients(self, rows, (x, dy), (w, b)));
-                let dx = to_x.then(|| {
-                    let mut dx = copied(dy);
-                    each_row(
-                        &mut dx,
-                        x,
-                        rows.width,
-                        #[inline(always)]
-                        |row, dx, x| {
-                            let (w, b) = (rows.scales(w, row), rows.scales(b, row));
-                            backward(dx, x, rows, w, b, eps, silu);
-                        },
-                    );
-                    dx
-                });
-                (dx, scales)
-            })
-        })??;
-        let tensor = |values: Option<Vec<f32>>, like: &Tensor| {
-            let values = values.filter(|_| like.track_op());
-            let tensor = |values| Tensor::from_vec(values, like.shape(), like.device());
-            values.map(tensor).transpose()
+    fn forward(self, rows: Rows, x: &[f32], w: &[f32], b: &[f32]) -> Vec<f32> {
+        let width = rows.width;
+        let part = width * (TASK / width).max(1);
+        in_parts(x.len(), part, |first, y: &mut [f32]| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    let pairs = y
+                        .chunks_exact_mut(width)
+                        .zip(x[first..].chunks_exact(width));
+                    for (row, (y, x)) in (first / width..).zip(pairs) {
+                        let (w, b) = (rows.scales(w, row), rows.scales(b, row));
+                        forward(y, x, rows, w, b, self.eps, self.silu);
+                    }
+                },
+            );
+        })
+    }
+
+    fn backward(
+        self,
+        rows: Rows,
+        (dx, add): (&mut [f32], bool),
+        (x, dy): (&[f32], &[f32]),
+        (w, b): (&[f32], &[f32]),
+    ) {
+        let width = rows.width;
+        let part = width * (TASK / width).max(1);
+        let run = |task: usize, dx: &mut [f32], x: &[f32], dy: &[f32]| {
+            let mut normal = vec![0f32; width];
+            vectorized(
+                #[inline(always)]
+                || {
+                    let values = x.chunks_exact(width).zip(dy.chunks_exact(width));
+                    let lines = dx.chunks_exact_mut(width).zip(values);
+                    for (row, (dx, pair)) in (task * part / width..).zip(lines) {
+                        let scales = (rows.scales(w, row), rows.scales(b, row));
+                        backward((dx, add), &mut normal, pair, rows, scales, self);
+                    }
+                },
+            );
         };
-        let (dw, db) = scales.map(|[dw, db]| (dw, db)).unzip();
-        Ok((tensor(dx, x)?, tensor(dw, w)?, tensor(db, b)?))
+        if dx.len() <= part {
+            return run(0, dx, x, dy);
+        }
+        dx.par_chunks_mut(part)
+            .zip(x.par_chunks(part).zip(dy.par_chunks(part)))
+            .enumerate()
+            .for_each(|(task, (dx, (x, dy)))| run(task, dx, x, dy));
     }
 }

@@ -1,11 +1,13 @@
 //! SiLU and GEGLU with gradients in one pass over the data.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
-use crate::buffer::{copied, in_parts, rows_of};
+use crate::buffer::{in_parts, rows_of, with, with_both};
+use crate::gradient::Gradient;
 use crate::math::{normal_cdf, normal_pdf, sigmoid, vectorized};
-use crate::{as_nodes, checkpoint, fast, plain, values};
+use crate::node::{Leaf, Value, backward_from, node};
+use crate::{as_nodes, checkpoint, fast, plain};
 
 /// Values per task.
 const BLOCK: usize = 1 << 14;
@@ -16,7 +18,7 @@ const BLOCK: usize = 1 << 14;
 /// When the operation is not defined for the dtype.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
     if fast(&[x]) {
-        x.contiguous()?.apply_op1(Silu)
+        silu_node(x)
     } else {
         x.silu()
     }
@@ -29,7 +31,7 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
 /// When the last axis is odd.
 pub fn geglu(x: &Tensor) -> Result<Tensor> {
     if fast(&[x]) {
-        x.contiguous()?.apply_op1(Geglu)
+        geglu_node(x)
     } else if as_nodes() {
         checkpoint(&[x], |t| plain::geglu(&t[0]))
     } else {
@@ -37,72 +39,61 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Applies `f` block by block to (output, input), on several threads.
-fn map(n: usize, body: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
-    in_parts(n, BLOCK, |first, y| vectorized(|| body(first, y)))
-}
-
-struct Silu;
-
-impl CustomOp1 for Silu {
-    fn name(&self) -> &'static str {
-        "silu"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = values(storage, layout)?;
-        let y = map(
-            x.len(),
-            #[inline(always)]
-            |start, y| {
-                for (y, x) in y.iter_mut().zip(&x[start..]) {
-                    *y = x * sigmoid(*x);
-                }
-            },
-        );
-        Ok((CpuStorage::F32(y), layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        if !x.track_op() {
-            return Ok(None);
-        }
-        let dx = with_values(x, &dy.contiguous()?, |x, dy| {
-            map(
-                x.len(),
+fn silu_node(x: &Tensor) -> Result<Tensor> {
+    let input = x.detach().contiguous()?;
+    let y = with(&input, |x| {
+        in_parts(x.len(), BLOCK, |first, y: &mut [f32]| {
+            vectorized(
                 #[inline(always)]
-                |start, out| {
-                    for ((out, x), dy) in out.iter_mut().zip(&x[start..]).zip(&dy[start..]) {
-                        let s = sigmoid(*x);
-                        *out = dy * s * (1.0 + x * (1.0 - s));
+                || {
+                    for (y, x) in y.iter_mut().zip(&x[first..]) {
+                        *y = x * sigmoid(*x);
                     }
                 },
             )
-        })?;
-        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
-    }
+        })
+    })?;
+    let gradients = move |dy: &Tensor| {
+        let (x, dy) = (input.clone(), dy.contiguous()?);
+        let to_x = Gradient::values(move |dx, _| {
+            with_both(&x, &dy, |x, dy| {
+                let inputs = x.par_chunks(BLOCK).zip(dy.par_chunks(BLOCK));
+                let parts = dx.par_chunks_mut(BLOCK).zip(inputs);
+                parts.for_each(|(dx, (x, dy))| {
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
+                                let s = sigmoid(*x);
+                                *dx += dy * s * (1.0 + x * (1.0 - s));
+                            }
+                        },
+                    )
+                });
+            })
+        });
+        Ok(vec![Some(to_x)])
+    };
+    let value = Value::cpu(y, x.shape());
+    node("silu", &[x], value, Box::new(gradients))
 }
 
-struct Geglu;
-
-impl Geglu {
-    fn width(shape: &Shape) -> Result<usize> {
-        match shape.dims().last() {
-            Some(last) if last % 2 == 0 && *last > 0 => Ok(last / 2),
-            _ => candle_core::bail!("geglu: the last axis of {shape:?} cannot be halved"),
+/// Half of the last axis, and the shape of the result.
+fn halved(x: &Tensor) -> Result<(usize, Vec<usize>)> {
+    let mut dims = x.dims().to_vec();
+    match dims.last_mut() {
+        Some(last) if *last % 2 == 0 && *last > 0 => {
+            *last /= 2;
+            Ok((*last, dims))
         }
+        _ => candle_core::bail!("geglu: the last axis of {dims:?} cannot be halved"),
     }
 }
 
-impl CustomOp1 for Geglu {
-    fn name(&self) -> &'static str {
-        "geglu"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = values(storage, layout)?;
-        let c = Self::width(layout.shape())?;
-        let y = in_parts(x.len() / 2, rows_of(c), |first, y: &mut [f32]| {
+/// Rows of `2c` values to rows of `c`.
+fn gated(x: &Tensor, c: usize) -> Result<Vec<f32>> {
+    with(x, |x| {
+        in_parts(x.len() / 2, rows_of(c), |first, y: &mut [f32]| {
             let rows = y
                 .chunks_exact_mut(c)
                 .zip(x[2 * first..].chunks_exact(2 * c));
@@ -117,81 +108,91 @@ impl CustomOp1 for Geglu {
                     }
                 },
             );
-        });
-        let mut dims = layout.dims().to_vec();
-        if let Some(last) = dims.last_mut() {
-            *last = c;
-        }
-        Ok((CpuStorage::F32(y), dims.into()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        if !x.track_op() {
-            return Ok(None);
-        }
-        let c = Self::width(x.shape())?;
-        let dx = with_values(x, &dy.contiguous()?, |x, dy| {
-            let mut dx = copied(x);
-            // The input is in `dx` already and is replaced by its gradient.
-            each_row(&mut dx, 2 * c, dy, c, |dx, dy| {
-                let (value, gate) = dx.split_at_mut(c);
-                for ((value, gate), dy) in value.iter_mut().zip(gate).zip(dy) {
-                    let (v, g) = (*value, *gate);
-                    let cdf = normal_cdf(g);
-                    *value = dy * g * cdf;
-                    *gate = dy * v * (cdf + g * normal_pdf(g));
-                }
-            });
-            dx
-        })?;
-        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
-    }
+        })
+    })
 }
 
-/// Calls `body` with each row of `out` and the row of `input` that belongs to it.
-pub(crate) fn each_row(
+/// The gradient to `x` from that to [`gated`].
+fn gated_gradient(x: &Tensor, dy: &Tensor, c: usize) -> Result<Gradient> {
+    let (x, dy) = (x.clone(), dy.contiguous()?);
+    Ok(Gradient::values(move |dx, _| {
+        with_both(&x, &dy, |x, dy| {
+            each_row(
+                dx,
+                2 * c,
+                (x, 2 * c),
+                (dy, c),
+                #[inline(always)]
+                |dx, x, dy| {
+                    let ((dv, dg), (value, gate)) = (dx.split_at_mut(c), x.split_at(c));
+                    let gradients = dv.iter_mut().zip(dg).zip(dy);
+                    for (((dv, dg), dy), (v, g)) in gradients.zip(value.iter().zip(gate)) {
+                        let cdf = normal_cdf(*g);
+                        *dv += dy * g * cdf;
+                        *dg += dy * v * (cdf + g * normal_pdf(*g));
+                    }
+                },
+            );
+        })
+    }))
+}
+
+fn geglu_node(x: &Tensor) -> Result<Tensor> {
+    let (c, dims) = halved(x)?;
+    let kept = x.detach().contiguous()?;
+    let value = Value::cpu(gated(&kept, c)?, dims);
+    let gradients = move |dy: &Tensor| Ok(vec![Some(gated_gradient(&kept, dy, c)?)]);
+    node("geglu", &[x], value, Box::new(gradients))
+}
+
+/// [`geglu`] of `x` as a variable.
+pub(crate) fn geglu_var(x: &Tensor) -> Result<Var> {
+    if !fast(&[x]) {
+        return Var::from_tensor(&geglu(x)?);
+    }
+    let (c, dims) = halved(x)?;
+    Var::from_vec(gated(x, c)?, dims, &Device::Cpu)
+}
+
+/// The gradient to `x` from that to [`geglu`] of it.
+pub(crate) fn geglu_gradient(x: &Tensor, dy: Tensor) -> Result<Option<Gradient>> {
+    if fast(&[x, &dy]) {
+        return gated_gradient(x, &dy, halved(x)?.0).map(Some);
+    }
+    let leaf = Leaf::new(x)?;
+    let mut store = backward_from(&plain::geglu(&leaf.tensor)?, dy)?;
+    Ok(leaf.gradient(&mut store)?.map(Gradient::Tensor))
+}
+
+/// Calls `body` with each row of `out` and the rows of `a` and `b` that belong to it; their widths
+/// stand beside them.
+fn each_row(
     out: &mut [f32],
-    out_width: usize,
-    input: &[f32],
-    in_width: usize,
-    body: impl Fn(&mut [f32], &[f32]) + Sync,
+    width: usize,
+    (a, a_width): (&[f32], usize),
+    (b, b_width): (&[f32], usize),
+    body: impl Fn(&mut [f32], &[f32], &[f32]) + Sync,
 ) {
-    let rows = (BLOCK / out_width.max(in_width)).max(1);
-    let run = |out: &mut [f32], input: &[f32]| {
+    let rows = (BLOCK / width).max(1);
+    let run = |out: &mut [f32], a: &[f32], b: &[f32]| {
         vectorized(
             #[inline(always)]
             || {
-                for (out, input) in out
-                    .chunks_exact_mut(out_width)
-                    .zip(input.chunks_exact(in_width))
-                {
-                    body(out, input);
+                let inputs = a.chunks_exact(a_width).zip(b.chunks_exact(b_width));
+                for (out, (a, b)) in out.chunks_exact_mut(width).zip(inputs) {
+                    body(out, a, b);
                 }
             },
         );
     };
-    if out.len() <= rows * out_width {
-        run(out, input);
-    } else {
-        out.par_chunks_mut(rows * out_width)
-            .zip(input.par_chunks(rows * in_width))
-            .for_each(|(out, input)| run(out, input));
-    }
-}
-
-/// Runs `body` on the f32 values of two contiguous CPU tensors.
-pub(crate) fn with_values<R>(
-    a: &Tensor,
-    b: &Tensor,
-    body: impl FnOnce(&[f32], &[f32]) -> R,
-) -> Result<R> {
-    let a = a.contiguous()?;
-    let (a_storage, a_layout) = a.storage_and_layout();
-    let (b_storage, b_layout) = b.storage_and_layout();
-    match (&*a_storage, &*b_storage) {
-        (candle_core::Storage::Cpu(a), candle_core::Storage::Cpu(b)) => {
-            Ok(body(values(a, a_layout)?, values(b, b_layout)?))
-        }
-        _ => candle_core::bail!("expected tensors on the CPU"),
+    let inputs = a
+        .par_chunks(rows * a_width)
+        .zip(b.par_chunks(rows * b_width));
+    match out.len() <= rows * width {
+        true => run(out, a, b),
+        false => out
+            .par_chunks_mut(rows * width)
+            .zip(inputs)
+            .for_each(|(out, (a, b))| run(out, a, b)),
     }
 }

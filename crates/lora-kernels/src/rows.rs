@@ -2,14 +2,14 @@
 //! small matrix: what LoHa, DoRA and LoKr do beside products. candle's broadcasts do the same, but their backward passes
 //! sum slowly.
 
-use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor};
+use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::buffer::{copied, zeros};
+use crate::buffer::{copied, in_parts, with, with_both, zeros};
+use crate::fast;
+use crate::gradient::Gradient;
 use crate::math::{sum2, vectorized};
 use crate::node::{Value, node};
-use crate::pointwise::with_values;
-use crate::{fast, values};
 
 /// The elementwise products of every row of `a` `[r, n]` with every row of `b` `[s, n]`:
 /// `[r s, n]`, row `p s + q` being `a_p b_q`.
@@ -33,36 +33,17 @@ pub fn row_products(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if n != columns {
         candle_core::bail!("row products: rows of {n} and of {columns} values");
     }
-    if n > 0 && fast(&[a, b]) {
-        return a.contiguous()?.apply_op2(&b.contiguous()?, RowProducts);
+    if n == 0 || !fast(&[a, b]) {
+        return a
+            .unsqueeze(1)?
+            .broadcast_mul(&b.unsqueeze(0)?)?
+            .reshape((r * s, n));
     }
-    a.unsqueeze(1)?
-        .broadcast_mul(&b.unsqueeze(0)?)?
-        .reshape((r * s, n))
-}
-
-struct RowProducts;
-
-/// Columns that are summed at a time.
-const COLUMNS: usize = 1 << 12;
-
-impl CustomOp2 for RowProducts {
-    fn name(&self) -> &'static str {
-        "row_products"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let ((r, n), (s, _)) = (l1.shape().dims2()?, l2.shape().dims2()?);
-        let (a, b) = (values(s1, l1)?, values(s2, l2)?);
-        let mut products = vec![0f32; r * s * n];
-        let blocks = products.par_chunks_mut(s * n).zip(a.par_chunks(n));
-        blocks.for_each(|(products, a)| {
+    let args = [a, b];
+    let [a, b] = [a.detach().contiguous()?, b.detach().contiguous()?];
+    let products = with_both(&a, &b, |a, b| {
+        in_parts(r * s * n, s * n, |first, products: &mut [f32]| {
+            let a = &a[first / s..][..n];
             vectorized(
                 #[inline(always)]
                 || {
@@ -73,43 +54,40 @@ impl CustomOp2 for RowProducts {
                     }
                 },
             )
-        });
-        Ok((CpuStorage::F32(products), (r * s, n).into()))
-    }
-
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let ((r, n), s) = (a.dims2()?, b.dim(0)?);
-        let dy = dy.detach().contiguous()?;
+        })
+    })?;
+    let wanted = args.map(Tensor::track_op);
+    let gradients = move |dy: &Tensor| {
+        let dy = dy.contiguous()?;
         // Rows of dy, `step` apart, times the rows of the other side.
-        let gradient = |other: &Tensor, rows: usize, first: usize, step: usize| {
-            let sums = with_values(&other.detach(), &dy, |other, dy| {
-                let mut sums = vec![0f32; rows * n];
-                let rows = sums.par_chunks_mut(n).enumerate();
-                rows.for_each(|(row, sums)| {
-                    let dy = dy.chunks_exact(n).skip(row * first).step_by(step);
-                    let terms: Vec<_> = dy.zip(other.chunks_exact(n)).collect();
-                    for (block, sums) in sums.chunks_mut(COLUMNS).enumerate() {
-                        let at = block * COLUMNS..block * COLUMNS + sums.len();
-                        for (dy, other) in &terms {
-                            add_products(sums, &dy[at.clone()], &other[at.clone()]);
+        let gradient = |other: &Tensor, first: usize, step: usize| {
+            let (other, dy) = (other.clone(), dy.clone());
+            Gradient::values(move |sums, _| {
+                with_both(&other, &dy, |other, dy| {
+                    let rows = sums.par_chunks_mut(n).enumerate();
+                    rows.for_each(|(row, sums)| {
+                        let dy = dy.chunks_exact(n).skip(row * first).step_by(step);
+                        let terms: Vec<_> = dy.zip(other.chunks_exact(n)).collect();
+                        for (block, sums) in sums.chunks_mut(COLUMNS).enumerate() {
+                            let at = block * COLUMNS..block * COLUMNS + sums.len();
+                            for (dy, other) in &terms {
+                                add_products(sums, &dy[at.clone()], &other[at.clone()]);
+                            }
                         }
-                    }
-                });
-                sums
-            })?;
-            Tensor::from_vec(sums, (rows, n), &Device::Cpu)
+                    });
+                })
+            })
         };
-        let to_a = a.track_op().then(|| gradient(b, r, s, 1)).transpose()?;
-        let to_b = b.track_op().then(|| gradient(a, s, 1, s)).transpose()?;
-        Ok((to_a, to_b))
-    }
+        let to_a = wanted[0].then(|| gradient(&b, s, 1));
+        let to_b = wanted[1].then(|| gradient(&a, 1, s));
+        Ok(vec![to_a, to_b])
+    };
+    let value = Value::cpu(products, (r * s, n));
+    node("row_products", &args, value, Box::new(gradients))
 }
+
+/// Columns that are summed at a time.
+const COLUMNS: usize = 1 << 12;
 
 fn add_products(sums: &mut [f32], a: &[f32], b: &[f32]) {
     vectorized(
@@ -173,12 +151,10 @@ pub fn scale_channels(
     let bias = bias.map(per_channel).transpose()?;
     let (kept, shape) = (y.detach().contiguous()?, y.shape().clone());
     let mut value = match residual {
-        Some(residual) => with_values(residual, residual, |r, _| copied(r))?,
+        Some(residual) => with(residual, copied)?,
         None => zeros(kept.elem_count()),
     };
-    with_values(&kept, &kept, |y, _| {
-        by_channel(&mut value, y, run, &factors, bias.as_deref());
-    })?;
+    with(&kept, |y| by_channel(&mut value, y, run, &factors, bias.as_deref()))?;
     let (to_y, to_scale, to_residual) = (
         y.track_op(),
         scale.track_op(),
@@ -186,24 +162,21 @@ pub fn scale_channels(
     );
     let gradients = move |dy: &Tensor| {
         let dy = dy.contiguous()?;
-        let (dy_scaled, sums) = with_values(&kept, &dy, |y, dy| {
-            let scaled = to_y.then(|| {
-                let mut scaled = zeros(dy.len());
-                by_channel(&mut scaled, dy, run, &factors, None);
-                scaled
-            });
-            (scaled, to_scale.then(|| channel_sums(y, dy, run, channels)))
-        })?;
-        let tensor =
-            |values: Vec<f32>, shape: &Shape| Tensor::from_vec(values, shape, &Device::Cpu);
-        let mut all = vec![
-            dy_scaled
-                .map(|v| tensor(v, &kept.shape().clone()))
-                .transpose()?,
-            sums.map(|v| tensor(v, &channels.into())).transpose()?,
-        ];
-        all.push(to_residual.then_some(dy));
-        Ok(all)
+        let to_y = to_y.then(|| {
+            let (dy, factors) = (dy.clone(), factors.clone());
+            Gradient::values(move |dy_scaled, _| {
+                with(&dy, |dy| by_channel(dy_scaled, dy, run, &factors, None))
+            })
+        });
+        let sums = match to_scale {
+            true => {
+                let sums = with_both(&kept, &dy, |y, dy| channel_sums(y, dy, run, channels))?;
+                Some(Tensor::from_vec(sums, channels, &Device::Cpu)?.into())
+            }
+            false => None,
+        };
+        let to_residual = to_residual.then(|| dy.into());
+        Ok(vec![to_y, sums, to_residual])
     };
     let args: Vec<&Tensor> = [y, scale].into_iter().chain(residual).collect();
     node(
@@ -300,56 +273,33 @@ pub fn mix_groups(mixing: &Tensor, x: &Tensor) -> Result<Tensor> {
     if groups != c {
         candle_core::bail!("mix_groups: {groups} groups, mixed by [{a}, {c}]");
     }
-    if x.elem_count() > 0 && fast(&[mixing, x]) {
-        return mixing.contiguous()?.apply_op2(&x.contiguous()?, MixGroups);
+    if x.elem_count() == 0 || !fast(&[mixing, x]) {
+        let columns = x.transpose(1, 2)?.contiguous()?.reshape((rows * b, c))?;
+        let mixed = crate::linear(&columns, mixing, None)?;
+        return mixed.reshape((rows, b, a))?.transpose(1, 2)?.contiguous();
     }
-    let columns = x.transpose(1, 2)?.contiguous()?.reshape((rows * b, c))?;
-    let mixed = crate::linear(&columns, mixing, None)?;
-    mixed.reshape((rows, b, a))?.transpose(1, 2)?.contiguous()
-}
-
-struct MixGroups;
-
-impl CustomOp2 for MixGroups {
-    fn name(&self) -> &'static str {
-        "mix_groups"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let ((a, c), (rows, _, b)) = (l1.shape().dims2()?, l2.shape().dims3()?);
-        let mixed = mix(values(s1, l1)?, values(s2, l2)?, c, b);
-        Ok((CpuStorage::F32(mixed), (rows, a, b).into()))
-    }
-
-    fn bwd(
-        &self,
-        mixing: &Tensor,
-        x: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let ((a, c), b) = (mixing.dims2()?, x.dim(2)?);
-        let dy = dy.detach().contiguous()?;
+    let args = [mixing, x];
+    let [mixing, x] = [mixing.detach().contiguous()?, x.detach().contiguous()?];
+    let mixed = with_both(&mixing, &x, |mixing, x| mix(mixing, x, c, b))?;
+    let wanted = args.map(Tensor::track_op);
+    let gradients = move |dy: &Tensor| {
+        let dy = dy.contiguous()?;
         let to_mixing = || {
-            let sums = with_values(x, &dy, |x, dy| mixing_gradient(x, dy, a, c, b))?;
-            Tensor::from_vec(sums, (a, c), &Device::Cpu)
+            let sums = with_both(&x, &dy, |x, dy| mixing_gradient(x, dy, a, c, b))?;
+            Ok::<_, candle_core::Error>(Tensor::from_vec(sums, (a, c), &Device::Cpu)?.into())
         };
         let to_x = || {
-            let back = mixing.detach().t()?.contiguous()?;
-            let dx = with_values(&back, &dy, |back, dy| mix(back, dy, a, b))?;
-            Tensor::from_vec(dx, x.shape(), &Device::Cpu)
+            let back = mixing.t()?.contiguous()?;
+            let dx = with_both(&back, &dy, |back, dy| mix(back, dy, a, b))?;
+            Ok::<_, candle_core::Error>(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?.into())
         };
-        Ok((
-            mixing.track_op().then(to_mixing).transpose()?,
-            x.track_op().then(to_x).transpose()?,
-        ))
-    }
+        Ok(vec![
+            wanted[0].then(to_mixing).transpose()?,
+            wanted[1].then(to_x).transpose()?,
+        ])
+    };
+    let value = Value::cpu(mixed, (rows, a, b));
+    node("mix_groups", &args, value, Box::new(gradients))
 }
 
 /// Columns that are held in registers.

@@ -1,10 +1,13 @@
 //! Channels and pixels change places. candle copies one value after the other, on one thread.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
 
-use crate::buffer::in_parts;
+use crate::buffer::{in_parts, with};
+use crate::fast;
+use crate::gradient::Gradient;
 use crate::math::vectorized;
-use crate::{fast, values};
+use crate::node::{Value, node};
 
 /// `x` `[n, a, b]` as `[n, b, a]`, contiguous.
 ///
@@ -19,44 +22,53 @@ use crate::{fast, values};
 /// # Errors
 /// When `x` does not have three dimensions.
 pub fn transpose(x: &Tensor) -> Result<Tensor> {
-    x.dims3()?;
-    if fast(&[x]) {
-        x.contiguous()?.apply_op1(Transpose)
-    } else {
-        x.transpose(1, 2)?.contiguous()
+    let (n, a, b) = x.dims3()?;
+    if !fast(&[x]) {
+        return x.transpose(1, 2)?.contiguous();
     }
+    let turned = with(&x.detach(), |x| {
+        in_parts(x.len(), ROWS * a, |first, out: &mut [f32]| {
+            each_turned(out, x, first, (a, b), |out, x| *out = x);
+        })
+    })?;
+    let gradients = move |dy: &Tensor| {
+        let dy = dy.contiguous()?;
+        let to_x = Gradient::values(move |dx, _| {
+            with(&dy, |dy| {
+                let parts = dx.par_chunks_mut((ROWS * b).max(1)).enumerate();
+                parts.for_each(|(part, dx)| {
+                    each_turned(dx, dy, part * ROWS * b, (b, a), |dx, dy| *dx += dy);
+                });
+            })
+        });
+        Ok(vec![Some(to_x)])
+    };
+    let value = Value::cpu(turned, (n, b, a));
+    node("transpose", &[x], value, Box::new(gradients))
 }
 
-struct Transpose;
+/// Rows of the result per task: they read the same lines of the cache.
+const ROWS: usize = 16;
 
-impl CustomOp1 for Transpose {
-    fn name(&self) -> &'static str {
-        "transpose"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (n, a, b) = layout.shape().dims3()?;
-        let x = values(storage, layout)?;
-        /// Rows of the result per task: they read the same lines of the cache.
-        const ROWS: usize = 16;
-        let turned = in_parts(x.len(), ROWS * a, |first, out: &mut [f32]| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    for (row, out) in (first / a.max(1)..).zip(out.chunks_exact_mut(a.max(1))) {
-                        let (image, row) = (row / b, row % b);
-                        let x = &x[image * a * b + row..];
-                        for (value, x) in out.iter_mut().zip(x.iter().step_by(b)) {
-                            *value = *x;
-                        }
-                    }
-                },
-            );
-        });
-        Ok((CpuStorage::F32(turned), (n, b, a).into()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        x.track_op().then(|| transpose(&dy.detach())).transpose()
-    }
+/// Calls `body` with values of the transposed `x` `[n, a, b]`, rows of `a` values that begin at
+/// value `first`, and those of `x` that belong there.
+fn each_turned(
+    out: &mut [f32],
+    x: &[f32],
+    first: usize,
+    (a, b): (usize, usize),
+    body: impl Fn(&mut f32, f32),
+) {
+    vectorized(
+        #[inline(always)]
+        || {
+            for (row, out) in (first / a.max(1)..).zip(out.chunks_exact_mut(a.max(1))) {
+                let (image, row) = (row / b, row % b);
+                let x = &x[image * a * b + row..];
+                for (out, x) in out.iter_mut().zip(x.iter().step_by(b)) {
+                    body(out, *x);
+                }
+            }
+        },
+    );
 }

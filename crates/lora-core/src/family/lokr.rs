@@ -12,7 +12,7 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
-use lora_kernels::Conv2dParams;
+use lora_kernels::{Conv2dParams, reshape};
 use rand::RngCore;
 
 use super::{
@@ -188,16 +188,13 @@ impl Lokr {
         let mut shape = x.dims().to_vec();
         let rows = x.elem_count() / (c * d).max(1);
         let w1 = (self.w1.matrix(dtype)? * (self.scale() * multiplier))?;
-        let z = lora_kernels::linear(
-            &x.contiguous()?.reshape((rows * c, d))?,
-            &self.w2.matrix(dtype)?,
-            None,
-        )?;
-        let y = lora_kernels::mix_groups(&w1, &z.reshape((rows, c, b))?)?;
+        let x = reshape(&x.contiguous()?, (rows * c, d))?;
+        let z = lora_kernels::linear(&x, &self.w2.matrix(dtype)?, None)?;
+        let y = lora_kernels::mix_groups(&w1, &reshape(&z, (rows, c, b))?)?;
         if let Some(last) = shape.last_mut() {
             *last = a * b;
         }
-        y.reshape(shape)
+        reshape(&y, shape)
     }
 
     /// The same for a convolution: the second factor convolves every group of `d`
@@ -216,13 +213,13 @@ impl Lokr {
         let dtype = x.dtype();
         let w1 = (self.w1.matrix(dtype)? * (self.scale() * multiplier))?;
         let w2 = self.w2.matrix(dtype)?.reshape((b, d, kh, kw))?;
-        let x = x.contiguous()?.reshape((n * c, d, h, w))?;
+        let x = reshape(&x.contiguous()?, (n * c, d, h, w))?;
         let z = lora_kernels::conv2d(&x, &w2, None, params)?;
         let (_, _, h, w) = z.dims4()?;
-        let z = z.reshape((n, c, b * h, w))?;
+        let z = reshape(&z, (n, c, b * h, w))?;
         let w1 = w1.reshape((a, c, 1, 1))?;
         let y = lora_kernels::conv2d(&z, &w1, None, Conv2dParams::default())?;
-        y.reshape((n, a * b, h, w))
+        reshape(&y, (n, a * b, h, w))
     }
 }
 

@@ -188,12 +188,12 @@ impl Lora {
 
     /// `[o, r]`.
     fn up_matrix(&self, dtype: DType) -> Result<Tensor> {
-        self.up.reshape(((), self.rank))?.to_dtype(dtype)
+        matrix(&self.up)?.to_dtype(dtype)
     }
 
     /// `[r, i * kh * kw]`, the Tucker core applied.
     fn down_matrix(&self, dtype: DType) -> Result<Tensor> {
-        let down = self.down.reshape((self.rank, ()))?.to_dtype(dtype)?;
+        let down = matrix(&self.down)?.to_dtype(dtype)?;
         match &self.mid {
             None => Ok(down),
             Some(mid) => core_times(&mid.to_dtype(dtype)?, &down),
@@ -407,4 +407,13 @@ fn create(fresh: &Fresh<'_>, rng: &mut dyn RngCore) -> crate::Result<Arc<dyn Ada
         .transpose()?;
     let down = uniform(rng, &down, bound(&down))?;
     Ok(Lora::new(fresh.layer, down, mid, up, fresh.alpha)?.trainable()?)
+}
+
+/// One row per output channel, or per rank; a matrix stays itself, so that its gradient takes no
+/// detour.
+fn matrix(t: &Tensor) -> Result<Tensor> {
+    match t.rank() {
+        2 => Ok(t.clone()),
+        _ => t.flatten_from(1),
+    }
 }

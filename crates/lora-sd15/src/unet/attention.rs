@@ -4,9 +4,10 @@ use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use lora_core::{Held, Layer};
 
+use super::memory::kept_for;
 use super::{POINT, outputs};
 use crate::UnetConfig;
-use lora_kernels::{attention, transpose};
+use lora_kernels::{attention, reshape, transpose};
 
 /// Group norm, 1x1 projection, one block over pixels as tokens, projection back.
 #[derive(Debug, Clone)]
@@ -71,9 +72,9 @@ impl Transformer {
     pub(super) fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
         let (n, c, h, w) = x.dims4()?;
         let tokens = self.proj_in.forward(&self.norm.forward(x)?)?;
-        let tokens = transpose(&tokens.reshape((n, c, h * w))?)?;
+        let tokens = transpose(&reshape(&tokens, (n, c, h * w))?)?;
         let tokens = self.block.forward(&tokens, context)?;
-        let y = transpose(&tokens)?.reshape((n, c, h, w))?;
+        let y = reshape(&transpose(&tokens)?, (n, c, h, w))?;
         self.proj_out.forward_added(&y, None, Some(x))
     }
 
@@ -81,9 +82,14 @@ impl Transformer {
     pub(super) fn held(&self, pixels: usize, tokens: usize) -> Held {
         let c = outputs(&self.proj_out);
         let (own, other, ff) = (&self.block.attn1, &self.block.attn2, &self.block.ff);
+        // Norms, where adapters follow.
+        let norms: usize = [&self.proj_in, &own.to_q, &other.to_q, &ff.proj]
+            .into_iter()
+            .map(|layer| kept_for(layer, c * pixels))
+            .sum();
         let norms_and_results = Held {
-            // Four norms, two transpositions, both attentions with what their softmax keeps.
-            kept: 8 * c * pixels + 2 * own.heads * pixels,
+            // Both attentions with what their softmax keeps.
+            kept: norms + 2 * c * pixels + 2 * own.heads * pixels,
             backward: 0,
         };
         let of_pixels = [&self.proj_in, &self.proj_out, &ff.proj]
@@ -167,8 +173,8 @@ impl FeedForward {
     /// gives is not kept for the backward pass but computed again.
     fn forward(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
         let out = self.out.clone();
-        lora_kernels::checkpoint(&[&self.proj.forward(x)?, residual], move |t| {
-            out.forward_added(&lora_kernels::geglu(&t[0])?, None, Some(&t[1]))
+        lora_kernels::after_geglu(&self.proj.forward(x)?, &[residual], move |t| {
+            out.forward_added(&t[0], None, Some(&t[1]))
         })
     }
 }

@@ -1,7 +1,8 @@
 //! What a training step holds in memory, block by block. Follows the forward functions of
-//! this folder: every tensor that candle's graph keeps is counted.
+//! this folder: every tensor that the graph keeps is counted. Norms keep what they are given,
+//! attention its operands and its result, layers what an adapter multiplies.
 
-use lora_core::Held;
+use lora_core::{Held, Layer};
 
 use super::attention::Transformer;
 use super::{Resnet, UNet, outputs};
@@ -24,6 +25,14 @@ impl StepSize {
     fn pixels(&self, level: usize) -> usize {
         let side = |length: usize| length.div_ceil(1 << level);
         self.pictures * side(self.height) * side(self.width)
+    }
+}
+
+/// So many values of the layer's input, if an adapter needs them in the backward pass.
+pub(super) fn kept_for(layer: &Layer, values: usize) -> usize {
+    match layer.attached() {
+        0 => 0,
+        _ => values,
     }
 }
 
@@ -63,12 +72,13 @@ impl UNet {
             }
             if let Some(upsampler) = &block.upsampler {
                 let pixels = size.pixels(level.saturating_sub(1));
-                held.kept += channels * pixels;
+                held.kept += kept_for(upsampler, channels * pixels);
                 held = held.then(upsampler.held(pixels));
             }
         }
-        // The last norm and SiLU behind it.
-        held.kept += outputs(&self.conv_norm_out) * size.pixels(0);
+        // The last norm with SiLU behind it.
+        let normal = outputs(&self.conv_norm_out) * size.pixels(0);
+        held.kept += kept_for(&self.conv_out, normal);
         held.then(self.conv_out.held(size.pixels(0)))
     }
 

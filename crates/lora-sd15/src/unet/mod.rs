@@ -272,7 +272,7 @@ impl UNet {
                 let Some(skip) = skips.pop() else {
                     candle_core::bail!("skip connections do not match")
                 };
-                let both = Tensor::cat(&[&x, &skip], 1)?;
+                let both = lora_kernels::concat_channels(&x, &skip)?;
                 x = self.stage(resnet, block.attentions.get(j), &both, &temb, context)?;
             }
             if let (Some(upsampler), Some(skip)) = (&block.upsampler, skips.last()) {
@@ -341,7 +341,7 @@ fn outputs(layer: &Layer) -> usize {
 
 /// The same values as another node of the graph.
 fn rename(x: &Tensor) -> Result<Tensor> {
-    x.reshape(x.shape())
+    lora_kernels::reshape(x, x.shape())
 }
 
 /// Nearest-neighbour resize of `[n, c, h, w]`: source index `floor(i * from / to)`.

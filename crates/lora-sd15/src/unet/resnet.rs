@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use lora_core::{Held, Layer};
 
+use super::memory::kept_for;
 use super::{POINT, SAME, outputs};
 
 /// Norm, silu, convolution, twice; the time embedding is added in between.
@@ -81,11 +82,13 @@ impl Resnet {
     /// What a training step holds for `pixels` of all `pictures`, of which each has so many input channels.
     pub(super) fn held(&self, inputs: usize, pixels: usize, pictures: usize) -> Held {
         let norms = Held {
-            kept: (inputs + self.outputs()) * pixels,
+            kept: kept_for(&self.conv1, inputs * pixels)
+                + kept_for(&self.conv2, self.outputs() * pixels),
             // Gradients of a convolution's result, of its input, of the norm's and of the residual.
             backward: 4 * self.outputs().max(inputs) * pixels,
         };
-        let shortcut = self.conv_shortcut.iter().map(|layer| layer.held(pixels));
+        let shortcut = self.conv_shortcut.iter();
+        let shortcut = shortcut.map(|layer| layer.held_by_adapters(pixels));
         let shift = self.time_emb_proj.iter().map(|layer| layer.held(pictures));
         [self.conv1.held(pixels), self.conv2.held(pixels)]
             .into_iter()
