@@ -1,6 +1,6 @@
-//! Trains the miniature Stable Diffusion of `assets/mini` from scratch, in stages: the VAE; the
-//! text encoder alone on what captions say of pictures, as CLIP was made; UNet and text
-//! encoder; the VAE's decoder alone, as `sd-vae-ft-mse` was made.
+//! Trains the miniature Stable Diffusion of `assets/mini` from scratch, in stages: the VAE;
+//! UNet and text encoder; the text encoder alone on what captions say of pictures, as CLIP was
+//! made; UNet and text encoder again; the VAE's decoder alone, as `sd-vae-ft-mse` was made.
 //!
 //! ```text
 //! node assets/portraits/generate.mjs pretraining out/portraits/1_all
@@ -35,7 +35,7 @@ use lora_optim::{
     ParamGroup, StepOptions,
 };
 use lora_sd15::{
-    ModelConfig, NoiseSchedule, Part, TextConfig, TextEncoder, Tokenizer,
+    Checkpoint, ModelConfig, NoiseSchedule, Part, TextConfig, TextEncoder, Tokenizer,
     TrainableModel, UNet, UnetConfig, Vae, VaeConfig,
 };
 use lora_train::{Draws, StepDraws};
@@ -56,15 +56,21 @@ struct Arguments {
     /// The checkpoint to write, in f16.
     #[arg(long)]
     output: PathBuf,
+    /// Go on after the first two stages from a checkpoint of this program.
+    #[arg(long)]
+    from: Option<PathBuf>,
     /// Updates of the VAE.
     #[arg(long, default_value_t = 2400)]
     vae_steps: u64,
+    /// Updates of UNet and text encoder, first time.
+    #[arg(long, default_value_t = 2250)]
+    first_steps: u64,
     /// Updates of the text encoder alone.
-    #[arg(long, default_value_t = 2000)]
+    #[arg(long, default_value_t = 1500)]
     text_steps: u64,
-    /// Updates of UNet and text encoder.
-    #[arg(long, default_value_t = 4500)]
-    unet_steps: u64,
+    /// Updates of UNet and text encoder, second time.
+    #[arg(long, default_value_t = 1750)]
+    second_steps: u64,
     /// Updates of the decoder.
     #[arg(long, default_value_t = 500)]
     decoder_steps: u64,
@@ -116,7 +122,12 @@ fn run(arguments: &Arguments) -> Result<()> {
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
     let parts = [Part::Vae, Part::TextEncoder, Part::Unet];
-    let model = TrainableModel::new(&config(), &parts, arguments.seed, &Device::Cpu)?;
+    let model = match &arguments.from {
+        Some(path) => {
+            TrainableModel::from_checkpoint(&Checkpoint::open(path)?, &parts, &Device::Cpu)?
+        }
+        None => TrainableModel::new(&config(), &parts, arguments.seed, &Device::Cpu)?,
+    };
     for part in parts {
         let parameters = model.parameters(part);
         let count: usize = parameters.iter().map(|(_, v)| v.elem_count()).sum();
@@ -131,10 +142,16 @@ fn run(arguments: &Arguments) -> Result<()> {
         portraits: portraits(&arguments.portraits)?,
         seed: arguments.seed,
     };
-    trainer.train_vae(arguments.vae_steps)?;
+    if arguments.from.is_none() {
+        trainer.train_vae(arguments.vae_steps)?;
+    }
     let latents = trainer.encode_all()?;
+    if arguments.from.is_none() {
+        let stage = ("first", 1e-3, 64, arguments.first_steps);
+        trainer.train_unet(stage, &latents)?;
+    }
     trainer.train_text(arguments.text_steps, &latents)?;
-    trainer.train_unet(arguments.unet_steps, &latents)?;
+    trainer.train_unet(("second", 5e-4, 32, arguments.second_steps), &latents)?;
     trainer.train_decoder(arguments.decoder_steps)?;
     Ok(trainer.model.save(&arguments.output, DType::F16)?)
 }
@@ -231,6 +248,36 @@ impl Pretraining {
         Ok(())
     }
 
+    /// eps-prediction on the VAE's latents; the text encoder learns along.
+    fn train_unet(
+        &self,
+        (name, lr, batch, steps): (&'static str, f64, usize, u64),
+        latents: &[Tensor],
+    ) -> Result<()> {
+        let unet = UNet::new(&self.config.unet, self.model.var_builder(Part::Unet))?;
+        let captions = Captions::new(self)?;
+        let schedule = NoiseSchedule::sd15();
+        let parameters = self.parameters(&[Part::TextEncoder, Part::Unet]);
+        let mut stage = Stage::new(name, self, parameters, lr, steps)?;
+        let mut batches = Batches::new(self, batch);
+        while stage.step < stage.total {
+            let (epoch, batch) = batches.at(stage.step);
+            stage.update(&batch, |items, place| {
+                let clean = pick(latents, items)?;
+                let mut draws = self.draws(place);
+                let noise = draws.normal(clean.dims())?;
+                let timesteps = draws.timesteps(0, lora_sd15::TIMESTEPS, items.len());
+                let noisy = schedule.add_noise(&clean, &noise, &timesteps)?;
+                let times: Vec<f32> = timesteps.iter().map(|t| *t as f32).collect();
+                let times = Tensor::new(times, &Device::Cpu)?;
+                let guess = unet.forward(&noisy, &times, &captions.states(items, epoch)?)?;
+                Ok((guess - noise)?.sqr()?.mean_all()?)
+            })?;
+            stage.report_and_save()?;
+        }
+        Ok(())
+    }
+
     /// Which colour belongs to what is in the order of the words only, and denoising teaches
     /// that slowly. Here the mean over the encoder's states has to give, through one matrix, the
     /// latents of the picture.
@@ -252,32 +299,6 @@ impl Pretraining {
                 Ok((summary.matmul(matrix.as_tensor())? - wanted)?
                     .sqr()?
                     .mean_all()?)
-            })?;
-            stage.report_and_save()?;
-        }
-        Ok(())
-    }
-
-    /// eps-prediction on the VAE's latents; the text encoder learns along.
-    fn train_unet(&self, steps: u64, latents: &[Tensor]) -> Result<()> {
-        let unet = UNet::new(&self.config.unet, self.model.var_builder(Part::Unet))?;
-        let captions = Captions::new(self)?;
-        let schedule = NoiseSchedule::sd15();
-        let parameters = self.parameters(&[Part::TextEncoder, Part::Unet]);
-        let mut stage = Stage::new("unet", self, parameters, 1e-3, steps)?;
-        let mut batches = Batches::new(self, 32);
-        while stage.step < stage.total {
-            let (epoch, batch) = batches.at(stage.step);
-            stage.update(&batch, |items, place| {
-                let clean = pick(latents, items)?;
-                let mut draws = self.draws(place);
-                let noise = draws.normal(clean.dims())?;
-                let timesteps = draws.timesteps(0, lora_sd15::TIMESTEPS, items.len());
-                let noisy = schedule.add_noise(&clean, &noise, &timesteps)?;
-                let times: Vec<f32> = timesteps.iter().map(|t| *t as f32).collect();
-                let times = Tensor::new(times, &Device::Cpu)?;
-                let guess = unet.forward(&noisy, &times, &captions.states(items, epoch)?)?;
-                Ok((guess - noise)?.sqr()?.mean_all()?)
             })?;
             stage.report_and_save()?;
         }

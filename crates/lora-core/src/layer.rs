@@ -338,13 +338,13 @@ impl Layer {
             _ => {
                 let y = op.apply(x, &self.base.weight, bias.as_ref())?;
                 match added.residual {
-                    Some(residual) => (y + residual)?,
+                    Some(residual) => lora_kernels::add(&y, residual)?,
                     None => y,
                 }
             }
         };
         for branch in others.into_iter().flatten() {
-            y = (y + branch)?;
+            y = lora_kernels::add(&y, branch)?;
         }
         Ok(y)
     }
@@ -383,7 +383,7 @@ impl Layer {
             y = lora_kernels::add_to_channels(&y, shift)?;
         }
         for branch in others.into_iter().flatten() {
-            y = (y + branch)?;
+            y = lora_kernels::add(&y, branch)?;
         }
         Ok(y)
     }

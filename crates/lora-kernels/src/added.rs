@@ -9,8 +9,9 @@ use rayon::prelude::*;
 use crate::buffer::{in_parts, maybe_with, rows_of, with, with_both};
 use crate::channels::plane_sums;
 use crate::conv2d::Geometry;
-use crate::matrix::{Values, View, multiply, multiply_in, reads_narrow};
 use crate::gradient::Gradient;
+use crate::joined::add;
+use crate::matrix::{Values, View, multiply, multiply_in, reads_narrow};
 use crate::node::{Value, node};
 use crate::{Compute, Conv2dParams, as_nodes, composed, fast, plain};
 
@@ -52,10 +53,10 @@ impl Added<'_> {
             y = crate::channels::add_to_channels(&y, shift)?;
         }
         for (middle, up) in self.low_rank {
-            y = (y + product(middle, up)?)?;
+            y = add(&y, &product(middle, up)?)?;
         }
         match self.residual {
-            Some(residual) => y + residual,
+            Some(residual) => add(&y, residual),
             None => Ok(y),
         }
     }
@@ -278,7 +279,13 @@ pub fn conv2d_added(
                         for number in 0..n {
                             let dm = &mut dm[number * r * plane..];
                             let up = View::rows(up, o, r, r).t();
-                            multiply(dm, plane, add, up, View::rows(&dy[number * o * plane..], o, plane, plane));
+                            multiply(
+                                dm,
+                                plane,
+                                add,
+                                up,
+                                View::rows(&dy[number * o * plane..], o, plane, plane),
+                            );
                         }
                     })
                 })
@@ -289,7 +296,13 @@ pub fn conv2d_added(
                     with_both(&dy, &middle, |dy, middle| {
                         for number in 0..n {
                             let m = View::rows(&middle[number * r * plane..], r, plane, plane);
-                            multiply(du, r, add || number > 0, View::rows(&dy[number * o * plane..], o, plane, plane), m.t());
+                            multiply(
+                                du,
+                                r,
+                                add || number > 0,
+                                View::rows(&dy[number * o * plane..], o, plane, plane),
+                                m.t(),
+                            );
                         }
                     })
                 })
@@ -305,7 +318,12 @@ pub fn conv2d_added(
         Ok(all)
     };
     let args: Vec<&Tensor> = std::iter::once(x).chain(added.tensors()).collect();
-    node("conv2d", &args, Value::cpu(y, (n, o, g.oh, g.ow)), Box::new(gradients))
+    node(
+        "conv2d",
+        &args,
+        Value::cpu(y, (n, o, g.oh, g.ow)),
+        Box::new(gradients),
+    )
 }
 
 /// Whether neither weight nor bias is tracked.

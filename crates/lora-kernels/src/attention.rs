@@ -112,12 +112,7 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn new(
-        [q, k, v]: [&Tensor; 3],
-        heads: usize,
-        causal: bool,
-        compute: Compute,
-    ) -> Result<Self> {
+    fn new([q, k, v]: [&Tensor; 3], heads: usize, causal: bool, compute: Compute) -> Result<Self> {
         let ((n, lq, c), (kn, lk, kc)) = (q.dims3()?, k.dims3()?);
         let fit = k.dims() == v.dims() && (n, c) == (kn, kc);
         if !fit || heads == 0 || c % heads != 0 || lk == 0 {

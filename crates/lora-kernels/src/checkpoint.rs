@@ -4,8 +4,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor};
 
 use crate::gradient::Gradient;
-use crate::pointwise::{geglu, geglu_gradient, geglu_var};
 use crate::node::{Leaf, Value, backward_from, node};
+use crate::pointwise::{geglu, geglu_gradient, geglu_var};
 
 /// Runs `f` on `inputs` and keeps only these and the result; the backward pass runs `f`
 /// again. Gradients, of `inputs` and of every variable that `f` uses, are those of
@@ -34,7 +34,12 @@ pub fn checkpoint(
     inputs: &[&Tensor],
     f: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    recomputed("checkpoint", inputs.iter().map(|x| Input::new(x)), inputs, f)
+    recomputed(
+        "checkpoint",
+        inputs.iter().map(|x| Input::new(x)),
+        inputs,
+        f,
+    )
 }
 
 /// [`checkpoint`] of `f(geglu(x), inputs..)` that keeps `x` instead of its [`geglu`](crate::geglu).
@@ -71,7 +76,10 @@ fn recomputed(
     f: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
     let inputs: Vec<Input> = inputs.collect();
-    let values = inputs.iter().map(Input::value).collect::<Result<Vec<_>>>()?;
+    let values = inputs
+        .iter()
+        .map(Input::value)
+        .collect::<Result<Vec<_>>>()?;
     let y = f(&values)?;
     // The graph of this run is only good for finding the variables.
     let nodes = y.sorted_nodes().into_iter();
@@ -136,10 +144,10 @@ impl Input {
     }
 
     /// Its gradient from that of what the function took.
-    fn gradient(&self, of_value: Tensor) -> Result<Option<Gradient>> {
+    fn gradient(&self, of_value: Gradient) -> Result<Option<Gradient>> {
         match self.gated {
             true => geglu_gradient(&self.kept, of_value),
-            false => Ok(Some(of_value.into())),
+            false => Ok(Some(of_value)),
         }
     }
 }
@@ -152,7 +160,7 @@ pub(crate) enum Again {
 
 impl Again {
     /// What the backward pass has left for it.
-    pub(crate) fn gradient(&self, store: &mut GradStore) -> Result<Option<Tensor>> {
+    pub(crate) fn gradient(&self, store: &mut GradStore) -> Result<Option<Gradient>> {
         match self {
             Self::Leaf(leaf) => leaf.gradient(store),
             Self::Constant(_) => Ok(None),

@@ -84,7 +84,8 @@ fn added(
 /// As what a node gives its arguments.
 fn tensors(all: impl IntoIterator<Item = Option<Tensor>>) -> Vec<Option<Gradient>> {
     let each = all.into_iter();
-    each.map(|gradient| gradient.map(Gradient::Tensor)).collect()
+    each.map(|gradient| gradient.map(Gradient::Tensor))
+        .collect()
 }
 
 /// See [`linear_added`](crate::linear_added); weight and bias are frozen.

@@ -89,7 +89,7 @@ pub fn with_computed_weight(
         let mut all = vec![dx];
         let mut store = backward_from(&weight, dw)?;
         for leaf in &leaves {
-            all.push(leaf.gradient(&mut store)?.map(Gradient::Tensor));
+            all.push(leaf.gradient(&mut store)?);
         }
         Ok(all)
     };

@@ -97,7 +97,12 @@ pub fn conv2d(
         Ok(all)
     };
     let shape = (g.n, g.o, g.oh, g.ow);
-    node("conv2d", &operands, Value::cpu(y, shape), Box::new(backward))
+    node(
+        "conv2d",
+        &operands,
+        Value::cpu(y, shape),
+        Box::new(backward),
+    )
 }
 
 /// Most values of one patch matrix (8 MB).
@@ -473,7 +478,9 @@ pub(crate) fn gradients(
     let to_x = wanted[0].then(|| {
         let (dy, w) = (dy.clone(), w.clone());
         Gradient::values(move |dx, add| {
-            with_both(&dy, &w, |dy, w| g.input_gradient(Compute::F32, dx, add, w.into(), dy))
+            with_both(&dy, &w, |dy, w| {
+                g.input_gradient(Compute::F32, dx, add, w.into(), dy)
+            })
         })
     });
     let to_w = wanted[1].then(|| {

@@ -13,6 +13,8 @@ use crate::buffer::{copied, with, zeros};
 pub(crate) enum Gradient {
     /// A tensor: a new one, or the gradient of the node's result, or a view of that.
     Tensor(Tensor),
+    /// A tensor whose memory others may read.
+    Shared(Tensor),
     /// f32 values on the CPU, which the function writes or, with `true`, adds.
     Values(Box<dyn FnOnce(&mut [f32], bool) -> Result<()>>),
 }
@@ -25,7 +27,7 @@ impl Gradient {
     /// The tensor, made if need be, of this shape.
     pub(crate) fn into_tensor(self, shape: &Shape) -> Result<Tensor> {
         match self {
-            Self::Tensor(t) => Ok(t),
+            Self::Tensor(t) | Self::Shared(t) => Ok(t),
             Self::Values(write) => {
                 let mut values = zeros(shape.elem_count());
                 write(&mut values, false)?;
@@ -36,7 +38,9 @@ impl Gradient {
 
     /// Whether this is, or views, the given tensor.
     pub(crate) fn is_view_of(&self, other: &Tensor) -> bool {
-        let Self::Tensor(t) = self else { return false };
+        let (Self::Tensor(t) | Self::Shared(t)) = self else {
+            return false;
+        };
         let ((a, _), (b, _)) = (t.storage_and_layout(), other.storage_and_layout());
         std::ptr::eq(&*a, &*b)
     }
@@ -75,10 +79,10 @@ impl Sum {
         total.map(|total| (total.tensor, total.own))
     }
 
-    /// Adds a gradient; `own` says that nobody else reads the memory of one that is a tensor.
-    pub(crate) fn add(&self, gradient: Gradient, own: bool) -> Result<()> {
-        let sum = match (self.take(), gradient) {
-            (None, Gradient::Tensor(t)) => (t, own),
+    /// Adds a gradient.
+    pub(crate) fn add(&self, gradient: Gradient) -> Result<()> {
+        let (tensor, own) = match (self.take(), gradient) {
+            (None, Gradient::Shared(t)) => (t, false),
             (None, gradient) => (gradient.into_tensor(&self.shape)?, true),
             (Some((sum, sum_own)), gradient) if host(&sum) => {
                 let sum = match sum_own && sum.is_contiguous() {
@@ -93,7 +97,6 @@ impl Sum {
             }
             (Some((sum, _)), gradient) => ((sum + gradient.into_tensor(&self.shape)?)?, true),
         };
-        let (tensor, own) = sum;
         *self.total.lock().unwrap_or_else(|e| e.into_inner()) = Some(Total { tensor, own });
         Ok(())
     }
@@ -121,7 +124,7 @@ impl InplaceOp1 for Write {
         let sum = &mut values[start..end];
         match gradient {
             Some(Gradient::Values(write)) => write(sum, true),
-            Some(Gradient::Tensor(t)) => with(&t, |t| add(sum, t)),
+            Some(Gradient::Tensor(t) | Gradient::Shared(t)) => with(&t, |t| add(sum, t)),
             None => Ok(()),
         }
     }

@@ -81,6 +81,45 @@ pub fn concat_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     node("concat_channels", &[a, b], value, Box::new(gradients))
 }
 
+/// `a + b` of the same shape.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// let a = Tensor::new(&[1f32, 2.], &Device::Cpu)?;
+/// assert_eq!(lora_kernels::add(&a, &a)?.to_vec1::<f32>()?, [2., 4.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// When the shapes differ.
+pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if !as_nodes() {
+        return a + b;
+    }
+    if a.shape() != b.shape() {
+        candle_core::bail!("add: {:?} and {:?} differ", a.shape(), b.shape());
+    }
+    let value = match fast(&[a, b]) {
+        true => {
+            let sums = with_both(&a.detach(), &b.detach(), |a, b| {
+                in_parts(a.len(), 1 << 15, |first, out: &mut [f32]| {
+                    let terms = a[first..].iter().zip(&b[first..]);
+                    out.iter_mut()
+                        .zip(terms)
+                        .for_each(|(out, (a, b))| *out = a + b);
+                })
+            })?;
+            Value::cpu(sums, a.shape())
+        }
+        false => Value::Tensor((a.detach() + b.detach())?),
+    };
+    let gradients = |dy: &Tensor| {
+        let dy = || Some(Gradient::Tensor(dy.clone()));
+        Ok(vec![dy(), dy()])
+    };
+    node("add", &[a, b], value, Box::new(gradients))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

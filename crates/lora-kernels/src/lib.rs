@@ -15,7 +15,7 @@
 //! * [`attention`]: scaled dot-product attention that never holds all scores
 //! * [`layer_norm`], [`group_norm`] (SiLU behind it if wanted), [`silu`], [`geglu`]
 //! * [`upsample_nearest2x`]: nearest-neighbour doubling; [`transpose`]: channels and pixels change places;
-//!   [`concat_channels`], [`reshape`]
+//!   [`concat_channels`], [`reshape`], [`add()`]
 //! * [`row_products`], [`mix_groups`], [`scale_channels`], [`add_to_channels`]: what LoHa, LoKr and
 //!   DoRA do beside products
 //! * [`with_computed_weight`]: a layer whose weight is computed from trained factors
@@ -94,7 +94,7 @@ pub use channels::add_to_channels;
 pub use checkpoint::{after_geglu, checkpoint};
 pub use computed::{Product, with_computed_weight};
 pub use conv2d::{Conv2dParams, conv2d};
-pub use joined::{concat_channels, reshape};
+pub use joined::{add, concat_channels, reshape};
 pub use linear::linear;
 pub use memory::{
     device_memory, keep_candle_to_one_thread, keep_freed_device_memory, keep_freed_memory,

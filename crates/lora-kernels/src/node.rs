@@ -131,11 +131,14 @@ impl Leaf {
     }
 
     /// Its gradient after the backward pass, with what candle's operations gave it.
-    pub(crate) fn gradient(&self, store: &mut GradStore) -> Result<Option<Tensor>> {
+    pub(crate) fn gradient(&self, store: &mut GradStore) -> Result<Option<Gradient>> {
         if let Some(gradient) = store.remove(&self.tensor) {
-            self.sum.add(gradient.into(), true)?;
+            self.sum.add(gradient.into())?;
         }
-        Ok(self.sum.take().map(|(gradient, _)| gradient))
+        Ok(self.sum.take().map(|(gradient, own)| match own {
+            true => Gradient::Tensor(gradient),
+            false => Gradient::Shared(gradient),
+        }))
     }
 }
 
@@ -149,7 +152,7 @@ impl Drop for Leaf {
 pub(crate) fn backward_from(y: &Tensor, dy: Tensor) -> Result<GradStore> {
     match place(y) {
         Some(place) => {
-            place.sum.add(dy.into(), false)?;
+            place.sum.add(Gradient::Shared(dy))?;
             place.token.backward()
         }
         None => y.apply_op1(Seed(dy))?.backward(),
@@ -330,15 +333,18 @@ impl CustomOp1 for Joint {
             let wanted: Vec<(&Sum, Gradient)> = pairs
                 .filter_map(|(target, gradient)| target.as_ref().zip(gradient))
                 .collect();
-            let views = wanted.iter().filter(|(_, g)| g.is_view_of(&dy)).count();
-            // First what is computed from dy, which may be handed on and added to then.
-            let (views_of, new): (Vec<_>, Vec<_>) =
-                wanted.into_iter().partition(|(_, g)| g.is_view_of(&dy));
+            let is_view = |(_, gradient): &(&Sum, Gradient)| gradient.is_view_of(&dy);
+            // First what is computed from dy: its memory may be handed on then, and added to.
+            let (views, new): (Vec<_>, Vec<_>) = wanted.into_iter().partition(is_view);
             for (target, gradient) in new {
-                target.add(gradient, true)?;
+                target.add(gradient)?;
             }
-            for (target, gradient) in views_of {
-                target.add(gradient, own && views == 1)?;
+            let shared = !own || views.len() > 1;
+            for (target, gradient) in views {
+                target.add(match gradient {
+                    Gradient::Tensor(t) if shared => Gradient::Shared(t),
+                    gradient => gradient,
+                })?;
             }
         }
         tokens.zeros_like().map(Some)
@@ -426,7 +432,7 @@ impl CustomOp1 for Expand {
     }
 
     fn bwd(&self, token: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        self.sum.add(dy.detach().into(), false)?;
+        self.sum.add(Gradient::Shared(dy.detach()))?;
         token.zeros_like().map(Some)
     }
 }

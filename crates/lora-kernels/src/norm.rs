@@ -340,7 +340,9 @@ impl Norm {
         if b.elem_count() != w.elem_count() {
             candle_core::bail!("norm: weight and bias differ in length");
         }
-        let y = with(&x, |x| with_both(&w, &b, |w, b| self.forward(rows, x, w, b)))??;
+        let y = with(&x, |x| {
+            with_both(&w, &b, |w, b| self.forward(rows, x, w, b))
+        })??;
         let wanted = args.map(Tensor::track_op);
         let shape = x.shape().clone();
         let gradients = move |dy: &Tensor| {

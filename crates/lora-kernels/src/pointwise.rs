@@ -17,11 +17,7 @@ const BLOCK: usize = 1 << 14;
 /// # Errors
 /// When the operation is not defined for the dtype.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
-    if fast(&[x]) {
-        silu_node(x)
-    } else {
-        x.silu()
-    }
+    if fast(&[x]) { silu_node(x) } else { x.silu() }
 }
 
 /// The gated unit of transformers: `x` `[.., 2c]` is split in two; returns the first
@@ -155,13 +151,15 @@ pub(crate) fn geglu_var(x: &Tensor) -> Result<Var> {
 }
 
 /// The gradient to `x` from that to [`geglu`] of it.
-pub(crate) fn geglu_gradient(x: &Tensor, dy: Tensor) -> Result<Option<Gradient>> {
+pub(crate) fn geglu_gradient(x: &Tensor, dy: Gradient) -> Result<Option<Gradient>> {
+    let (c, dims) = halved(x)?;
+    let dy = dy.into_tensor(&dims.into())?;
     if fast(&[x, &dy]) {
-        return gated_gradient(x, &dy, halved(x)?.0).map(Some);
+        return gated_gradient(x, &dy, c).map(Some);
     }
     let leaf = Leaf::new(x)?;
     let mut store = backward_from(&plain::geglu(&leaf.tensor)?, dy)?;
-    Ok(leaf.gradient(&mut store)?.map(Gradient::Tensor))
+    leaf.gradient(&mut store)
 }
 
 /// Calls `body` with each row of `out` and the rows of `a` and `b` that belong to it; their widths

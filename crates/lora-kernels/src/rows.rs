@@ -154,7 +154,9 @@ pub fn scale_channels(
         Some(residual) => with(residual, copied)?,
         None => zeros(kept.elem_count()),
     };
-    with(&kept, |y| by_channel(&mut value, y, run, &factors, bias.as_deref()))?;
+    with(&kept, |y| {
+        by_channel(&mut value, y, run, &factors, bias.as_deref())
+    })?;
     let (to_y, to_scale, to_residual) = (
         y.track_op(),
         scale.track_op(),

@@ -205,16 +205,10 @@ impl EncoderLayer {
             self.k_proj.forward(&normal)?,
             self.v_proj.forward(&normal)?,
         );
-        let x = (self.out_proj.forward(&attention(
-            &q,
-            &k,
-            &v,
-            self.heads,
-            true,
-            self.q_proj.compute(),
-        )?)? + x)?;
+        let y = attention(&q, &k, &v, self.heads, true, self.q_proj.compute())?;
+        let x = self.out_proj.forward_added(&y, None, Some(x))?;
         let inner = quick_gelu(&self.fc1.forward(&self.layer_norm2.forward(&x)?)?)?;
-        self.fc2.forward(&inner)? + x
+        self.fc2.forward_added(&inner, None, Some(&x))
     }
 }
 

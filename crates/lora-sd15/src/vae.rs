@@ -4,6 +4,7 @@
 use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use lora_core::{Compute, Conv2dParams, Layer};
+use lora_kernels::{add, attention, reshape, transpose};
 
 use crate::VaeConfig;
 use crate::unet::{POINT, Resnet, SAME};
@@ -412,26 +413,15 @@ impl Mid {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let x = self.resnets[0].forward(x, None)?;
         let (n, c, h, w) = x.dims4()?;
-        let tokens = self
-            .group_norm
-            .forward(&x)?
-            .reshape((n, c, h * w))?
-            .transpose(1, 2)?
-            .contiguous()?;
+        let tokens = transpose(&reshape(&self.group_norm.forward(&x)?, (n, c, h * w))?)?;
         let (q, k, v) = (
             self.to_q.forward(&tokens)?,
             self.to_k.forward(&tokens)?,
             self.to_v.forward(&tokens)?,
         );
-        let y = self.to_out.forward(&lora_kernels::attention(
-            &q,
-            &k,
-            &v,
-            1,
-            false,
-            Compute::F32,
-        )?)?;
-        let x = (y.transpose(1, 2)?.contiguous()?.reshape((n, c, h, w))? + x)?;
+        let y = attention(&q, &k, &v, 1, false, Compute::F32)?;
+        let y = reshape(&transpose(&self.to_out.forward(&y)?)?, (n, c, h, w))?;
+        let x = add(&y, &x)?;
         self.resnets[1].forward(&x, None)
     }
 }

@@ -247,8 +247,8 @@ impl Adapter for Dora {
             };
         }
         Held {
-            // The branch; its sum with the layer's own product is the output.
-            kept: outputs * rows,
+            // The branch's sum with the layer's own product is the output.
+            kept: 0,
             // The inner delta and what it is scaled from, weight plus delta, its squares, the same
             // scaled, the difference to the weight, that scaled, and gradients.
             backward: widened + 12 * weight,

@@ -275,8 +275,8 @@ impl Adapter for Lokr {
     fn held(&self, _: &BaseLayer, rows: usize) -> Held {
         let ((a, c), (b, _)) = (self.w1.dims(), self.w2.dims());
         Held {
-            // Behind the second factor and behind the first.
-            kept: rows * (c * b + a * b),
+            // Behind the second factor.
+            kept: rows * c * b,
             backward: 2 * rows * a * b,
         }
     }

@@ -203,8 +203,8 @@ pub(crate) fn held_with_delta(dims: (usize, usize), layer: &BaseLayer, rows: usi
         };
     }
     Held {
-        // The branch; its sum with the layer's own product is the output.
-        kept: outputs * rows,
+        // The branch's sum with the layer's own product is the output.
+        kept: 0,
         // The delta, its gradient and three products of its size.
         backward: 5 * outputs * inputs,
     }
