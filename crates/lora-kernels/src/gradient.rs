@@ -15,9 +15,12 @@ pub(crate) enum Gradient {
     Tensor(Tensor),
     /// A tensor whose memory others may read.
     Shared(Tensor),
-    /// f32 values on the CPU, which the function writes or, with `true`, adds.
-    Values(Box<dyn FnOnce(&mut [f32], bool) -> Result<()>>),
+    /// f32 values on the CPU, of the target's size. They are all zeros where none are there yet.
+    Values(Box<Write>),
 }
+
+/// Writes values or, with `true`, adds them to what is there.
+type Write = dyn FnOnce(&mut [f32], bool) -> Result<()>;
 
 impl Gradient {
     pub(crate) fn values(write: impl FnOnce(&mut [f32], bool) -> Result<()> + 'static) -> Self {
@@ -88,11 +91,11 @@ impl Sum {
                 let sum = match sum_own && sum.is_contiguous() {
                     true => sum,
                     false => {
-                        let values = with(&sum, |values| copied(values))?;
+                        let values = with(&sum, copied)?;
                         Tensor::from_vec(values, &self.shape, &Device::Cpu)?
                     }
                 };
-                sum.inplace_op1(&Write(Mutex::new(Some(gradient))))?;
+                sum.inplace_op1(&AddGradient(Mutex::new(Some(gradient))))?;
                 (sum, true)
             }
             (Some((sum, _)), gradient) => ((sum + gradient.into_tensor(&self.shape)?)?, true),
@@ -108,9 +111,9 @@ fn host(t: &Tensor) -> bool {
 }
 
 /// Adds a gradient to the values of a tensor.
-struct Write(Mutex<Option<Gradient>>);
+struct AddGradient(Mutex<Option<Gradient>>);
 
-impl InplaceOp1 for Write {
+impl InplaceOp1 for AddGradient {
     fn name(&self) -> &'static str {
         "add_gradient"
     }

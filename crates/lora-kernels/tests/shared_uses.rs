@@ -14,8 +14,10 @@ use lora_kernels::{
     upsample_nearest2x, with_computed_weight,
 };
 
+type Use<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;
+
 /// The gradient to `x` when it goes through each of `uses` with a weight of its own.
-fn gradient(shape: &[usize], uses: &[&dyn Fn(&Tensor) -> Result<Tensor>]) -> Vec<f32> {
+fn gradient(shape: &[usize], uses: &[Use<'_>]) -> Vec<f32> {
     let x = var(shape, 1);
     // A value of this crate, not a variable.
     let value = silu(&x).unwrap();
@@ -33,12 +35,12 @@ fn gradient(shape: &[usize], uses: &[&dyn Fn(&Tensor) -> Result<Tensor>]) -> Vec
 }
 
 /// Uses that follow each other give what they give alone, added up.
-fn add_up(name: &str, shape: &[usize], used: &dyn Fn(&Tensor) -> Result<Tensor>) {
+fn add_up(name: &str, shape: &[usize], used: Use<'_>) {
     // By candle and unweighed by this crate, so that what comes first in the sum is none of its own.
     let doubled = |x: &Tensor| x * 2.0;
     let handed_on = |x: &Tensor| reshape(x, x.shape());
     let nothing = |x: &Tensor| x * 0.0;
-    let orders: [[&dyn Fn(&Tensor) -> Result<Tensor>; 3]; 3] = [
+    let orders: [[Use<'_>; 3]; 3] = [
         [used, used, &doubled],
         [&doubled, used, &handed_on],
         [&handed_on, &handed_on, used],
@@ -48,7 +50,7 @@ fn add_up(name: &str, shape: &[usize], used: &dyn Fn(&Tensor) -> Result<Tensor>)
         let mut apart = vec![0f32; together.len()];
         for place in 0..order.len() {
             // In its own place, with its own weight.
-            let mut alone = [&nothing as &dyn Fn(&Tensor) -> Result<Tensor>; 3];
+            let mut alone = [&nothing as Use<'_>; 3];
             alone[place] = order[place];
             for (sum, g) in apart.iter_mut().zip(gradient(shape, &alone)) {
                 *sum += g;
