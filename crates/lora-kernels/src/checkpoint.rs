@@ -110,15 +110,15 @@ fn recomputed(
 }
 
 /// What a checkpoint keeps.
-struct Input {
-    kept: Tensor,
+pub(crate) struct Input {
+    pub(crate) kept: Tensor,
     tracked: bool,
     /// The function takes [`geglu`](crate::geglu) of it.
     gated: bool,
 }
 
 impl Input {
-    fn new(x: &Tensor) -> Self {
+    pub(crate) fn new(x: &Tensor) -> Self {
         Self {
             kept: x.detach(),
             tracked: x.track_op(),
@@ -135,7 +135,7 @@ impl Input {
     }
 
     /// The same for the backward pass.
-    fn again(&self) -> Result<Again> {
+    pub(crate) fn again(&self) -> Result<Again> {
         match (self.tracked, self.gated) {
             (false, _) => self.value().map(Again::Constant),
             (true, true) => Leaf::of(geglu_var(&self.kept)?).map(Again::Leaf),
@@ -166,17 +166,6 @@ impl Again {
             Self::Constant(_) => Ok(None),
         }
     }
-}
-
-/// The tensors once more, those that were tracked as leaves of a new graph.
-pub(crate) fn leaves_of(tensors: &[Tensor], tracked: &[bool]) -> Result<Vec<Again>> {
-    let pairs = tensors.iter().zip(tracked);
-    pairs
-        .map(|(tensor, tracked)| match tracked {
-            true => Leaf::new(tensor).map(Again::Leaf),
-            false => Ok(Again::Constant(tensor.clone())),
-        })
-        .collect()
 }
 
 /// What a function of them takes.

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::checkpoint::{leaves_of, tensors_of};
+use crate::checkpoint::{Again, Input, tensors_of};
 use crate::gradient::Gradient;
 use crate::node::{Value, backward_from, node};
 use crate::{Conv2dParams, as_nodes, composed, conv2d, fast, linear};
@@ -77,12 +77,12 @@ pub fn with_computed_weight(
         let factors: Vec<Tensor> = factors.iter().map(|t| (*t).clone()).collect();
         return product.apply(x, &f(&factors)?);
     }
-    let detached: Vec<Tensor> = factors.iter().map(|t| t.detach()).collect();
-    let tracked: Vec<bool> = factors.iter().map(|t| t.track_op()).collect();
+    let inputs: Vec<Input> = factors.iter().map(|t| Input::new(t)).collect();
+    let detached: Vec<Tensor> = inputs.iter().map(|input| input.kept.clone()).collect();
     let (input, to_x) = (x.detach(), x.track_op());
     let y = product.apply(&input, &f(&detached)?)?;
     let gradients = move |dy: &Tensor| {
-        let leaves = leaves_of(&detached, &tracked)?;
+        let leaves: Vec<Again> = inputs.iter().map(Input::again).collect::<Result<_>>()?;
         let weight = f(&tensors_of(&leaves))?;
         let dy = dy.contiguous()?;
         let (dx, dw) = product.gradients(&input, &weight.detach(), &dy, to_x)?;
