@@ -79,6 +79,8 @@ pub struct BaseLayer {
     pub bias: Option<Tensor>,
     /// What the layer does with them.
     pub op: LayerOp,
+    /// What its products, and those of adapters' low-rank branches, are computed in.
+    pub compute: Compute,
 }
 
 impl BaseLayer {
@@ -113,7 +115,6 @@ impl BaseLayer {
 pub struct Layer {
     path: String,
     base: BaseLayer,
-    compute: Compute,
     attached: Vec<Attachment>,
 }
 
@@ -132,7 +133,6 @@ impl Layer {
         Self {
             path: path.into(),
             base,
-            compute: Compute::F32,
             attached: Vec::new(),
         }
     }
@@ -150,6 +150,7 @@ impl Layer {
                 weight,
                 bias,
                 op: LayerOp::Linear,
+                compute: Compute::F32,
             },
         ))
     }
@@ -170,6 +171,7 @@ impl Layer {
                 weight,
                 bias: None,
                 op: LayerOp::Linear,
+                compute: Compute::F32,
             },
         ))
     }
@@ -193,6 +195,7 @@ impl Layer {
                 weight,
                 bias,
                 op: LayerOp::Conv2d(params),
+                compute: Compute::F32,
             },
         ))
     }
@@ -227,7 +230,16 @@ impl Layer {
     fn norm(channels: usize, op: LayerOp, vb: VarBuilder<'_>) -> Result<Self> {
         let weight = vb.get(channels, "weight")?;
         let bias = Some(vb.get(channels, "bias")?);
-        Ok(Self::new(vb.prefix(), BaseLayer { weight, bias, op }))
+        let compute = Compute::F32;
+        Ok(Self::new(
+            vb.prefix(),
+            BaseLayer {
+                weight,
+                bias,
+                op,
+                compute,
+            },
+        ))
     }
 
     /// The layer's dotted place in its model, such as `mid_block.resnets.0.conv1`.
@@ -240,15 +252,15 @@ impl Layer {
         &self.base
     }
 
-    /// What products with the base weight are computed in; f32 at first.
+    /// What products are computed in; f32 at first.
     pub fn compute(&self) -> Compute {
-        self.compute
+        self.base.compute
     }
 
-    /// Chooses what products with the base weight are computed in. Attached adapters and
-    /// norms stay in f32.
+    /// Chooses what products with the base weight, and those of low-rank branches, are computed
+    /// in. Weights that other adapters compute, and norms, stay in f32.
     pub fn set_compute(&mut self, compute: Compute) {
-        self.compute = compute;
+        self.base.compute = compute;
     }
 
     /// Replaces the base weight and bias; for merging.
@@ -354,9 +366,9 @@ impl Layer {
         let weight = &self.base.weight;
         match self.base.op {
             LayerOp::Conv2d(params) => {
-                lora_kernels::conv2d_added(x, weight, bias, params, self.compute, added)
+                lora_kernels::conv2d_added(x, weight, bias, params, self.base.compute, added)
             }
-            _ => lora_kernels::linear_added(x, weight, bias, self.compute, added),
+            _ => lora_kernels::linear_added(x, weight, bias, self.base.compute, added),
         }
     }
 

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, Tensor};
 use lora_core::format::{FileReport, write_tensors};
-use lora_core::{Adapter, BaseLayer, LayerOp, Loha, Lokr, LokrFactor};
+use lora_core::{Adapter, BaseLayer, Compute, LayerOp, Loha, Lokr, LokrFactor};
 
 struct Counting;
 
@@ -92,6 +92,7 @@ fn lokr_never_builds_its_delta() {
         weight: ones(&[n, n]),
         bias: None,
         op: LayerOp::Linear,
+        compute: Compute::F32,
     };
     let x = ones(&[2, n]);
     let (y, _, peak) = measured(|| lokr.branch(&x, &layer, 1.0, None).unwrap());

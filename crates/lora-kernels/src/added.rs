@@ -11,7 +11,7 @@ use crate::channels::plane_sums;
 use crate::conv2d::Geometry;
 use crate::gradient::Gradient;
 use crate::joined::add;
-use crate::matrix::{Values, View, multiply, multiply_in, reads_narrow};
+use crate::matrix::{Values, View, multiply_in, reads_narrow};
 use crate::node::{Value, node};
 use crate::{Compute, Conv2dParams, as_nodes, composed, fast, plain};
 
@@ -65,10 +65,9 @@ impl Added<'_> {
 /// `x W^T + b` and what is [`Added`]: `x` `[.., i]`, `weight` `[o, i]`, `bias` `[o]`.
 ///
 /// Inputs, sums and results are f32; a weight of f16 or bf16 is widened for the call. With
-/// [`Compute::Bf16`] `x` and weight, and in the backward pass the result's gradient and
-/// weight, are rounded to bf16 for their product. Gradients go to `x` and to what is added;
-/// a weight or bias that is tracked gets one, too, by the way of [`linear`](crate::linear),
-/// in f32.
+/// [`Compute::Bf16`] the operands of all products, also of low-rank branches and, in the backward
+/// pass, of gradients, are rounded to bf16. Gradients go to `x` and to what is added;
+/// a weight or bias that is tracked gets one, too, as from [`linear`](crate::linear).
 ///
 /// # Errors
 /// When the shapes do not fit.
@@ -88,10 +87,12 @@ pub fn linear_added(
             return composed::linear_added(x, weight, bias, compute, added);
         }
         let y = match weight.dtype() == x.dtype() && !frozen(weight, bias) {
-            true => crate::linear(x, weight, bias)?,
+            true => crate::linear::trained(x, weight, bias, compute)?,
             false => plain::linear(x, &weight.to_dtype(x.dtype())?, bias)?,
         };
-        return added.plain(y, |middle, up| crate::linear(middle, up, None));
+        return added.plain(y, |middle, up| {
+            linear_added(middle, up, None, compute, &Added::default())
+        });
     }
     let dims = x.dims();
     let mut out = dims.to_vec();
@@ -131,7 +132,7 @@ pub fn linear_added(
         with(middle, |middle| {
             with(up, |up| {
                 let (m, u) = (View::rows(middle, rows, r, r), View::rows(up, o, r, r));
-                multiply(&mut y, o, true, m, u.t());
+                multiply_in(compute, &mut y, o, true, m, u.t());
             })
         })??;
     }
@@ -158,7 +159,7 @@ pub fn linear_added(
                 Gradient::values(move |dm, add| {
                     with_both(&dy, &up, |dy, up| {
                         let (dy, up) = (View::rows(dy, rows, o, o), View::rows(up, o, r, r));
-                        multiply(dm, r, add, dy, up);
+                        multiply_in(compute, dm, r, add, dy, up);
                     })
                 })
             });
@@ -167,7 +168,7 @@ pub fn linear_added(
                 Gradient::values(move |du, add| {
                     with_both(&dy, &middle, |dy, middle| {
                         let dy = View::rows(dy, rows, o, o).t();
-                        multiply(du, r, add, dy, View::rows(middle, rows, r, r));
+                        multiply_in(compute, du, r, add, dy, View::rows(middle, rows, r, r));
                     })
                 })
             });
@@ -200,13 +201,14 @@ pub fn conv2d_added(
             return composed::conv2d_added(x, weight, bias, params, compute, added);
         }
         let y = match weight.dtype() == x.dtype() && !frozen(weight, bias) {
-            true => crate::conv2d(x, weight, bias, params)?,
+            true => crate::conv2d::trained(x, weight, bias, params, compute)?,
             false => plain::conv2d(x, &weight.to_dtype(x.dtype())?, bias, params)?,
         };
         return added.plain(y, |middle, up| {
             let (o, r) = up.dims2()?;
             let up = up.reshape((o, r, 1, 1))?;
-            crate::conv2d(middle, &up, None, Conv2dParams::default())
+            let params = Conv2dParams::default();
+            conv2d_added(middle, &up, None, params, compute, &Added::default())
         });
     }
     let g = Geometry::new(x.shape(), weight.shape(), params)?;
@@ -248,7 +250,7 @@ pub fn conv2d_added(
                 for image in 0..n {
                     let m = View::rows(&middle[image * r * plane..], r, plane, plane);
                     let y = &mut y[image * o * plane..];
-                    multiply(y, plane, true, View::rows(up, o, r, r), m);
+                    multiply_in(compute, y, plane, true, View::rows(up, o, r, r), m);
                 }
             })
         })??;
@@ -279,7 +281,8 @@ pub fn conv2d_added(
                         for number in 0..n {
                             let dm = &mut dm[number * r * plane..];
                             let up = View::rows(up, o, r, r).t();
-                            multiply(
+                            multiply_in(
+                                compute,
                                 dm,
                                 plane,
                                 add,
@@ -296,7 +299,8 @@ pub fn conv2d_added(
                     with_both(&dy, &middle, |dy, middle| {
                         for number in 0..n {
                             let m = View::rows(&middle[number * r * plane..], r, plane, plane);
-                            multiply(
+                            multiply_in(
+                                compute,
                                 du,
                                 r,
                                 add || number > 0,

@@ -109,7 +109,8 @@ pub(crate) trait Element<S: Arithmetic>: Plain + Copy + Send + Sync {
     unsafe fn across(first: *const Self, second: *const Self, n: usize, single: bool) -> __m512i;
 }
 
-fn mask16(n: usize) -> __mmask16 {
+/// The first `n` lanes, at most 16.
+pub(crate) fn mask16(n: usize) -> __mmask16 {
     ((1u32 << n.min(16)) - 1) as __mmask16
 }
 
@@ -156,11 +157,11 @@ impl Element<Bf16> for f32 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn along(from: *const f32, n: usize) -> __m512i {
-        // SAFETY: masks keep the reads to `n` values; the type is 64 bytes either way.
+        // SAFETY: masks keep the reads to `n` values.
         unsafe {
             let low = _mm512_maskz_loadu_ps(mask16(n), from);
             let high = _mm512_maskz_loadu_ps(mask16(n.saturating_sub(16)), from.wrapping_add(16));
-            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+            narrowed(low, high)
         }
     }
 
@@ -172,14 +173,35 @@ impl Element<Bf16> for f32 {
             let mask = mask16(n);
             let a = _mm512_maskz_loadu_ps(mask, first);
             let b = _mm512_maskz_loadu_ps(if single { 0 } else { mask }, second);
-            let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
-            let turns = _mm512_set_epi16(
-                31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                20, 4, 19, 3, 18, 2, 17, 1, 16, 0,
-            );
-            _mm512_permutexvar_epi16(turns, both)
+            paired(a, b)
         }
     }
+}
+
+/// 32 values in their order as 16 words, rounded.
+///
+/// # Safety
+/// AVX-512 with BF16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(crate) unsafe fn narrowed(low: __m512, high: __m512) -> __m512i {
+    // SAFETY: both types are 64 bytes without invalid values.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
+}
+
+/// 16 words of a value of each, rounded.
+///
+/// # Safety
+/// AVX-512 with BW and BF16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(crate) unsafe fn paired(first: __m512, second: __m512) -> __m512i {
+    let turns = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+        19, 3, 18, 2, 17, 1, 16, 0,
+    );
+    // SAFETY: the caller's word.
+    unsafe { _mm512_permutexvar_epi16(turns, narrowed(first, second)) }
 }
 
 impl Element<Bf16> for bf16 {
@@ -761,6 +783,24 @@ impl<S: Arithmetic> Panels<S> {
             unsafe { block::<S>(out, 0, rows, column, a, 0, panel, 0, self.words, add) };
         }
     }
+}
+
+/// `dst = a b` for a right operand that lies as a panel, `[word][64]`: `rows` rows of 64 columns.
+pub(crate) fn multiply_panel<S: Arithmetic>(
+    dst: &mut [f32],
+    rows: usize,
+    a: Left<'_>,
+    panel: &[u32],
+) {
+    check_processor();
+    assert!(rows > 0 && rows * PANEL <= dst.len());
+    let out = Output {
+        start: dst.as_mut_ptr(),
+        stride: PANEL,
+        columns: PANEL,
+    };
+    // SAFETY: the processor is able; rows and columns are inside.
+    unsafe { block::<S>(out, 0, rows, 0, a, 0, panel, 0, panel.len() / PANEL, false) };
 }
 
 /// Rounds values to bf16.

@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use crate::checkpoint::{Again, Input, tensors_of};
 use crate::gradient::Gradient;
 use crate::node::{Value, backward_from, node};
-use crate::{Conv2dParams, as_nodes, composed, conv2d, fast, linear};
+use crate::{Compute, Conv2dParams, as_nodes, composed, conv2d, fast, linear};
 
 /// How a computed weight is multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,9 +35,13 @@ impl Product {
         let kernels = fast(&[x, weight, dy]);
         let (x, weight) = (x.contiguous()?, weight.contiguous()?);
         let [dx, dw] = match self {
-            Self::Linear if kernels => linear::gradients(&x, &weight, dy, [to_x, true])?,
+            Self::Linear if kernels => {
+                linear::gradients(&x, &weight, dy, Compute::F32, [to_x, true])?
+            }
             Self::Linear => composed::linear_gradients(&x, &weight, dy, [to_x, true])?,
-            Self::Conv2d(p) if kernels => conv2d::gradients(p, &x, &weight, dy, [to_x, true])?,
+            Self::Conv2d(p) if kernels => {
+                conv2d::gradients(p, &x, &weight, dy, Compute::F32, [to_x, true])?
+            }
             Self::Conv2d(p) => composed::conv2d_gradients(p, &x, &weight, dy, [to_x, true])?,
         };
         match dw {

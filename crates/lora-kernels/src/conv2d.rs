@@ -15,9 +15,11 @@ use crate::channels::{add_to_channels, plane_sums};
 use crate::gradient::Gradient;
 #[cfg(target_arch = "x86_64")]
 use crate::implicit::Implicit;
-use crate::matrix::{Values, View, multiply, multiply_in, reads_narrow};
+use crate::matrix::{Values, View, multiply_in, reads_narrow};
 use crate::node::{Value, node};
 use crate::winograd::Winograd;
+#[cfg(target_arch = "x86_64")]
+use crate::winograd_bf16::WinogradBf16;
 use crate::{Compute, as_nodes, composed, fast, plain};
 
 /// Stride, padding (zeros, on all sides), dilation and groups of a convolution.
@@ -58,6 +60,17 @@ pub fn conv2d(
     if frozen(weight, bias) || weight.dtype() != x.dtype() {
         return conv2d_added(x, weight, bias, params, Compute::F32, &Added::default());
     }
+    trained(x, weight, bias, params, Compute::F32)
+}
+
+/// [`conv2d`] of operands of one dtype.
+pub(crate) fn trained(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    params: Conv2dParams,
+    compute: Compute,
+) -> Result<Tensor> {
     let operands: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
     if !fast(&operands) {
         let y = match as_nodes() {
@@ -83,13 +96,13 @@ pub fn conv2d(
         })
     })?;
     with_both(&input, &w, |x, w| {
-        g.forward(Compute::F32, &mut y, bias.is_some(), x, w.into());
+        g.forward(compute, &mut y, bias.is_some(), x, w.into());
     })?;
     let wanted = [x, weight].map(Tensor::track_op);
     let to_bias = bias.is_some_and(Tensor::track_op);
     let backward = move |dy: &Tensor| {
         let dy = dy.contiguous()?;
-        let mut all = Vec::from(gradients(params, &input, &w, &dy, wanted)?);
+        let mut all = Vec::from(gradients(params, &input, &w, &dy, compute, wanted)?);
         all.push(match to_bias {
             true => Some(plane_sums(&dy)?.sum(0)?.into()),
             false => None,
@@ -112,6 +125,8 @@ const STRIP_VALUES: usize = 2 << 20;
 enum Direct {
     Winograd(Winograd),
     #[cfg(target_arch = "x86_64")]
+    WinogradBf16(WinogradBf16),
+    #[cfg(target_arch = "x86_64")]
     Implicit(Implicit),
 }
 
@@ -124,6 +139,8 @@ impl Direct {
                 let images = y.chunks_mut(o * area).zip(x.chunks(c * area));
                 images.for_each(|(y, x)| winograd.run(y, accumulate, x, weight));
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::WinogradBf16(winograd) => winograd.run(y, accumulate, x, weight),
             #[cfg(target_arch = "x86_64")]
             Self::Implicit(implicit) => implicit.run(y, accumulate, x, weight),
         }
@@ -310,7 +327,18 @@ impl Geometry {
         };
         let (h, w) = (self.h, self.w);
         #[cfg(target_arch = "x86_64")]
-        {
+        if compute == Compute::Bf16 {
+            let winograd = WinogradBf16 {
+                images: self.n,
+                c,
+                o,
+                h,
+                w,
+                transposed,
+            };
+            if winograd.pays() {
+                return Some(Direct::WinogradBf16(winograd));
+            }
             let implicit = Implicit {
                 images: self.n,
                 c,
@@ -319,7 +347,7 @@ impl Geometry {
                 w,
                 transposed,
             };
-            if compute == Compute::Bf16 && implicit.pays() {
+            if implicit.pays() {
                 return Some(Direct::Implicit(implicit));
             }
         }
@@ -419,7 +447,7 @@ impl Geometry {
     }
 
     /// Adds the gradient to the weight to `dw`.
-    fn weight_gradient(&self, dw: &mut [f32], x: &[f32], dy: &[f32]) {
+    fn weight_gradient(&self, compute: Compute, dw: &mut [f32], x: &[f32], dy: &[f32]) {
         let plane = self.oh * self.ow;
         let len = self.og() * self.patch();
         let mut col = Vec::new();
@@ -435,11 +463,12 @@ impl Geometry {
             let target = &mut dw[group * len..][..len];
             if self.pointwise() {
                 let patches = View::rows(&input[rows.start * self.ow..], self.cg(), pixels, plane);
-                multiply(target, self.patch(), true, dy, patches.t());
+                multiply_in(compute, target, self.patch(), true, dy, patches.t());
             } else {
                 col.resize(self.patch() * pixels, 0.0);
                 self.unfold(input, rows, &mut col);
-                multiply(
+                multiply_in(
+                    compute,
                     target,
                     self.patch(),
                     true,
@@ -472,6 +501,7 @@ pub(crate) fn gradients(
     x: &Tensor,
     w: &Tensor,
     dy: &Tensor,
+    compute: Compute,
     wanted: [bool; 2],
 ) -> Result<[Option<Gradient>; 2]> {
     let g = Geometry::new(x.shape(), w.shape(), params)?;
@@ -479,13 +509,15 @@ pub(crate) fn gradients(
         let (dy, w) = (dy.clone(), w.clone());
         Gradient::values(move |dx, add| {
             with_both(&dy, &w, |dy, w| {
-                g.input_gradient(Compute::F32, dx, add, w.into(), dy)
+                g.input_gradient(compute, dx, add, w.into(), dy)
             })
         })
     });
     let to_w = wanted[1].then(|| {
         let (dy, x) = (dy.clone(), x.clone());
-        Gradient::values(move |dw, _| with_both(&x, &dy, |x, dy| g.weight_gradient(dw, x, dy)))
+        Gradient::values(move |dw, _| {
+            with_both(&x, &dy, |x, dy| g.weight_gradient(compute, dw, x, dy))
+        })
     });
     Ok([to_x, to_w])
 }

@@ -83,6 +83,9 @@ mod rows;
 mod transpose;
 mod upsample;
 mod winograd;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod winograd_bf16;
 
 use std::sync::OnceLock;
 
@@ -106,15 +109,17 @@ pub use rows::{mix_groups, row_products, scale_channels};
 pub use transpose::transpose;
 pub use upsample::upsample_nearest2x;
 
-/// What the products with frozen weights, and those inside attention, are computed in.
+/// What the products of layers, and those inside attention, are computed in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Compute {
     /// f32 throughout.
     #[default]
     F32,
-    /// Operands are rounded to bf16 once, sums are f32. Low-rank branches, norms,
-    /// activation functions, softmax and all gradients of trained factors are f32, and so are
-    /// 3x3 convolutions by Winograd's algorithm (those whose input channels are no multiple of 32).
+    /// Operands are rounded to bf16 once, sums and results are f32. Norms, activation functions
+    /// and softmax are f32. What 3x3 convolutions round are, where there are many pixels, sums of four inputs
+    /// and sums of weights (Winograd's algorithm F(2x2, 3x3)), or nothing where channels are no
+    /// multiple of 32 (F(4x4, 3x3)). Adapters are multiplied as under PyTorch's autocast: their
+    /// weights and gradients are f32, rounded as operands (on GPUs, not rounded).
     Bf16,
 }
 

@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use crate::added::{Added, frozen, linear_added};
 use crate::buffer::{in_parts, maybe_with, rows_of, with, with_both};
 use crate::gradient::Gradient;
-use crate::matrix::{View, fill_rows, multiply};
+use crate::matrix::{View, fill_rows, multiply, multiply_in};
 use crate::node::{Value, node};
 use crate::{Compute, as_nodes, composed, fast, plain};
 
@@ -17,6 +17,16 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     if frozen(weight, bias) || weight.dtype() != x.dtype() {
         return linear_added(x, weight, bias, Compute::F32, &Added::default());
     }
+    trained(x, weight, bias, Compute::F32)
+}
+
+/// [`linear`] of operands of one dtype.
+pub(crate) fn trained(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    compute: Compute,
+) -> Result<Tensor> {
     let mut operands = vec![x, weight];
     operands.extend(bias);
     if !fast(&operands) {
@@ -42,13 +52,13 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     })?;
     with_both(&input, &w, |x, w| {
         let (x, w) = (View::rows(x, rows, i, i), View::rows(w, o, i, i));
-        multiply(&mut y, o, bias.is_some(), x, w.t());
+        multiply_in(compute, &mut y, o, bias.is_some(), x, w.t());
     })?;
     let wanted = [x, weight].map(Tensor::track_op);
     let to_bias = bias.is_some_and(Tensor::track_op);
     let backward = move |dy: &Tensor| {
         let dy = dy.contiguous()?;
-        let mut all = Vec::from(gradients(&input, &w, &dy, wanted)?);
+        let mut all = Vec::from(gradients(&input, &w, &dy, compute, wanted)?);
         // The sum over rows as a product with ones.
         all.push(to_bias.then(|| {
             Gradient::values(move |db, add| {
@@ -70,6 +80,7 @@ pub(crate) fn gradients(
     x: &Tensor,
     w: &Tensor,
     dy: &Tensor,
+    compute: Compute,
     wanted: [bool; 2],
 ) -> Result<[Option<Gradient>; 2]> {
     let (o, i) = w.dims2()?;
@@ -79,7 +90,7 @@ pub(crate) fn gradients(
         Gradient::values(move |dx, add| {
             with_both(&dy, &w, |dy, w| {
                 let (dy, w) = (View::rows(dy, rows, o, o), View::rows(w, o, i, i));
-                multiply(dx, i, add, dy, w);
+                multiply_in(compute, dx, i, add, dy, w);
             })
         })
     });
@@ -88,7 +99,7 @@ pub(crate) fn gradients(
         Gradient::values(move |dw, add| {
             with_both(&dy, &x, |dy, x| {
                 let (dy, x) = (View::rows(dy, rows, o, o), View::rows(x, rows, i, i));
-                multiply(dw, i, add, dy.t(), x);
+                multiply_in(compute, dw, i, add, dy.t(), x);
             })
         })
     });

@@ -20,7 +20,7 @@ mod tlora;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-use lora_kernels::{Product, with_computed_weight};
+use lora_kernels::{Added, Product, with_computed_weight};
 use rand::RngCore;
 
 use crate::adapter::Adapter;
@@ -229,11 +229,14 @@ pub(crate) fn middle(
 ) -> candle_core::Result<Option<Tensor>> {
     let down = down.to_dtype(x.dtype())?;
     match layer.op {
-        LayerOp::Linear => lora_kernels::linear(x, &down, None).map(Some),
+        LayerOp::Linear => {
+            lora_kernels::linear_added(x, &down, None, layer.compute, &Added::default()).map(Some)
+        }
         LayerOp::Conv2d(params) if params.groups == 1 => {
             let (_, i, kh, kw) = layer.weight.dims4()?;
             let down = down.reshape(((), i, kh, kw))?;
-            lora_kernels::conv2d(x, &down, None, params).map(Some)
+            let added = Added::default();
+            lora_kernels::conv2d_added(x, &down, None, params, layer.compute, &added).map(Some)
         }
         // Grouped convolutions and norms have no low-rank shortcut.
         _ => Ok(None),
