@@ -57,11 +57,11 @@ fn base_layer(case: &Value, get: &dyn Fn(&str) -> Option<Tensor>) -> BaseLayer {
         },
         other => panic!("unknown kind of layer {other:?}"),
     };
-    BaseLayer {
-        weight: get("base.weight").expect("a base weight"),
-        bias: get("base.bias"),
+    BaseLayer::new(
+        get("base.weight").expect("a base weight"),
+        get("base.bias"),
         op,
-    }
+    )
 }
 
 /// Writes the tensors as the peer saves them and reads them as any file.
@@ -949,11 +949,11 @@ fn golden_adapters_parameter_counts() {
         let weight = Tensor::zeros(weight, DType::F32, &Device::Cpu).unwrap();
         let mut model = One(Layer::new(
             "layer",
-            BaseLayer {
+            BaseLayer::new(
                 weight,
-                bias: Some(Tensor::zeros(o, DType::F32, &Device::Cpu).unwrap()),
+                Some(Tensor::zeros(o, DType::F32, &Device::Cpu).unwrap()),
                 op,
-            },
+            ),
         ));
         let mut rng = ChaCha12Rng::seed_from_u64(1);
         let targets = Targets::new(&["layer"]).unwrap();

@@ -722,11 +722,7 @@ fn golden_kohya_lora_forward() {
             report.tensor(&name, "merged weight", &merged, want, tol);
             continue;
         }
-        let layer = BaseLayer {
-            weight,
-            bias: input("bias").cloned(),
-            op: op(config),
-        };
+        let layer = BaseLayer::new(weight, input("bias").cloned(), op(config));
         if let Some(rand) = input("rand") {
             let dropout = Dropout {
                 rank: number(config, "rank_dropout").unwrap(),

@@ -30,19 +30,19 @@ struct Model {
 impl Model {
     fn new(outputs: usize, inputs: usize, dtype: DType, seed: u64) -> Self {
         let weight = |dims: &[usize], seed| random(dims, seed).to_dtype(dtype).unwrap();
-        let linear = BaseLayer {
-            weight: weight(&[outputs, inputs], seed),
-            bias: Some(weight(&[outputs], seed + 1)),
-            op: LayerOp::Linear,
-        };
-        let convolution = BaseLayer {
-            weight: weight(&[outputs, inputs, 3, 3], seed + 2),
-            bias: None,
-            op: LayerOp::Conv2d(lora_core::Conv2dParams {
+        let linear = BaseLayer::new(
+            weight(&[outputs, inputs], seed),
+            Some(weight(&[outputs], seed + 1)),
+            LayerOp::Linear,
+        );
+        let convolution = BaseLayer::new(
+            weight(&[outputs, inputs, 3, 3], seed + 2),
+            None,
+            LayerOp::Conv2d(lora_core::Conv2dParams {
                 padding: 1,
                 ..Default::default()
             }),
-        };
+        );
         Self {
             layers: [
                 Layer::new(LINEAR, linear),

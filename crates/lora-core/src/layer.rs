@@ -84,6 +84,16 @@ pub struct BaseLayer {
 }
 
 impl BaseLayer {
+    /// A layer that computes in f32.
+    pub fn new(weight: Tensor, bias: Option<Tensor>, op: LayerOp) -> Self {
+        Self {
+            weight,
+            bias,
+            op,
+            compute: Compute::F32,
+        }
+    }
+
     /// The weight in `dtype`, for adapters that compute with it; a norm's as it is.
     pub(crate) fn weight_in(&self, dtype: DType) -> Result<Tensor> {
         match self.op.is_norm() {
@@ -146,12 +156,7 @@ impl Layer {
         let weight = vb.get((out_features, in_features), "weight")?;
         Ok(Self::new(
             vb.prefix(),
-            BaseLayer {
-                weight,
-                bias,
-                op: LayerOp::Linear,
-                compute: Compute::F32,
-            },
+            BaseLayer::new(weight, bias, LayerOp::Linear),
         ))
     }
 
@@ -167,12 +172,7 @@ impl Layer {
         let weight = vb.get((out_features, in_features), "weight")?;
         Ok(Self::new(
             vb.prefix(),
-            BaseLayer {
-                weight,
-                bias: None,
-                op: LayerOp::Linear,
-                compute: Compute::F32,
-            },
+            BaseLayer::new(weight, None, LayerOp::Linear),
         ))
     }
 
@@ -191,12 +191,7 @@ impl Layer {
         let bias = Some(vb.get(o, "bias")?);
         Ok(Self::new(
             vb.prefix(),
-            BaseLayer {
-                weight,
-                bias,
-                op: LayerOp::Conv2d(params),
-                compute: Compute::F32,
-            },
+            BaseLayer::new(weight, bias, LayerOp::Conv2d(params)),
         ))
     }
 
@@ -230,16 +225,7 @@ impl Layer {
     fn norm(channels: usize, op: LayerOp, vb: VarBuilder<'_>) -> Result<Self> {
         let weight = vb.get(channels, "weight")?;
         let bias = Some(vb.get(channels, "bias")?);
-        let compute = Compute::F32;
-        Ok(Self::new(
-            vb.prefix(),
-            BaseLayer {
-                weight,
-                bias,
-                op,
-                compute,
-            },
-        ))
+        Ok(Self::new(vb.prefix(), BaseLayer::new(weight, bias, op)))
     }
 
     /// The layer's dotted place in its model, such as `mid_block.resnets.0.conv1`.

@@ -230,11 +230,7 @@ fn old_glora_is_the_new_one_with_pairs_swapped() {
 
 #[test]
 fn a_bias_change_beside_any_family() {
-    let base = || BaseLayer {
-        weight: counting(&[4, 4]),
-        bias: Some(counting(&[4])),
-        op: LayerOp::Linear,
-    };
+    let base = || BaseLayer::new(counting(&[4, 4]), Some(counting(&[4])), LayerOp::Linear);
     let x = counting(&[2, 4]);
     let change = [1f32, -2., 3., 0.5];
     for (family, mut parts) in samples() {
@@ -342,11 +338,8 @@ struct Model {
 
 impl Model {
     fn new() -> Self {
-        let base = |dims: &[usize], op| BaseLayer {
-            weight: counting(dims),
-            bias: Some(counting(&dims[..1])),
-            op,
-        };
+        let base =
+            |dims: &[usize], op| BaseLayer::new(counting(dims), Some(counting(&dims[..1])), op);
         Self {
             fc: Layer::new("fc", base(&[8, 6], LayerOp::Linear)),
             norm: Layer::new("norm", base(&[6], LayerOp::LayerNorm { eps: 1e-5 })),
@@ -435,11 +428,7 @@ fn branches_agree_with_deltas() {
         (strided, &[4, 4, 3, 3], &[2, 4, 7, 6]),
         (grouped, &[4, 4, 3, 3], &[2, 8, 7, 6]),
     ] {
-        let layer = BaseLayer {
-            weight: counting(weight),
-            bias: Some(counting(&[4])),
-            op,
-        };
+        let layer = BaseLayer::new(counting(weight), Some(counting(&[4])), op);
         let x = Var::from_tensor(&counting(x)).unwrap();
         for config in samples().into_iter().map(|(family, _)| AdapterConfig {
             family,
@@ -541,11 +530,7 @@ fn low_rank_shortcuts_agree_with_deltas() {
     {
         let weight = (wavy(dims) * 0.1).unwrap().to_dtype(dtype).unwrap();
         let wide = weight.to_dtype(DType::F32).unwrap();
-        let base = BaseLayer {
-            weight,
-            bias: Some(wavy(&dims[..1])),
-            op: *op,
-        };
+        let base = BaseLayer::new(weight, Some(wavy(&dims[..1])), *op);
         let x = Var::from_tensor(&wavy(input)).unwrap();
         for ((family, use_tucker, weight_decompose), dora) in
             families.iter().flat_map(|f| readings.map(|r| (*f, r)))

@@ -13,8 +13,8 @@ use lora_core::format::{
     BaseModel, FileReport, FindingKind, Format, LoadOptions, SaveLayout, Strictness, write_tensors,
 };
 use lora_core::{
-    Adaptable, AdapterSet, BaseLayer, Component, Compute, Conv2dParams, Error, Family, Layer,
-    LayerOp, SaveOptions,
+    Adaptable, AdapterSet, BaseLayer, Component, Conv2dParams, Error, Family, Layer, LayerOp,
+    SaveOptions,
 };
 
 type Tensors = Vec<(String, Tensor)>;
@@ -319,12 +319,7 @@ fn model(dims: &[usize]) -> One {
     };
     One(Layer::new(
         "mid_block.attentions.0.proj_in",
-        BaseLayer {
-            weight: counting(dims),
-            bias: None,
-            op,
-            compute: Compute::F32,
-        },
+        BaseLayer::new(counting(dims), None, op),
     ))
 }
 

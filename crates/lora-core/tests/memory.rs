@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, Tensor};
 use lora_core::format::{FileReport, write_tensors};
-use lora_core::{Adapter, BaseLayer, Compute, LayerOp, Loha, Lokr, LokrFactor};
+use lora_core::{Adapter, BaseLayer, LayerOp, Loha, Lokr, LokrFactor};
 
 struct Counting;
 
@@ -88,12 +88,7 @@ fn lokr_never_builds_its_delta() {
     let n = 2048;
     let factor = |m| LokrFactor::Full(ones(&[m, m]));
     let lokr = Lokr::new("fc", factor(32), factor(64), 1.0).unwrap();
-    let layer = BaseLayer {
-        weight: ones(&[n, n]),
-        bias: None,
-        op: LayerOp::Linear,
-        compute: Compute::F32,
-    };
+    let layer = BaseLayer::new(ones(&[n, n]), None, LayerOp::Linear);
     let x = ones(&[2, n]);
     let (y, _, peak) = measured(|| lokr.branch(&x, &layer, 1.0, None).unwrap());
     assert_eq!(y.to_vec2::<f32>().unwrap()[1][7], n as f32);

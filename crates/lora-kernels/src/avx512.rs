@@ -301,20 +301,30 @@ impl<T: Copy> Operand<'_, T> {
         words
     }
 
-    /// 16 words from word `w` on of up to 16 rows (or columns) from `o` on; zeros beyond the
-    /// ends.
-    pub(crate) fn words_of<S: Arithmetic>(&self, o: usize, w: usize) -> [[u32; 16]; 16]
+    /// Writes 16 words from word `w` on of up to 16 rows (or columns) from `o` on; zeros beyond
+    /// the ends.
+    pub(crate) fn words_of<S: Arithmetic>(&self, o: usize, w: usize, out: &mut [[u32; 16]; 16])
     where
         T: Element<S>,
     {
         check_processor();
         self.check();
         assert!(o < self.outer && w < self.words::<S>());
-        // SAFETY: the processor is able, the operand is checked, `o` and `w` are inside; a vector is
-        // 16 words.
-        unsafe {
-            let words = self.block::<S>(o, w, false);
-            std::mem::transmute::<[__m512i; 16], [[u32; 16]; 16]>(words)
+        // SAFETY: the processor is able, the operand is checked, `o` and `w` are inside.
+        unsafe { self.write_block::<S>(o, w, out) };
+    }
+
+    /// # Safety
+    /// As for `block`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn write_block<S: Arithmetic>(&self, o: usize, w: usize, out: &mut [[u32; 16]; 16])
+    where
+        T: Element<S>,
+    {
+        // SAFETY: the caller's word.
+        let words = unsafe { self.block::<S>(o, w, false) };
+        for (out, word) in out.iter_mut().zip(words) {
+            store(out, word);
         }
     }
 

@@ -155,9 +155,10 @@ impl Implicit {
                     outer_stride: 1,
                     inner_stride: o * TAPS,
                 };
+                let mut words = [[0; SIDE]; SIDE];
                 for block in 0..c / BLOCK {
                     for column in (0..channels * TAPS).step_by(SIDE) {
-                        let words = taps.words_of::<Bf16>(column, block * SIDE);
+                        taps.words_of::<Bf16>(column, block * SIDE, &mut words);
                         for (at, words) in (column..channels * TAPS).zip(&words) {
                             let (to, tap) = (at / TAPS, TAPS - 1 - at % TAPS);
                             let start = to * depth + block * WORDS + tap * SIDE;
@@ -166,6 +167,7 @@ impl Implicit {
                     }
                 }
             } else {
+                let mut words = [[0; SIDE]; SIDE];
                 for (to, out) in out.chunks_exact_mut(depth).enumerate() {
                     let taps = Operand {
                         data: &w[(first + to) * c * TAPS..],
@@ -175,7 +177,7 @@ impl Implicit {
                         inner_stride: TAPS,
                     };
                     for (block, out) in out.chunks_exact_mut(WORDS).enumerate() {
-                        let words = taps.words_of::<Bf16>(0, block * SIDE);
+                        taps.words_of::<Bf16>(0, block * SIDE, &mut words);
                         for (out, words) in out.chunks_exact_mut(SIDE).zip(&words) {
                             out.copy_from_slice(words);
                         }

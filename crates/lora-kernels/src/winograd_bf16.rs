@@ -175,16 +175,18 @@ impl WinogradBf16 {
                     let u = avx512::left(&u[point * self.pairs()..], self.depth());
                     avx512::multiply_panel::<Bf16>(m, outputs, u, v);
                 }
+                let sums = m.as_ptr();
                 for run in *runs {
-                    for (output, m) in m[..outputs * PANEL].chunks_exact(PANEL).enumerate() {
+                    for output in 0..outputs {
                         let plane = (run.image * self.o + first + output) * self.area();
+                        let line = output * PANEL + run.tile % PANEL;
                         // SAFETY: the processor is able (`fits`). All 16 points of this output
                         // have a line of 64 sums in `m`, of which those of the run are read.
                         // The plane is inside the output (`run`), and no other task writes to
                         // this run of it.
                         unsafe {
-                            let m = m.as_ptr().add(run.tile % PANEL);
-                            self.transform_output(run, m, outputs * PANEL, y.at(plane), accumulate);
+                            let (from, to) = (sums.add(line), y.at(plane));
+                            self.transform_output(run, from, outputs * PANEL, to, accumulate);
                         }
                     }
                 }
@@ -338,11 +340,19 @@ impl WinogradBf16 {
     fn transform_weights<T: Element<F32>>(&self, w: &[T], first: usize, u: &mut [u32]) {
         let (c, depth) = (self.c, self.depth());
         let outputs = u.len() / depth;
+        // Of two times 16 channels: what is read, and one output's kernels.
+        let mut halves = [[[0; SIDE]; SIDE]; 2];
+        let mut kernels = [[[0; SIDE]; TAPS]; 2];
         for channel in (0..c).step_by(BLOCK) {
-            let mut store = |output: usize, taps: [[&[u32; SIDE]; TAPS]; 2]| {
+            let read = |taps: &Operand<'_, T>, column: usize, halves: &mut [[_; SIDE]; 2]| {
+                for (half, words) in halves.iter_mut().enumerate() {
+                    taps.words_of::<F32>(column, channel + half * SIDE, words);
+                }
+            };
+            let mut store = |output: usize, kernels: &[[[u32; SIDE]; TAPS]; 2]| {
                 let out = &mut u[output * depth + channel / 2..];
                 // SAFETY: the processor is able (`fits`).
-                unsafe { transform_kernels(taps, out, self.pairs()) };
+                unsafe { transform_kernels(kernels, out, self.pairs()) };
             };
             if self.transposed {
                 // Columns are the taps of one output channel after those of the other.
@@ -353,16 +363,15 @@ impl WinogradBf16 {
                     outer_stride: 1,
                     inner_stride: self.o * TAPS,
                 };
-                let mut kernels = [[[0u32; SIDE]; TAPS]; 2];
                 for column in (0..outputs * TAPS).step_by(SIDE) {
-                    let halves = [channel, channel + SIDE].map(|c| taps.words_of::<F32>(column, c));
+                    read(&taps, column, &mut halves);
                     for at in column..(column + SIDE).min(outputs * TAPS) {
                         let tap = at % TAPS;
                         for (kernels, half) in kernels.iter_mut().zip(&halves) {
                             kernels[TAPS - 1 - tap] = half[at - column];
                         }
                         if tap == TAPS - 1 {
-                            store(at / TAPS, kernels.each_ref().map(|taps| taps.each_ref()));
+                            store(at / TAPS, &kernels);
                         }
                     }
                 }
@@ -375,13 +384,11 @@ impl WinogradBf16 {
                         outer_stride: 1,
                         inner_stride: TAPS,
                     };
-                    let halves = [channel, channel + SIDE].map(|c| taps.words_of::<F32>(0, c));
-                    store(
-                        output,
-                        halves
-                            .each_ref()
-                            .map(|half| std::array::from_fn(|tap| &half[tap])),
-                    );
+                    read(&taps, 0, &mut halves);
+                    for (kernels, half) in kernels.iter_mut().zip(&halves) {
+                        kernels.copy_from_slice(&half[..TAPS]);
+                    }
+                    store(output, &kernels);
                 }
             }
         }
@@ -447,7 +454,7 @@ impl WinogradBf16 {
 /// # Safety
 /// AVX-512 with BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn transform_kernels(taps: [[&[u32; SIDE]; TAPS]; 2], out: &mut [u32], stride: usize) {
+unsafe fn transform_kernels(taps: &[[[u32; SIDE]; TAPS]; 2], out: &mut [u32], stride: usize) {
     // SAFETY: the caller's word.
     let (low, high) = unsafe { (kernel_points(&taps[0]), kernel_points(&taps[1])) };
     for (point, (low, high)) in low.into_iter().zip(high).enumerate() {
@@ -463,7 +470,7 @@ unsafe fn transform_kernels(taps: [[&[u32; SIDE]; TAPS]; 2], out: &mut [u32], st
 /// AVX-512.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn kernel_points(taps: &[&[u32; SIDE]; TAPS]) -> [__m512; POINTS] {
+unsafe fn kernel_points(taps: &[[u32; SIDE]; TAPS]) -> [__m512; POINTS] {
     let mut lines = [[_mm512_setzero_ps(); 3]; 4];
     for column in 0..3 {
         let mut kernel = [_mm512_setzero_ps(); 3];

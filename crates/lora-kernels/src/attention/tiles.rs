@@ -43,6 +43,12 @@ const QUERIES: usize = 96;
 /// Keys of a tile.
 const KEYS: usize = 256;
 
+/// Queries whose scores are computed and used at once: as many as a product takes, so that scores
+/// stay in the first-level cache.
+fn lines_at_once() -> usize {
+    if crate::matrix_registers() { 32 } else { 6 }
+}
+
 /// One head of a tensor `[n, length, c]`, from row `start` on.
 struct Head<'a> {
     data: &'a [f32],
@@ -128,7 +134,8 @@ where
     let mut out = vec![0f32; lq * d];
     // Largest score so far, as a power of two, and sum of the powers relative to it.
     let (mut max, mut total) = (vec![f32::NEG_INFINITY; lq], vec![0f32; lq]);
-    let mut scores = vec![0f32; QUERIES * KEYS];
+    let lines_at_once = lines_at_once();
+    let mut scores = vec![0f32; lines_at_once * KEYS];
     let mut weights = S::tile();
     let (mut k_panels, mut v_panels) = (Panels::<S>::new(), Panels::<S>::new());
     for start in (0..lk).step_by(KEYS) {
@@ -137,20 +144,24 @@ where
         v_panels.lay(v.part(start, keys).along_rows());
         for first in (0..lq).step_by(QUERIES) {
             let rows = QUERIES.min(lq - first);
-            let scores = &mut scores[..rows * KEYS];
-            k_panels.multiply(scores, KEYS, rows, false, queries.at(first, 0));
+            for line in (0..rows).step_by(lines_at_once) {
+                let lines = lines_at_once.min(rows - line);
+                let scores = &mut scores[..lines * KEYS];
+                k_panels.multiply(scores, KEYS, lines, false, queries.at(first + line, 0));
+                each_line::<S>(scores, keys, &mut weights[line * KEYS..], |i, values| {
+                    let query = first + line + i;
+                    let (max, total) = (&mut max[query], &mut total[query]);
+                    let grown = vectorized(
+                        #[inline(always)]
+                        || exponentials(values, scale, max, total),
+                    );
+                    if grown != 1.0 {
+                        let out = &mut out[query * d..][..d];
+                        out.iter_mut().for_each(|o| *o *= grown);
+                    }
+                });
+            }
             let out = &mut out[first * d..];
-            each_line::<S>(scores, keys, &mut weights, |i, line| {
-                let (max, total) = (&mut max[first + i], &mut total[first + i]);
-                let grown = vectorized(
-                    #[inline(always)]
-                    || exponentials(line, scale, max, total),
-                );
-                if grown != 1.0 {
-                    let out = &mut out[i * d..][..d];
-                    out.iter_mut().for_each(|o| *o *= grown);
-                }
-            });
             v_panels.multiply(out, d, rows, true, avx512::left(&weights, KEYS));
         }
     }
@@ -255,7 +266,9 @@ where
     let mut dq = vec![0f32; lq * d];
     let size = if keys_too { lk * d } else { 0 };
     let (mut dk, mut dv) = (vec![0f32; size], vec![0f32; size]);
-    let (mut p, mut ds) = (vec![0f32; QUERIES * KEYS], vec![0f32; QUERIES * KEYS]);
+    let lines_at_once = lines_at_once();
+    let mut p = vec![0f32; lines_at_once * KEYS];
+    let mut ds = p.clone();
     let (mut p_tile, mut ds_tile) = (S::tile(), S::tile());
     // Gradients of a tile's keys and values, transposed.
     let (mut dk_part, mut dv_part) = (vec![0f32; d * KEYS], vec![0f32; d * KEYS]);
@@ -269,18 +282,22 @@ where
         k_turned.lay(k.along_rows());
         for first in (0..lq).step_by(QUERIES) {
             let rows = QUERIES.min(lq - first);
-            let (p, ds) = (&mut p[..rows * KEYS], &mut ds[..rows * KEYS]);
-            k_panels.multiply(p, KEYS, rows, false, q_rows.at(first, 0));
-            v_panels.multiply(ds, KEYS, rows, false, dy_rows.at(first, 0));
-            each_line::<S>(p, keys, &mut p_tile, |i, p| {
-                let (lse, dot) = (lse[first + i] * LOG2_E, dots[first + i]);
-                let ds = &mut ds[i * KEYS..][..keys];
-                vectorized(
-                    #[inline(always)]
-                    || score_gradients(p, ds, scales, lse, dot),
-                );
-            });
-            each_line::<S>(ds, keys, &mut ds_tile, |_, _| {});
+            for line in (0..rows).step_by(lines_at_once) {
+                let lines = lines_at_once.min(rows - line);
+                let (p, ds) = (&mut p[..lines * KEYS], &mut ds[..lines * KEYS]);
+                k_panels.multiply(p, KEYS, lines, false, q_rows.at(first + line, 0));
+                v_panels.multiply(ds, KEYS, lines, false, dy_rows.at(first + line, 0));
+                each_line::<S>(p, keys, &mut p_tile[line * KEYS..], |i, p| {
+                    let query = first + line + i;
+                    let (lse, dot) = (lse[query] * LOG2_E, dots[query]);
+                    let ds = &mut ds[i * KEYS..][..keys];
+                    vectorized(
+                        #[inline(always)]
+                        || score_gradients(p, ds, scales, lse, dot),
+                    );
+                });
+                each_line::<S>(ds, keys, &mut ds_tile[line * KEYS..], |_, _| {});
+            }
             let dq = &mut dq[first * d..];
             k_turned.multiply(dq, d, rows, true, avx512::left(&ds_tile, KEYS));
             if let Some((q_turned, dy_turned)) = &turned {
