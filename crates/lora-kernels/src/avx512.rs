@@ -440,6 +440,23 @@ fn transposed(mut w: [__m512i; 16]) -> [__m512i; 16] {
     w
 }
 
+/// Memory that several tasks write to, each its own elements.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<T>(*mut T);
+
+// SAFETY: tasks write disjoint elements.
+unsafe impl<T> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    pub(crate) fn new(start: *mut T) -> Self {
+        Self(start)
+    }
+
+    pub(crate) fn at(&self, number: usize) -> *mut T {
+        self.0.wrapping_add(number)
+    }
+}
+
 /// A matrix that several threads write to, each its own elements.
 #[derive(Clone, Copy)]
 struct Output {

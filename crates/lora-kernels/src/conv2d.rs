@@ -14,7 +14,7 @@ use crate::buffer::{in_parts, maybe_with, with_both};
 use crate::channels::{add_to_channels, plane_sums};
 use crate::gradient::Gradient;
 #[cfg(target_arch = "x86_64")]
-use crate::implicit::Implicit;
+use crate::implicit::{Conv3x3, Implicit};
 use crate::matrix::{Values, View, multiply_in, reads_narrow};
 use crate::node::{Value, node};
 use crate::winograd::Winograd;
@@ -328,7 +328,7 @@ impl Geometry {
         let (h, w) = (self.h, self.w);
         #[cfg(target_arch = "x86_64")]
         if compute == Compute::Bf16 {
-            let winograd = WinogradBf16 {
+            let conv = Conv3x3 {
                 images: self.n,
                 c,
                 o,
@@ -336,17 +336,10 @@ impl Geometry {
                 w,
                 transposed,
             };
+            let (winograd, implicit) = (WinogradBf16(conv), Implicit(conv));
             if winograd.pays() {
                 return Some(Direct::WinogradBf16(winograd));
             }
-            let implicit = Implicit {
-                images: self.n,
-                c,
-                o,
-                h,
-                w,
-                transposed,
-            };
             if implicit.pays() {
                 return Some(Direct::Implicit(implicit));
             }

@@ -14,7 +14,7 @@ use std::arch::x86_64::*;
 use rayon::prelude::*;
 
 use crate::amx::{self, Registers, SIDE};
-use crate::avx512::{Arithmetic, Bf16, Element, Operand, pairs};
+use crate::avx512::{Arithmetic, Bf16, Element, Operand, Shared, pairs};
 use crate::buffer::in_parts;
 use crate::matrix::{PARALLEL_PRODUCTS, Values, native_products};
 
@@ -39,8 +39,9 @@ const MIN_PIXELS: usize = 512;
 const TASK_CHANNELS: usize = 16 * TILE;
 const TASK_VECTORS: usize = 64;
 
-/// A convolution of stride and padding 1, or, transposed, its gradient to the input.
-pub(crate) struct Implicit {
+/// A 3x3 convolution of stride and padding 1, or, transposed, its gradient to the input.
+#[derive(Clone, Copy)]
+pub(crate) struct Conv3x3 {
     pub(crate) images: usize,
     /// Channels read, and written.
     pub(crate) c: usize,
@@ -49,6 +50,39 @@ pub(crate) struct Implicit {
     pub(crate) w: usize,
     pub(crate) transposed: bool,
 }
+
+impl Conv3x3 {
+    /// Pixels of a channel.
+    pub(crate) fn area(&self) -> usize {
+        self.h * self.w
+    }
+
+    /// Whether the channels read are whole blocks of 32, there is something to do, and there are
+    /// instructions for it.
+    pub(crate) fn in_blocks(&self) -> bool {
+        let blocks = self.c > 0 && self.c.is_multiple_of(BLOCK);
+        blocks && self.images * self.o * self.area() > 0 && native_products()
+    }
+
+    /// The taps of output channels from `first` on, channel of the input by channel of the input:
+    /// of `outputs` of them, one after the other, if transposed, else of one.
+    pub(crate) fn taps<'a, T>(&self, w: &'a [T], first: usize, outputs: usize) -> Operand<'a, T> {
+        let (start, outer, inner_stride) = match self.transposed {
+            true => (first, outputs * TAPS, self.o * TAPS),
+            false => (first * self.c, TAPS, TAPS),
+        };
+        Operand {
+            data: &w[start * TAPS..],
+            outer,
+            inner: self.c,
+            outer_stride: 1,
+            inner_stride,
+        }
+    }
+}
+
+/// A convolution done this way.
+pub(crate) struct Implicit(pub(crate) Conv3x3);
 
 /// Sixteen sums of an output channel: the first one's place in the picture, its place in the
 /// output, and which of them are inside.
@@ -63,62 +97,53 @@ impl Implicit {
     /// Whether this is the faster way: the channels read are whole blocks, and there are
     /// instructions for it.
     pub(crate) fn pays(&self) -> bool {
-        let enough = self.transposed || self.images * self.area() >= MIN_PIXELS;
-        self.fits() && (enough || self.in_registers())
-    }
-
-    fn fits(&self) -> bool {
-        let blocks = self.c > 0 && self.c.is_multiple_of(BLOCK);
-        blocks && self.images * self.o * self.area() > 0 && native_products()
+        let enough = self.0.transposed || self.0.images * self.0.area() >= MIN_PIXELS;
+        self.0.in_blocks() && (enough || self.in_registers())
     }
 
     /// Whether matrix registers do it.
     fn in_registers(&self) -> bool {
-        crate::matrix_registers() && self.o.is_multiple_of(CHANNELS)
-    }
-
-    fn area(&self) -> usize {
-        self.h * self.w
+        crate::matrix_registers() && self.0.o.is_multiple_of(CHANNELS)
     }
 
     /// Words of a row with its border.
     fn line(&self) -> usize {
-        self.w + 2
+        self.0.w + 2
     }
 
     /// Words of a plane with its border, and as many behind it as a task may read too far.
     fn plane(&self) -> usize {
-        (self.h + 2) * self.line() + BLOCK + 2
+        (self.0.h + 2) * self.line() + BLOCK + 2
     }
 
     /// Words of an image.
     fn picture(&self) -> usize {
-        self.c / 2 * self.plane()
+        self.0.c / 2 * self.plane()
     }
 
     /// Sums per channel, those across the border included.
     fn sums(&self) -> usize {
-        self.h * self.line()
+        self.0.h * self.line()
     }
 
     /// Words of one output channel's weights.
     fn depth(&self) -> usize {
-        self.c / BLOCK * WORDS
+        self.0.c / BLOCK * WORDS
     }
 
     /// Writes the convolution of all images to `y`, or adds it with `accumulate`; `weight` is
     /// `[o, c, 3, 3]`, or `[c, o, 3, 3]` if transposed.
     pub(crate) fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
-        assert!(self.fits() && x.len() >= self.images * self.c * self.area());
-        assert!(weight.len() >= self.o * self.c * TAPS);
+        assert!(self.0.in_blocks() && x.len() >= self.0.images * self.0.c * self.0.area());
+        assert!(weight.len() >= self.0.o * self.0.c * TAPS);
         let pictures = self.pictures(x);
         let weights = match weight {
             Values::F32(w) => self.weights(w),
             Values::Bf16(w) => self.weights(w),
         };
-        let y = &mut y[..self.images * self.o * self.area()];
+        let y = &mut y[..self.0.images * self.0.o * self.0.area()];
         if self.in_registers() {
-            let images = y.chunks_mut(self.o * self.area());
+            let images = y.chunks_mut(self.0.o * self.0.area());
             for (y, picture) in images.zip(pictures.chunks(self.picture())) {
                 self.in_matrices(y, accumulate, picture, &weights);
             }
@@ -129,13 +154,13 @@ impl Implicit {
 
     /// The pictures with their borders, in pairs of channels.
     fn pictures(&self, x: &[f32]) -> Vec<u32> {
-        let (area, plane) = (self.area(), self.plane());
-        in_parts(self.images * self.picture(), plane, |at, out| {
+        let (area, plane) = (self.0.area(), self.plane());
+        in_parts(self.0.images * self.picture(), plane, |at, out| {
             let (first, second) = x[at / plane * 2 * area..][..2 * area].split_at(area);
-            for row in 0..self.h {
-                let line = row * self.w..(row + 1) * self.w;
+            for row in 0..self.0.h {
+                let line = row * self.0.w..(row + 1) * self.0.w;
                 let start = (row + 1) * self.line() + 1;
-                let out = &mut out[start..start + self.w];
+                let out = &mut out[start..start + self.0.w];
                 pairs(&first[line.clone()], &second[line], out);
             }
         })
@@ -143,18 +168,12 @@ impl Implicit {
 
     /// The weights in bf16, `[output channel][block][tap][channel of the block]`.
     fn weights<T: Element<Bf16>>(&self, w: &[T]) -> Vec<u32> {
-        let (c, o, depth) = (self.c, self.o, self.depth());
+        let (c, o, depth) = (self.0.c, self.0.o, self.depth());
         in_parts(o * depth, SIDE * depth, |at, out: &mut [u32]| {
             let (first, channels) = (at / depth, out.len() / depth);
-            if self.transposed {
+            if self.0.transposed {
                 // Columns are the taps of one output channel after those of the other.
-                let taps = Operand {
-                    data: &w[first * TAPS..],
-                    outer: channels * TAPS,
-                    inner: c,
-                    outer_stride: 1,
-                    inner_stride: o * TAPS,
-                };
+                let taps = self.0.taps(w, first, channels);
                 let mut words = [[0; SIDE]; SIDE];
                 for block in 0..c / BLOCK {
                     for column in (0..channels * TAPS).step_by(SIDE) {
@@ -169,13 +188,7 @@ impl Implicit {
             } else {
                 let mut words = [[0; SIDE]; SIDE];
                 for (to, out) in out.chunks_exact_mut(depth).enumerate() {
-                    let taps = Operand {
-                        data: &w[(first + to) * c * TAPS..],
-                        outer: TAPS,
-                        inner: c,
-                        outer_stride: 1,
-                        inner_stride: TAPS,
-                    };
+                    let taps = self.0.taps(w, first + to, 1);
                     for (block, out) in out.chunks_exact_mut(WORDS).enumerate() {
                         taps.words_of::<Bf16>(0, block * SIDE, &mut words);
                         for (out, words) in out.chunks_exact_mut(SIDE).zip(&words) {
@@ -195,23 +208,23 @@ impl Implicit {
     /// The vectors of all images' sums.
     fn vectors(&self) -> Vec<Sixteen> {
         let mut vectors = Vec::new();
-        for image in 0..self.images {
-            let (picture, mut to) = (image * self.picture(), image * self.o * self.area());
+        for image in 0..self.0.images {
+            let (picture, mut to) = (image * self.picture(), image * self.0.o * self.0.area());
             let mut add = |from: usize, inside: __mmask16| {
                 let from = picture + from;
                 vectors.push(Sixteen { from, to, inside });
                 to += inside.count_ones() as usize;
             };
-            if self.w.is_multiple_of(SIDE) {
-                for row in 0..self.h {
-                    let columns = (0..self.w).step_by(SIDE);
+            if self.0.w.is_multiple_of(SIDE) {
+                for row in 0..self.0.h {
+                    let columns = (0..self.0.w).step_by(SIDE);
                     columns.for_each(|column| add(row * self.line() + column, !0));
                 }
             } else {
                 for from in (0..self.sums()).step_by(SIDE) {
                     let inside = |lane: usize| {
                         let at = from + lane;
-                        at < self.sums() && at % self.line() < self.w
+                        at < self.sums() && at % self.line() < self.0.w
                     };
                     let lanes = (0..SIDE).filter(|lane| inside(*lane));
                     add(from, lanes.fold(0, |mask, lane| mask | 1 << lane));
@@ -223,47 +236,37 @@ impl Implicit {
 
     /// All images, in vector registers.
     fn in_vectors(&self, y: &mut [f32], accumulate: bool, pictures: &[u32], weights: &[u32]) {
-        /// Each task writes its own sums.
-        struct Sums(*mut f32);
-        // SAFETY: no two tasks write the same channel of the same vector.
-        unsafe impl Sync for Sums {}
-        impl Sums {
-            fn at(&self, number: usize) -> *mut f32 {
-                self.0.wrapping_add(number)
-            }
-        }
-
         let vectors = self.vectors();
         let offsets = self.offsets();
-        let furthest = (self.c / 2 - 1) * self.plane() + offsets[TAPS - 1] + SIDE;
+        let furthest = (self.0.c / 2 - 1) * self.plane() + offsets[TAPS - 1] + SIDE;
         for vector in &vectors {
-            let written = (self.o - 1) * self.area() + vector.inside.count_ones() as usize;
+            let written = (self.0.o - 1) * self.0.area() + vector.inside.count_ones() as usize;
             assert!(vector.to + written <= y.len());
             assert!(vector.from + furthest <= pictures.len());
         }
-        assert!(weights.len() >= self.o * self.depth());
-        let even = self.o.div_ceil(self.o.div_ceil(TASK_CHANNELS));
+        assert!(weights.len() >= self.0.o * self.depth());
+        let even = self.0.o.div_ceil(self.0.o.div_ceil(TASK_CHANNELS));
         let channels = even.next_multiple_of(TILE);
         let groups: Vec<_> = vectors.chunks(TASK_VECTORS).collect();
-        let sums = Sums(y.as_mut_ptr());
+        let sums = Shared::new(y.as_mut_ptr());
         let task = |number: usize| {
             let (first, group) = (number / groups.len() * channels, number % groups.len());
-            let last = (first + channels).min(self.o);
-            for part in (0..self.c / BLOCK).step_by(PART) {
+            let last = (first + channels).min(self.0.o);
+            for part in (0..self.0.c / BLOCK).step_by(PART) {
                 for vectors in groups[group].chunks(VECTORS) {
                     for channel in (first..last).step_by(TILE) {
                         let tile = Tile {
-                            blocks: PART.min(self.c / BLOCK - part),
+                            blocks: PART.min(self.0.c / BLOCK - part),
                             pictures: pictures[part * SIDE * self.plane()..].as_ptr(),
                             plane: self.plane(),
                             offsets: &offsets,
                             weights: weights[channel * self.depth() + part * WORDS..].as_ptr(),
                             depth: self.depth(),
-                            sums: sums.at(channel * self.area()),
-                            area: self.area(),
+                            sums: sums.at(channel * self.0.area()),
+                            area: self.0.area(),
                             add: accumulate || part > 0,
                         };
-                        // SAFETY: the processor is able (`fits`); the assertions above keep
+                        // SAFETY: the processor is able (`in_blocks`); the assertions above keep
                         // reads and writes of these channels and vectors inside, and no
                         // other task writes to them.
                         unsafe { tile.run(TILE.min(last - channel), vectors) };
@@ -271,8 +274,8 @@ impl Implicit {
                 }
             }
         };
-        let tasks = self.o.div_ceil(channels) * groups.len();
-        if y.len() * self.c * TAPS < PARALLEL_PRODUCTS {
+        let tasks = self.0.o.div_ceil(channels) * groups.len();
+        if y.len() * self.0.c * TAPS < PARALLEL_PRODUCTS {
             (0..tasks).for_each(task);
         } else {
             (0..tasks).into_par_iter().with_max_len(1).for_each(task);
@@ -282,18 +285,18 @@ impl Implicit {
     /// One image, in matrix registers.
     fn in_matrices(&self, y: &mut [f32], accumulate: bool, picture: &[u32], weights: &[u32]) {
         let offsets = self.offsets().map(|offset| size_of::<u32>() * offset);
-        let channels = y.par_chunks_mut(CHANNELS * self.area());
+        let channels = y.par_chunks_mut(CHANNELS * self.0.area());
         channels.enumerate().for_each(|(chunk, y)| {
             let mut sums = vec![0f32; CHANNELS * self.sums().next_multiple_of(BLOCK)];
             let weights = &weights[chunk * CHANNELS * self.depth()..];
             self.sum_in_matrices(&mut sums, weights, picture, &offsets);
             let stride = sums.len() / CHANNELS;
-            for (y, sums) in y.chunks_mut(self.area()).zip(sums.chunks(stride)) {
-                let lines = y.chunks_mut(self.w).zip(sums.chunks(self.line()));
+            for (y, sums) in y.chunks_mut(self.0.area()).zip(sums.chunks(stride)) {
+                let lines = y.chunks_mut(self.0.w).zip(sums.chunks(self.line()));
                 for (y, sums) in lines {
                     match accumulate {
                         true => y.iter_mut().zip(sums).for_each(|(y, s)| *y += s),
-                        false => y.copy_from_slice(&sums[..self.w]),
+                        false => y.copy_from_slice(&sums[..self.0.w]),
                     }
                 }
             }
@@ -327,7 +330,7 @@ impl Implicit {
                     b_stride: size_of::<u32>() * self.plane(),
                     offsets,
                     step: size_of::<u32>() * self.plane() * SIDE,
-                    steps: self.c / BLOCK,
+                    steps: self.0.c / BLOCK,
                     c: sums.as_mut_ptr().add(column),
                     c_stride: size_of::<f32>() * stride,
                     add: false,

@@ -15,8 +15,9 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-use crate::avx512::{self, Bf16, Element, F32, Operand};
-use crate::matrix::{PANEL, PARALLEL_PRODUCTS, Values, native_products};
+use crate::avx512::{self, Bf16, Element, F32, Shared};
+use crate::implicit::Conv3x3;
+use crate::matrix::{PANEL, PARALLEL_PRODUCTS, Values};
 
 /// Points of a transformed tile.
 const POINTS: usize = 16;
@@ -34,16 +35,11 @@ const TASK_OUTPUTS: usize = 96;
 /// Most words of transformed input at a time (16 MB), which is read once for each 96 outputs.
 const MAX_WORDS: usize = 4 << 20;
 
-/// A convolution of stride and padding 1, or, transposed, its gradient to the input.
-pub(crate) struct WinogradBf16 {
-    pub(crate) images: usize,
-    /// Channels read, and written.
-    pub(crate) c: usize,
-    pub(crate) o: usize,
-    pub(crate) h: usize,
-    pub(crate) w: usize,
-    pub(crate) transposed: bool,
-}
+/// A convolution done this way.
+pub(crate) struct WinogradBf16(pub(crate) Conv3x3);
+
+/// What a task works in: transformed weights, and their products.
+type Buffers = (Vec<u32>, Vec<f32>);
 
 /// Up to 16 tiles that lie side by side, in one row of tiles and one panel.
 #[derive(Clone, Copy)]
@@ -56,54 +52,33 @@ struct Run {
     tiles: usize,
 }
 
-/// Memory that several tasks write to, each its own elements.
-#[derive(Clone, Copy)]
-struct Shared<T>(*mut T);
-
-// SAFETY: tasks write disjoint elements.
-unsafe impl<T> Sync for Shared<T> {}
-
-impl<T> Shared<T> {
-    fn at(&self, number: usize) -> *mut T {
-        self.0.wrapping_add(number)
-    }
-}
-
 impl WinogradBf16 {
     /// Whether this is the faster way: the channels read are whole blocks, and the products are not
     /// those of matrix registers, beside which transforming takes too long.
     pub(crate) fn pays(&self) -> bool {
-        self.fits() && self.tiles() >= MIN_TILES && self.o >= MIN_OUTPUTS
+        self.fits() && self.tiles() >= MIN_TILES && self.0.o >= MIN_OUTPUTS
     }
 
     fn fits(&self) -> bool {
-        let blocks = self.c > 0 && self.c.is_multiple_of(BLOCK);
-        blocks
-            && self.images * self.o * self.area() > 0
-            && native_products()
-            && !crate::matrix_registers()
-    }
-
-    fn area(&self) -> usize {
-        self.h * self.w
+        self.0.in_blocks() && !crate::matrix_registers()
     }
 
     fn rows(&self) -> usize {
-        self.h.div_ceil(2)
+        self.0.h.div_ceil(2)
     }
 
     fn columns(&self) -> usize {
-        self.w.div_ceil(2)
+        self.0.w.div_ceil(2)
     }
 
     /// Tiles of all images.
     fn tiles(&self) -> usize {
-        self.images * self.rows() * self.columns()
+        self.0.images * self.rows() * self.columns()
     }
 
     /// Words of a pixel's channels.
     fn pairs(&self) -> usize {
-        self.c / 2
+        self.0.c / 2
     }
 
     /// Words of a transformed panel.
@@ -119,18 +94,20 @@ impl WinogradBf16 {
     /// Writes the convolution of all images to `y`, or adds it with `accumulate`; `weight` is
     /// `[o, c, 3, 3]`, or `[c, o, 3, 3]` if transposed.
     pub(crate) fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
-        assert!(self.fits() && x.len() >= self.images * self.c * self.area());
-        assert!(weight.len() >= self.o * self.c * TAPS);
-        assert!(y.len() >= self.images * self.o * self.area());
+        assert!(self.fits() && x.len() >= self.0.images * self.0.c * self.0.area());
+        assert!(weight.len() >= self.0.o * self.0.c * TAPS);
+        assert!(y.len() >= self.0.images * self.0.o * self.0.area());
         let runs = self.runs();
         let panels: Vec<&[Run]> = runs
             .chunk_by(|a, b| a.tile / PANEL == b.tile / PANEL)
             .collect();
-        let y = Shared(y.as_mut_ptr());
+        let y = Shared::new(y.as_mut_ptr());
         let mut v = Vec::new();
+        // Of threads that have done their task, to be used again.
+        let buffers = Mutex::new(Vec::new());
         for panels in panels.chunks((MAX_WORDS / self.panel()).max(1)) {
             self.transform_inputs(x, panels, &mut v);
-            self.multiply_panels(y, accumulate, weight, panels, &v);
+            self.multiply_panels(y, accumulate, weight, (panels, &v), &buffers);
         }
     }
 
@@ -140,28 +117,26 @@ impl WinogradBf16 {
         y: Shared<f32>,
         accumulate: bool,
         weight: Values<'_>,
-        panels: &[&[Run]],
-        v: &[u32],
+        (panels, v): (&[&[Run]], &[u32]),
+        buffers: &Mutex<Vec<Buffers>>,
     ) {
         let outputs = self.outputs_per_task();
         // Each task transforms its weights: few panels per task are for many threads only.
-        let divided = (3 * rayon::current_num_threads()).div_ceil(self.o.div_ceil(outputs));
+        let divided = (3 * rayon::current_num_threads()).div_ceil(self.0.o.div_ceil(outputs));
         let per_task = panels.len().div_ceil(divided);
         let groups: Vec<_> = panels
             .chunks(per_task)
             .zip(v.chunks(per_task * self.panel()))
             .collect();
-        let tasks = self.o.div_ceil(outputs) * groups.len();
-        // Of threads that have done their task, to be used again.
-        let buffers = Mutex::new(Vec::new());
+        let tasks = self.0.o.div_ceil(outputs) * groups.len();
         let task = |number: usize| {
             let (first, (panels, v)) = (
                 number / groups.len() * outputs,
                 groups[number % groups.len()],
             );
-            let outputs = outputs.min(self.o - first);
+            let outputs = outputs.min(self.0.o - first);
             let spare = buffers.lock().ok().and_then(|mut all| all.pop());
-            let (mut u, mut m): (Vec<u32>, Vec<f32>) = spare.unwrap_or_default();
+            let (mut u, mut m) = spare.unwrap_or_default();
             u.resize(outputs * self.depth(), 0);
             m.resize(POINTS * outputs * PANEL, 0.0);
             match weight {
@@ -178,7 +153,7 @@ impl WinogradBf16 {
                 let sums = m.as_ptr();
                 for run in *runs {
                     for output in 0..outputs {
-                        let plane = (run.image * self.o + first + output) * self.area();
+                        let plane = (run.image * self.0.o + first + output) * self.0.area();
                         let line = output * PANEL + run.tile % PANEL;
                         // SAFETY: the processor is able (`fits`). All 16 points of this output
                         // have a line of 64 sums in `m`, of which those of the run are read.
@@ -195,7 +170,7 @@ impl WinogradBf16 {
                 all.push((u, m));
             }
         };
-        if self.o * self.c * TAPS * self.images * self.area() < PARALLEL_PRODUCTS {
+        if self.0.o * self.0.c * TAPS * self.0.images * self.0.area() < PARALLEL_PRODUCTS {
             (0..tasks).for_each(task);
         } else {
             (0..tasks).into_par_iter().with_max_len(1).for_each(task);
@@ -204,8 +179,9 @@ impl WinogradBf16 {
 
     /// Output channels per task, as even as whole tiles of six allow.
     fn outputs_per_task(&self) -> usize {
-        self.o
-            .div_ceil(self.o.div_ceil(TASK_OUTPUTS))
+        self.0
+            .o
+            .div_ceil(self.0.o.div_ceil(TASK_OUTPUTS))
             .next_multiple_of(6)
     }
 
@@ -213,7 +189,7 @@ impl WinogradBf16 {
     fn runs(&self) -> Vec<Run> {
         let mut runs = Vec::new();
         let mut tile = 0;
-        for line in 0..self.images * self.rows() {
+        for line in 0..self.0.images * self.rows() {
             let mut column = 0;
             while column < self.columns() {
                 let tiles = SIDE.min(self.columns() - column).min(PANEL - tile % PANEL);
@@ -236,13 +212,13 @@ impl WinogradBf16 {
         let length = panels.len() * self.panel();
         v.clear();
         v.reserve(length);
-        let words = Shared(v.as_mut_ptr());
+        let words = Shared::new(v.as_mut_ptr());
         let pair = |pair: usize| {
             for (panel, runs) in panels.iter().enumerate() {
                 let to = panel * self.panel() + pair * PANEL;
                 for run in *runs {
-                    let first = (run.image * self.c + 2 * pair) * self.area();
-                    let planes = &x[first..][..2 * self.area()];
+                    let first = (run.image * self.0.c + 2 * pair) * self.0.area();
+                    let planes = &x[first..][..2 * self.0.area()];
                     // SAFETY: the processor is able (`fits`). The run is inside the picture; each
                     // of 16 points has a line of this pair, of which the run's words are
                     // written, for this pair only.
@@ -275,7 +251,7 @@ impl WinogradBf16 {
     /// the run's words, in 16 lines, `64 * pairs` words apart.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn transform_input(&self, run: &Run, planes: &[f32], to: *mut u32) {
-        let (first, second) = planes.split_at(self.area());
+        let (first, second) = planes.split_at(self.0.area());
         // SAFETY: the caller's word; the mask keeps writes to the run's words.
         unsafe {
             let (first, second) = (self.points(run, first), self.points(run, second));
@@ -294,20 +270,23 @@ impl WinogradBf16 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn points(&self, run: &Run, plane: &[f32]) -> [__m512; POINTS] {
-        assert!(plane.len() >= self.area());
+        assert!(plane.len() >= self.0.area());
         let even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
         let odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
         // Columns of the tiles' four lines: [line][column].
         let mut d = [[_mm512_setzero_ps(); 4]; 4];
         let left = 2 * run.column;
         for (line, d) in d.iter_mut().enumerate() {
-            let Some(y) = (2 * run.row + line).checked_sub(1).filter(|y| *y < self.h) else {
+            let Some(y) = (2 * run.row + line)
+                .checked_sub(1)
+                .filter(|y| *y < self.0.h)
+            else {
                 continue;
             };
-            let from = plane.as_ptr().wrapping_add(y * self.w);
+            let from = plane.as_ptr().wrapping_add(y * self.0.w);
             // 16 values from column `at - 1` on, zeros outside.
             let load = |at: usize| {
-                let inside = avx512::mask16((self.w + 1).saturating_sub(at));
+                let inside = avx512::mask16((self.0.w + 1).saturating_sub(at));
                 let mask = if at == 0 { inside & !1 } else { inside };
                 // SAFETY: the line is inside the plane, and the mask keeps to the line.
                 unsafe { _mm512_maskz_loadu_ps(mask, from.wrapping_add(at).wrapping_sub(1)) }
@@ -338,31 +317,25 @@ impl WinogradBf16 {
     /// The weights of output channels from `first` on, as many as there is room for:
     /// `[output][16][pair]`.
     fn transform_weights<T: Element<F32>>(&self, w: &[T], first: usize, u: &mut [u32]) {
-        let (c, depth) = (self.c, self.depth());
+        let (c, depth) = (self.0.c, self.depth());
         let outputs = u.len() / depth;
         // Of two times 16 channels: what is read, and one output's kernels.
         let mut halves = [[[0; SIDE]; SIDE]; 2];
         let mut kernels = [[[0; SIDE]; TAPS]; 2];
         for channel in (0..c).step_by(BLOCK) {
-            let read = |taps: &Operand<'_, T>, column: usize, halves: &mut [[_; SIDE]; 2]| {
-                for (half, words) in halves.iter_mut().enumerate() {
-                    taps.words_of::<F32>(column, channel + half * SIDE, words);
-                }
-            };
+            let read =
+                |taps: &avx512::Operand<'_, T>, column: usize, halves: &mut [[_; SIDE]; 2]| {
+                    for (half, words) in halves.iter_mut().enumerate() {
+                        taps.words_of::<F32>(column, channel + half * SIDE, words);
+                    }
+                };
             let mut store = |output: usize, kernels: &[[[u32; SIDE]; TAPS]; 2]| {
                 let out = &mut u[output * depth + channel / 2..];
                 // SAFETY: the processor is able (`fits`).
                 unsafe { transform_kernels(kernels, out, self.pairs()) };
             };
-            if self.transposed {
-                // Columns are the taps of one output channel after those of the other.
-                let taps = Operand {
-                    data: &w[first * TAPS..],
-                    outer: outputs * TAPS,
-                    inner: c,
-                    outer_stride: 1,
-                    inner_stride: self.o * TAPS,
-                };
+            if self.0.transposed {
+                let taps = self.0.taps(w, first, outputs);
                 for column in (0..outputs * TAPS).step_by(SIDE) {
                     read(&taps, column, &mut halves);
                     for at in column..(column + SIDE).min(outputs * TAPS) {
@@ -377,13 +350,7 @@ impl WinogradBf16 {
                 }
             } else {
                 for output in 0..outputs {
-                    let taps = Operand {
-                        data: &w[(first + output) * c * TAPS..],
-                        outer: TAPS,
-                        inner: c,
-                        outer_stride: 1,
-                        inner_stride: TAPS,
-                    };
+                    let taps = self.0.taps(w, first + output, 1);
                     read(&taps, 0, &mut halves);
                     for (kernels, half) in kernels.iter_mut().zip(&halves) {
                         kernels.copy_from_slice(&half[..TAPS]);
@@ -412,7 +379,7 @@ impl WinogradBf16 {
         let high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
         let tiles = avx512::mask16(run.tiles);
         let left = 2 * run.column;
-        let width = (2 * run.tiles).min(self.w - left);
+        let width = (2 * run.tiles).min(self.0.w - left);
         let masks = [width, width.saturating_sub(SIDE)].map(avx512::mask16);
         // SAFETY: the caller's word; masks keep reads to the run's sums, and writes to its pixels
         // inside the picture.
@@ -427,11 +394,11 @@ impl WinogradBf16 {
             }
             for (line, points) in [upper, lower].into_iter().enumerate() {
                 let y = 2 * run.row + line;
-                if y >= self.h {
+                if y >= self.0.h {
                     break;
                 }
                 let [a, b] = output_points(points);
-                let to = plane.add(y * self.w + left);
+                let to = plane.add(y * self.0.w + left);
                 let both = [
                     _mm512_permutex2var_ps(a, low, b),
                     _mm512_permutex2var_ps(a, high, b),

@@ -268,7 +268,7 @@ pub struct TrainConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_weight_norms: Option<f64>,
     /// How the UNet's frozen weights are kept in memory: `no` (as in the file), `fp16`,
-    /// `bf16` (rounded; the UNet's products, those of adapters among them, are computed in it).
+    /// `bf16` (rounded; the UNet's products, those of low-rank branches too, are computed in it).
     /// Everything else is f32.
     pub mixed_precision: String,
     /// Compute activations again in the backward pass, to save memory.
