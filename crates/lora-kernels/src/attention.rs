@@ -2,6 +2,7 @@
 //! and the backward pass computes the scores again.
 
 #[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
 mod tiles;
 
 use std::sync::{Arc, OnceLock};

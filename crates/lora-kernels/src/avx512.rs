@@ -19,7 +19,9 @@ use crate::buffer::zeros;
 use crate::matrix::{PANEL, PARALLEL_PRODUCTS};
 
 /// Rows of a tile; with four vectors of 16 columns its sums fill 24 registers.
-const TILE: usize = 6;
+pub(crate) const TILE: usize = 6;
+/// Vectors of a panel's line.
+pub(crate) const VECTORS: usize = PANEL / 16;
 /// Most words multiplied before sums are written: a panel's part (64 KB) stays in the
 /// second-level cache.
 const DEPTH: usize = 256;
@@ -36,7 +38,7 @@ pub(crate) fn available() -> bool {
         && is_x86_feature_detected!("avx512bf16")
 }
 
-fn check_processor() {
+pub(crate) fn check_processor() {
     assert!(available(), "the processor lacks AVX-512 with BF16");
 }
 
@@ -54,6 +56,18 @@ pub(crate) trait Arithmetic: Copy + Send + Sync + 'static {
     /// # Safety
     /// The processor is able.
     unsafe fn add_product(sum: __m512, a: __m512i, b: __m512i) -> __m512;
+
+    /// 16 words, of a value of each of these, or of `first` alone.
+    ///
+    /// # Safety
+    /// AVX-512 with BW and BF16.
+    unsafe fn word(first: __m512, second: __m512) -> __m512i;
+
+    /// 16 words of as many values in their order as they are made of: `low`, then `high`.
+    ///
+    /// # Safety
+    /// AVX-512 with BF16.
+    unsafe fn words(low: __m512, high: __m512) -> __m512i;
 }
 
 /// f32 throughout.
@@ -74,6 +88,18 @@ impl Arithmetic for F32 {
     unsafe fn add_product(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
         _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum)
     }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn word(first: __m512, _: __m512) -> __m512i {
+        _mm512_castps_si512(first)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn words(low: __m512, _: __m512) -> __m512i {
+        _mm512_castps_si512(low)
+    }
 }
 
 impl Arithmetic for Bf16 {
@@ -87,6 +113,24 @@ impl Arithmetic for Bf16 {
         // SAFETY: both types are 64 bytes without invalid values.
         let [a, b] = [a, b].map(|word| unsafe { std::mem::transmute::<__m512i, __m512bh>(word) });
         _mm512_dpbf16_ps(sum, a, b)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn word(first: __m512, second: __m512) -> __m512i {
+        let turns = _mm512_set_epi16(
+            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+            4, 19, 3, 18, 2, 17, 1, 16, 0,
+        );
+        // SAFETY: the caller's word.
+        unsafe { _mm512_permutexvar_epi16(turns, Self::words(first, second)) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn words(low: __m512, high: __m512) -> __m512i {
+        // SAFETY: both types are 64 bytes without invalid values.
+        unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
     }
 }
 
@@ -161,7 +205,7 @@ impl Element<Bf16> for f32 {
         unsafe {
             let low = _mm512_maskz_loadu_ps(mask16(n), from);
             let high = _mm512_maskz_loadu_ps(mask16(n.saturating_sub(16)), from.wrapping_add(16));
-            narrowed(low, high)
+            Bf16::words(low, high)
         }
     }
 
@@ -173,35 +217,9 @@ impl Element<Bf16> for f32 {
             let mask = mask16(n);
             let a = _mm512_maskz_loadu_ps(mask, first);
             let b = _mm512_maskz_loadu_ps(if single { 0 } else { mask }, second);
-            paired(a, b)
+            Bf16::word(a, b)
         }
     }
-}
-
-/// 32 values in their order as 16 words, rounded.
-///
-/// # Safety
-/// AVX-512 with BF16.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(crate) unsafe fn narrowed(low: __m512, high: __m512) -> __m512i {
-    // SAFETY: both types are 64 bytes without invalid values.
-    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
-}
-
-/// 16 words of a value of each, rounded.
-///
-/// # Safety
-/// AVX-512 with BW and BF16.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(crate) unsafe fn paired(first: __m512, second: __m512) -> __m512i {
-    let turns = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-        19, 3, 18, 2, 17, 1, 16, 0,
-    );
-    // SAFETY: the caller's word.
-    unsafe { _mm512_permutexvar_epi16(turns, narrowed(first, second)) }
 }
 
 impl Element<Bf16> for bf16 {
@@ -784,6 +802,11 @@ impl<S: Arithmetic> Panels<S> {
         }
     }
 
+    /// Panel `number`, `[word][64]`.
+    pub(crate) fn panel(&self, number: usize) -> &[u32] {
+        &self.values[number * self.length..][..self.words * PANEL]
+    }
+
     /// `dst = a b`, or `dst += a b` with `add`: `rows` rows, `stride` apart, of as many
     /// columns as the panels have.
     pub(crate) fn multiply(
@@ -812,42 +835,113 @@ impl<S: Arithmetic> Panels<S> {
     }
 }
 
-/// `dst = a b` for a right operand that lies as a panel, `[word][64]`: `rows` rows of 64 columns.
+/// `dst = a b`, or `dst += a b` with `add`, for a right operand that lies as a panel,
+/// `[word][64]`: `rows` rows, `stride` apart, of 64 columns.
 pub(crate) fn multiply_panel<S: Arithmetic>(
     dst: &mut [f32],
+    stride: usize,
     rows: usize,
+    add: bool,
     a: Left<'_>,
     panel: &[u32],
 ) {
     check_processor();
-    assert!(rows > 0 && rows * PANEL <= dst.len());
+    assert!(rows > 0 && stride >= PANEL && (rows - 1) * stride + PANEL <= dst.len());
     let out = Output {
         start: dst.as_mut_ptr(),
-        stride: PANEL,
+        stride,
         columns: PANEL,
     };
     // SAFETY: the processor is able; rows and columns are inside.
-    unsafe { block::<S>(out, 0, rows, 0, a, 0, panel, 0, panel.len() / PANEL, false) };
+    unsafe { block::<S>(out, 0, rows, 0, a, 0, panel, 0, panel.len() / PANEL, add) };
 }
 
-/// Rounds values to bf16.
-pub(crate) fn narrow(values: &[f32], out: &mut [bf16]) {
+/// What becomes of a product's sums while they are in registers.
+pub(crate) trait Finish {
+    /// Sums of `R` rows, from `row` on, by 64 columns.
+    ///
+    /// # Safety
+    /// AVX-512 with BW, VL and BF16.
+    unsafe fn tile<const R: usize>(&mut self, row: usize, sums: [[__m512; VECTORS]; R]);
+}
+
+/// The product of `rows` rows and a panel, given to `finish` up to six rows at a time. `buffer` is
+/// for sums of matrix registers.
+pub(crate) fn multiply_to<S: Arithmetic, F: Finish>(
+    finish: &mut F,
+    rows: usize,
+    a: Left<'_>,
+    panel: &[u32],
+    buffer: &mut Vec<f32>,
+) {
     check_processor();
-    // SAFETY: the processor is able.
-    unsafe { narrow_values(values, out) }
+    let depth = panel.len() / PANEL;
+    if S::MATRIX && crate::matrix_registers() {
+        if buffer.len() < rows * PANEL {
+            buffer.resize(rows * PANEL, 0.0);
+        }
+        multiply_panel::<S>(buffer, PANEL, rows, false, a, panel);
+    } else {
+        assert!(rows > 0 && (rows - 1) * a.stride + 2 * depth <= a.halves.len());
+        buffer.clear();
+    }
+    // SAFETY: the processor is able; rows and words are inside, and `buffer` is empty or has all
+    // sums.
+    unsafe { finish_tiles::<S, F>(finish, rows, a, panel, buffer) };
 }
 
+/// # Safety
+/// AVX-512 with BW, VL and BF16. If `buffer` is empty, `a` has `rows` rows of as many words as
+/// `panel`; else it has `rows` rows of 64 sums.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn narrow_values(values: &[f32], out: &mut [bf16]) {
-    for (values, out) in values.chunks(32).zip(out.chunks_mut(32)) {
-        let n = values.len().min(out.len());
-        let mask = ((1u64 << n) - 1) as __mmask32;
-        // SAFETY: `n` values are read and, under the mask, written.
+unsafe fn finish_tiles<S: Arithmetic, F: Finish>(
+    finish: &mut F,
+    rows: usize,
+    a: Left<'_>,
+    panel: &[u32],
+    buffer: &[f32],
+) {
+    for row in (0..rows).step_by(TILE) {
+        // SAFETY: the caller's word, for the rows from `row` on.
         unsafe {
-            let words = <f32 as Element<Bf16>>::along(values.as_ptr(), n);
-            _mm512_mask_storeu_epi16(out.as_mut_ptr().cast(), mask, words);
+            let tile = Tile {
+                depth: panel.len() / PANEL,
+                a: a.halves.as_ptr().add(row * a.stride),
+                a_stride: a.stride,
+                b: panel.as_ptr(),
+            };
+            let sums = buffer.as_ptr().wrapping_add(row * PANEL);
+            match (rows - row, buffer.is_empty()) {
+                (1, true) => finish.tile(row, tile.sums::<S, 1, VECTORS>()),
+                (2, true) => finish.tile(row, tile.sums::<S, 2, VECTORS>()),
+                (3, true) => finish.tile(row, tile.sums::<S, 3, VECTORS>()),
+                (4, true) => finish.tile(row, tile.sums::<S, 4, VECTORS>()),
+                (5, true) => finish.tile(row, tile.sums::<S, 5, VECTORS>()),
+                (_, true) => finish.tile(row, tile.sums::<S, TILE, VECTORS>()),
+                (1, false) => finish.tile(row, loaded::<1>(sums)),
+                (2, false) => finish.tile(row, loaded::<2>(sums)),
+                (3, false) => finish.tile(row, loaded::<3>(sums)),
+                (4, false) => finish.tile(row, loaded::<4>(sums)),
+                (5, false) => finish.tile(row, loaded::<5>(sums)),
+                (_, false) => finish.tile(row, loaded::<TILE>(sums)),
+            }
         }
     }
+}
+
+/// `R` rows of 64 sums.
+///
+/// # Safety
+/// AVX-512; `from` is good for reading them.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn loaded<const R: usize>(from: *const f32) -> [[__m512; VECTORS]; R] {
+    let mut sums = [[_mm512_setzero_ps(); VECTORS]; R];
+    for (number, sum) in sums.as_flattened_mut().iter_mut().enumerate() {
+        // SAFETY: the caller's word.
+        *sum = unsafe { _mm512_loadu_ps(from.add(16 * number)) };
+    }
+    sums
 }
 
 /// Words of a value of each, rounded to bf16.
@@ -954,17 +1048,20 @@ impl Part {
             // SAFETY: the caller's word; `run` touches `TILE` rows at most, here
             // `rows - r`, and columns under the mask.
             unsafe {
-                let t = Tile {
+                let tile = Tile {
                     depth: self.depth,
                     a: self.a.add(r * self.a_stride),
                     a_stride: self.a_stride,
                     b: self.b,
+                };
+                let to = Target {
                     c: self.c.add(r * self.c_stride),
-                    c_stride: self.c_stride,
+                    stride: self.c_stride,
                     last,
                     add: self.add,
                 };
-                t.run::<S>((self.rows - r).min(TILE), self.columns.div_ceil(16));
+                let rows = (self.rows - r).min(TILE);
+                tile.run::<S>(rows, self.columns.div_ceil(16), to);
             }
         }
     }
@@ -1028,8 +1125,13 @@ struct Tile {
     a: *const u16,
     a_stride: usize,
     b: *const u32,
+}
+
+/// Where sums are written.
+#[derive(Clone, Copy)]
+struct Target {
     c: *mut f32,
-    c_stride: usize,
+    stride: usize,
     /// Columns of the last vector.
     last: __mmask16,
     add: bool,
@@ -1040,40 +1142,43 @@ impl Tile {
     /// As for `block`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn run<S: Arithmetic>(self, rows: usize, vectors: usize) {
+    unsafe fn run<S: Arithmetic>(self, rows: usize, vectors: usize, to: Target) {
         // SAFETY: the caller's word.
         unsafe {
             match vectors {
-                1 => self.run_rows::<S, 1>(rows),
-                2 => self.run_rows::<S, 2>(rows),
-                3 => self.run_rows::<S, 3>(rows),
-                _ => self.run_rows::<S, 4>(rows),
+                1 => self.run_rows::<S, 1>(rows, to),
+                2 => self.run_rows::<S, 2>(rows, to),
+                3 => self.run_rows::<S, 3>(rows, to),
+                _ => self.run_rows::<S, VECTORS>(rows, to),
             }
         }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn run_rows<S: Arithmetic, const V: usize>(self, rows: usize) {
+    unsafe fn run_rows<S: Arithmetic, const V: usize>(self, rows: usize, to: Target) {
         // SAFETY: the caller's word.
         unsafe {
             match rows {
-                1 => self.sum::<S, 1, V>(),
-                2 => self.sum::<S, 2, V>(),
-                3 => self.sum::<S, 3, V>(),
-                4 => self.sum::<S, 4, V>(),
-                5 => self.sum::<S, 5, V>(),
-                _ => self.sum::<S, 6, V>(),
+                1 => to.write(self.sums::<S, 1, V>()),
+                2 => to.write(self.sums::<S, 2, V>()),
+                3 => to.write(self.sums::<S, 3, V>()),
+                4 => to.write(self.sums::<S, 4, V>()),
+                5 => to.write(self.sums::<S, 5, V>()),
+                _ => to.write(self.sums::<S, TILE, V>()),
             }
         }
     }
 
+    /// # Safety
+    /// As for `block`.
+    #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn sum<S: Arithmetic, const R: usize, const V: usize>(self) {
-        // SAFETY: the caller's word.
-        unsafe {
-            let mut sums = [[_mm512_setzero_ps(); V]; R];
-            for w in 0..self.depth {
+    unsafe fn sums<S: Arithmetic, const R: usize, const V: usize>(self) -> [[__m512; V]; R] {
+        let mut sums = [[_mm512_setzero_ps(); V]; R];
+        for w in 0..self.depth {
+            // SAFETY: the caller's word.
+            unsafe {
                 let mut b = [_mm512_setzero_si512(); V];
                 for (v, b) in b.iter_mut().enumerate() {
                     *b = _mm512_loadu_si512(self.b.add(w * PANEL + 16 * v).cast());
@@ -1086,10 +1191,23 @@ impl Tile {
                     }
                 }
             }
-            for (r, sums) in sums.into_iter().enumerate() {
-                for (v, mut sum) in sums.into_iter().enumerate() {
-                    let c = self.c.add(r * self.c_stride + 16 * v);
-                    let mask = if v + 1 == V { self.last } else { !0 };
+        }
+        sums
+    }
+}
+
+impl Target {
+    /// # Safety
+    /// AVX-512; the target has so many rows, and columns under the mask.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn write<const R: usize, const V: usize>(self, sums: [[__m512; V]; R]) {
+        for (r, sums) in sums.into_iter().enumerate() {
+            for (v, mut sum) in sums.into_iter().enumerate() {
+                let mask = if v + 1 == V { self.last } else { !0 };
+                // SAFETY: the caller's word.
+                unsafe {
+                    let c = self.c.add(r * self.stride + 16 * v);
                     if self.add {
                         sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, c));
                     }

@@ -12,15 +12,18 @@ use rayon::prelude::*;
 use crate::added::{Added, conv2d_added, frozen};
 use crate::buffer::{in_parts, maybe_with, with_both};
 use crate::channels::{add_to_channels, plane_sums};
+use crate::conv3x3::Conv3x3;
 use crate::gradient::Gradient;
-#[cfg(target_arch = "x86_64")]
-use crate::implicit::{Conv3x3, Implicit};
 use crate::matrix::{Values, View, multiply_in, reads_narrow};
 use crate::node::{Value, node};
-use crate::winograd::Winograd;
-#[cfg(target_arch = "x86_64")]
-use crate::winograd_bf16::WinogradBf16;
+use crate::winograd;
 use crate::{Compute, as_nodes, composed, fast, plain};
+#[cfg(target_arch = "x86_64")]
+use crate::{
+    avx512::{Bf16, F32},
+    implicit::Implicit,
+    winograd_avx512::{Four, Two, Winograd},
+};
 
 /// Stride, padding (zeros, on all sides), dilation and groups of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,31 +124,9 @@ pub(crate) fn trained(
 /// Most values of one patch matrix (8 MB).
 const STRIP_VALUES: usize = 2 << 20;
 
-/// Ways without a matrix of patches.
-enum Direct {
-    Winograd(Winograd),
-    #[cfg(target_arch = "x86_64")]
-    WinogradBf16(WinogradBf16),
-    #[cfg(target_arch = "x86_64")]
-    Implicit(Implicit),
-}
-
-impl Direct {
-    /// All images.
-    fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
-        match self {
-            Self::Winograd(winograd) => {
-                let (area, c, o) = (winograd.h * winograd.w, winograd.c, winograd.o);
-                let images = y.chunks_mut(o * area).zip(x.chunks(c * area));
-                images.for_each(|(y, x)| winograd.run(y, accumulate, x, weight));
-            }
-            #[cfg(target_arch = "x86_64")]
-            Self::WinogradBf16(winograd) => winograd.run(y, accumulate, x, weight),
-            #[cfg(target_arch = "x86_64")]
-            Self::Implicit(implicit) => implicit.run(y, accumulate, x, weight),
-        }
-    }
-}
+/// A way without a matrix of patches: writes the convolution of all images to the first argument,
+/// or adds it if the second one is set; then come input and weights.
+type Direct = Box<dyn Fn(&mut [f32], bool, &[f32], Values<'_>)>;
 
 /// Sizes of one convolution.
 #[derive(Clone, Copy)]
@@ -325,35 +306,43 @@ impl Geometry {
             true => (self.o, self.c),
             false => (self.c, self.o),
         };
-        let (h, w) = (self.h, self.w);
+        let conv = Conv3x3 {
+            images: self.n,
+            c,
+            o,
+            h: self.h,
+            w: self.w,
+            transposed,
+        };
         #[cfg(target_arch = "x86_64")]
-        if compute == Compute::Bf16 {
-            let conv = Conv3x3 {
-                images: self.n,
-                c,
-                o,
-                h,
-                w,
-                transposed,
-            };
-            let (winograd, implicit) = (WinogradBf16(conv), Implicit(conv));
-            if winograd.pays() {
-                return Some(Direct::WinogradBf16(winograd));
+        match compute {
+            Compute::Bf16 => {
+                let (winograd, implicit) = (Winograd::<Bf16, Two>::new(conv), Implicit(conv));
+                if winograd.pays() {
+                    return Some(Box::new(move |y, add, x, w| winograd.run(y, add, x, w)));
+                }
+                if implicit.pays() {
+                    return Some(Box::new(move |y, add, x, w| implicit.run(y, add, x, w)));
+                }
             }
-            if implicit.pays() {
-                return Some(Direct::Implicit(implicit));
+            Compute::F32 => {
+                let large = Winograd::<F32, Four>::new(conv);
+                if large.pays() {
+                    return Some(Box::new(move |y, add, x, w| large.run(y, add, x, w)));
+                }
+                let small = Winograd::<F32, Two>::new(conv);
+                if small.pays() {
+                    return Some(Box::new(move |y, add, x, w| small.run(y, add, x, w)));
+                }
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = compute;
-        let winograd = Winograd {
-            c,
-            o,
-            h,
-            w,
-            transposed,
-        };
-        winograd.pays().then_some(Direct::Winograd(winograd))
+        let winograd = winograd::Winograd(conv);
+        if winograd.pays() {
+            return Some(Box::new(move |y, add, x, w| winograd.run(y, add, x, w)));
+        }
+        None
     }
 
     /// Whether [`forward`](Self::forward), or with `transposed`
@@ -373,7 +362,7 @@ impl Geometry {
     ) {
         let plane = self.oh * self.ow;
         if let Some(direct) = self.direct(compute, false) {
-            return direct.run(y, accumulate, x, w);
+            return direct(y, accumulate, x, w);
         }
         let mut col = Vec::new();
         self.each_strip(|image, group, rows| {
@@ -403,7 +392,7 @@ impl Geometry {
     ) {
         let plane = self.oh * self.ow;
         if let Some(direct) = self.direct(compute, true) {
-            return direct.run(dx, add, dy, w);
+            return direct(dx, add, dy, w);
         }
         let mut col = Vec::new();
         self.each_strip(|image, group, rows| {

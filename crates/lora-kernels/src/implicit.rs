@@ -14,11 +14,11 @@ use std::arch::x86_64::*;
 use rayon::prelude::*;
 
 use crate::amx::{self, Registers, SIDE};
-use crate::avx512::{Arithmetic, Bf16, Element, Operand, Shared, pairs};
+use crate::avx512::{Arithmetic, Bf16, Element, Shared, pairs};
 use crate::buffer::in_parts;
-use crate::matrix::{PARALLEL_PRODUCTS, Values, native_products};
+use crate::conv3x3::{Conv3x3, TAPS};
+use crate::matrix::{PARALLEL_PRODUCTS, Values};
 
-const TAPS: usize = 9;
 /// Channels of a block.
 const BLOCK: usize = 2 * SIDE;
 /// Words of a block's weights.
@@ -38,48 +38,6 @@ const MIN_PIXELS: usize = 512;
 /// Most output channels and vectors per task.
 const TASK_CHANNELS: usize = 16 * TILE;
 const TASK_VECTORS: usize = 64;
-
-/// A 3x3 convolution of stride and padding 1, or, transposed, its gradient to the input.
-#[derive(Clone, Copy)]
-pub(crate) struct Conv3x3 {
-    pub(crate) images: usize,
-    /// Channels read, and written.
-    pub(crate) c: usize,
-    pub(crate) o: usize,
-    pub(crate) h: usize,
-    pub(crate) w: usize,
-    pub(crate) transposed: bool,
-}
-
-impl Conv3x3 {
-    /// Pixels of a channel.
-    pub(crate) fn area(&self) -> usize {
-        self.h * self.w
-    }
-
-    /// Whether the channels read are whole blocks of 32, there is something to do, and there are
-    /// instructions for it.
-    pub(crate) fn in_blocks(&self) -> bool {
-        let blocks = self.c > 0 && self.c.is_multiple_of(BLOCK);
-        blocks && self.images * self.o * self.area() > 0 && native_products()
-    }
-
-    /// The taps of output channels from `first` on, channel of the input by channel of the input:
-    /// of `outputs` of them, one after the other, if transposed, else of one.
-    pub(crate) fn taps<'a, T>(&self, w: &'a [T], first: usize, outputs: usize) -> Operand<'a, T> {
-        let (start, outer, inner_stride) = match self.transposed {
-            true => (first, outputs * TAPS, self.o * TAPS),
-            false => (first * self.c, TAPS, TAPS),
-        };
-        Operand {
-            data: &w[start * TAPS..],
-            outer,
-            inner: self.c,
-            outer_stride: 1,
-            inner_stride,
-        }
-    }
-}
 
 /// A convolution done this way.
 pub(crate) struct Implicit(pub(crate) Conv3x3);

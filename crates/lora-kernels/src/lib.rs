@@ -66,6 +66,7 @@ mod checkpoint;
 mod composed;
 mod computed;
 mod conv2d;
+mod conv3x3;
 mod gradient;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
@@ -85,7 +86,7 @@ mod upsample;
 mod winograd;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
-mod winograd_bf16;
+mod winograd_avx512;
 
 use std::sync::OnceLock;
 

@@ -43,29 +43,6 @@ pub(crate) fn exp(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { value }
 }
 
-/// `2^x`, relative error below 2e-7, up to 127; below -125 no less than there. For processors
-/// that multiply and add in one instruction: elsewhere `mul_add` is a slow function.
-#[cfg(any(target_arch = "x86_64", test))]
-#[inline(always)]
-pub(crate) fn exp2(x: f32) -> f32 {
-    // As in `exp`.
-    const ROUND: f32 = 12_582_912.0;
-    // NaN stays NaN.
-    let x = if x < -125.0 { -125.0 } else { x };
-    let shifted = x + ROUND;
-    let r = x - (shifted - ROUND);
-    // Of least relative error for |r| <= 1/2 among those that are 1 at 0.
-    let p = 1.559_467_8e-4_f32;
-    let p = p.mul_add(r, 1.340_664_4e-3);
-    let p = p.mul_add(r, 9.617_693e-3);
-    let p = p.mul_add(r, 5.550_310_6e-2);
-    let p = p.mul_add(r, 0.240_226_53);
-    let p = p.mul_add(r, std::f32::consts::LN_2);
-    let p = p.mul_add(r, 1.0);
-    // The whole number is added to the exponent.
-    f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
-}
-
 /// `1 / (1 + e^-x)`.
 #[inline(always)]
 pub(crate) fn sigmoid(x: f32) -> f32 {
@@ -139,14 +116,6 @@ mod tests {
             let error = (f64::from(exp(x)) - want).abs();
             assert!(error <= 3e-7 * want + 2e-38, "exp({x})");
         }
-        for i in -12500..=1000 {
-            let x = i as f32 / 100.0;
-            let want = f64::from(x).exp2();
-            let error = (f64::from(exp2(x)) - want).abs();
-            assert!(error <= 2e-7 * want, "exp2({x})");
-        }
-        assert_eq!(exp2(0.0), 1.0);
-        assert!(exp2(f32::NEG_INFINITY) < 3e-38 && exp2(f32::NAN).is_nan());
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(0.0), 1.0);
         for (x, want) in [

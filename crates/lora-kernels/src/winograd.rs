@@ -1,5 +1,5 @@
-//! 3x3 convolutions of stride 1 by Winograd's algorithm F(4x4, 3x3) (Lavin and Gray 2015):
-//! 36 products per 16 outputs and channel pair instead of 144.
+//! 3x3 convolutions of stride 1 by Winograd's algorithm F(4x4, 3x3) (Lavin and Gray 2015), for
+//! any processor: 36 products per 16 outputs and channel pair instead of 144.
 //!
 //! Per image: 6x6 input tiles are transformed to `v[36][panel][channel][64]`; then, for a
 //! chunk of output channels at a time, weights are transformed to `u[output][36][channel]`,
@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use crate::Compute;
 use crate::buffer::zeros;
+use crate::conv3x3::Conv3x3;
 use crate::math::vectorized;
 use crate::matrix::{PANEL, Values, View, multiply_here};
 
@@ -24,29 +25,29 @@ const MIN_CHANNELS: usize = 32;
 const MAX_CHUNK: usize = 160;
 const WEIGHTS: usize = 8;
 
-/// One convolution, `[c, h, w]` to `[o, h, w]`, padded by one zero on each side.
-#[derive(Clone, Copy)]
-pub(crate) struct Winograd {
-    pub(crate) c: usize,
-    pub(crate) o: usize,
-    pub(crate) h: usize,
-    pub(crate) w: usize,
-    /// The gradient to the input: weights are `[c, o, 3, 3]` and turned around.
-    pub(crate) transposed: bool,
-}
+/// A convolution done this way.
+pub(crate) struct Winograd(pub(crate) Conv3x3);
 
 impl Winograd {
     /// Whether this is the faster way.
     pub(crate) fn pays(&self) -> bool {
-        self.tiles() >= MIN_TILES && self.c >= MIN_CHANNELS && self.o >= MIN_CHANNELS
+        self.tiles() >= MIN_TILES && self.0.c >= MIN_CHANNELS && self.0.o >= MIN_CHANNELS
+    }
+
+    /// Writes the convolution of all images to `y`, or adds it with `accumulate`; `weight` is
+    /// `[o, c, 3, 3]`, or `[c, o, 3, 3]` if transposed.
+    pub(crate) fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
+        let inputs = x.chunks(self.0.c * self.0.area());
+        let images = y.chunks_mut(self.0.o * self.0.area()).zip(inputs);
+        images.for_each(|(y, x)| self.run_image(y, accumulate, x, weight));
     }
 
     fn rows(&self) -> usize {
-        self.h.div_ceil(4)
+        self.0.h.div_ceil(4)
     }
 
     fn columns(&self) -> usize {
-        self.w.div_ceil(4)
+        self.0.w.div_ceil(4)
     }
 
     fn tiles(&self) -> usize {
@@ -55,20 +56,20 @@ impl Winograd {
 
     /// Output channels at a time.
     fn chunk(&self) -> usize {
-        self.o.div_ceil(self.o.div_ceil(MAX_CHUNK))
+        self.0.o.div_ceil(self.0.o.div_ceil(MAX_CHUNK))
     }
 
-    /// Writes the convolution of one image to `y`, or adds it with `accumulate`.
-    pub(crate) fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
+    /// One image, `[c, h, w]` to `[o, h, w]`.
+    fn run_image(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
         let (tiles, panels) = (self.tiles(), self.tiles().div_ceil(PANEL));
-        let plane = self.h * self.w;
+        let plane = self.0.h * self.0.w;
         let v = self.transform_inputs(x);
         let chunk = self.chunk();
         let (mut u, mut m) = (Vec::new(), Vec::new());
         for (number, y) in y.chunks_mut(chunk * plane).enumerate() {
             let outputs = y.len() / plane;
-            u.resize(outputs * POINTS * self.c, 0f32);
-            u.par_chunks_mut(WEIGHTS * POINTS * self.c)
+            u.resize(outputs * POINTS * self.0.c, 0f32);
+            u.par_chunks_mut(WEIGHTS * POINTS * self.0.c)
                 .enumerate()
                 .for_each(|(part, u)| {
                     let first = number * chunk + part * WEIGHTS;
@@ -79,18 +80,23 @@ impl Winograd {
                 });
             m.resize(POINTS * outputs * tiles, 0f32);
             m.par_chunks_mut(outputs * tiles)
-                .zip(v.par_chunks(panels * self.c * PANEL))
+                .zip(v.par_chunks(panels * self.0.c * PANEL))
                 .enumerate()
                 .for_each(|(point, (m, v))| {
-                    for (panel, v) in v.chunks_exact(self.c * PANEL).enumerate() {
+                    for (panel, v) in v.chunks_exact(self.0.c * PANEL).enumerate() {
                         let tile = panel * PANEL;
                         multiply_here(
                             Compute::F32,
                             &mut m[tile..],
                             tiles,
                             false,
-                            View::rows(&u[point * self.c..], outputs, self.c, POINTS * self.c),
-                            View::rows(v, self.c, PANEL.min(tiles - tile), PANEL),
+                            View::rows(
+                                &u[point * self.0.c..],
+                                outputs,
+                                self.0.c,
+                                POINTS * self.0.c,
+                            ),
+                            View::rows(v, self.0.c, PANEL.min(tiles - tile), PANEL),
                         );
                     }
                 });
@@ -116,16 +122,16 @@ impl Winograd {
         }
 
         let (tiles, panels) = (self.tiles(), self.tiles().div_ceil(PANEL));
-        let mut v: Vec<f32> = zeros(POINTS * panels * self.c * PANEL);
+        let mut v: Vec<f32> = zeros(POINTS * panels * self.0.c * PANEL);
         let lines = Lines(v.as_mut_ptr());
-        let channels = x.par_chunks(self.h * self.w).enumerate().take(self.c);
+        let channels = x.par_chunks(self.0.h * self.0.w).enumerate().take(self.0.c);
         channels.for_each_init(
             || vec![0f32; POINTS * tiles],
             |points, (channel, x)| {
                 vectorized(|| self.transform_input(x, points));
                 for (point, values) in points.chunks_exact(tiles).enumerate() {
                     for (panel, values) in values.chunks(PANEL).enumerate() {
-                        let line = lines.line((point * panels + panel) * self.c + channel);
+                        let line = lines.line((point * panels + panel) * self.0.c + channel);
                         // SAFETY: there are 36 times `panels` times `c` lines of 64 values; this
                         // one is written for this channel only.
                         unsafe {
@@ -149,8 +155,8 @@ impl Winograd {
         for row in 0..self.rows() {
             for (r, line) in lines.chunks_exact_mut(width).enumerate() {
                 line.fill(0.0);
-                if let Some(source) = (4 * row + r).checked_sub(1).filter(|y| *y < self.h) {
-                    line[1..=self.w].copy_from_slice(&x[source * self.w..][..self.w]);
+                if let Some(source) = (4 * row + r).checked_sub(1).filter(|y| *y < self.0.h) {
+                    line[1..=self.0.w].copy_from_slice(&x[source * self.0.w..][..self.0.w]);
                 }
             }
             let (d01, d2345) = lines.split_at_mut(2 * width);
@@ -187,13 +193,13 @@ impl Winograd {
     /// `[output][36][channel]`.
     #[inline(always)]
     fn transform_weight<T: Copy + Into<f32>>(&self, weight: &[T], first: usize, u: &mut [f32]) {
-        let c = self.c;
+        let c = self.0.c;
         let outputs = u.len() / (POINTS * c);
         // Taps apart: [output][9][channel].
         let mut taps = vec![0f32; outputs * 9 * c];
-        if self.transposed {
+        if self.0.transposed {
             for channel in 0..c {
-                let kernels = &weight[(channel * self.o + first) * 9..][..outputs * 9];
+                let kernels = &weight[(channel * self.0.o + first) * 9..][..outputs * 9];
                 for (output, kernel) in kernels.chunks_exact(9).enumerate() {
                     for (tap, value) in kernel.iter().enumerate() {
                         taps[(output * 9 + 8 - tap) * c + channel] = (*value).into();
@@ -260,7 +266,7 @@ impl Winograd {
             }
             for (r, points) in lines.chunks_exact(6 * columns).enumerate() {
                 let at = 4 * row + r;
-                if at >= self.h {
+                if at >= self.0.h {
                     break;
                 }
                 let point = |k: usize| &points[k * columns..][..columns];
@@ -269,11 +275,11 @@ impl Winograd {
                     let four = output_points([m0[j], m1[j], m2[j], m3[j], m4[j], m5[j]]);
                     out.copy_from_slice(&four);
                 }
-                let y = &mut y[at * self.w..][..self.w];
+                let y = &mut y[at * self.0.w..][..self.0.w];
                 if accumulate {
                     y.iter_mut().zip(&line).for_each(|(y, v)| *y += v);
                 } else {
-                    y.copy_from_slice(&line[..self.w]);
+                    y.copy_from_slice(&line[..self.0.w]);
                 }
             }
         }

@@ -1,0 +1,690 @@
+//! 3x3 convolutions by Winograd's algorithm (Lavin and Gray 2015) with AVX-512: F(4x4, 3x3) in
+//! f32, 36 products per 16 outputs and channel pair instead of 144, or F(2x2, 3x3) in f32 or
+//! bf16, 16 products per 4 outputs instead of 36.
+//!
+//! Input tiles of all images are transformed in f32, rounded if need be, and laid out as panels of
+//! 64 tiles, `v[panel][point][word][64]`; a word is a channel, or two channels in bf16. A task takes
+//! some output channels and panels: it transforms its weights, `u[output][point][word]`,
+//! multiplies, `m = u v`, and transforms `m` back to output tiles. Transformed weights are never
+//! kept.
+//!
+//! In bf16, what is rounded are sums of four inputs and of up to nine weights. Against inputs and
+//! weights rounded themselves the error is 1.7 times as large for values that are independent of
+//! one another: 25 instead of 9 products add their errors to an output. F(4x4, 3x3) would round
+//! some ten times worse, and is for f32 only, where the result differs from direct summation by
+//! a few 1e-6 of the output's size.
+
+use std::arch::x86_64::*;
+use std::marker::PhantomData;
+use std::sync::Mutex;
+
+use rayon::prelude::*;
+
+use crate::avx512::{self, Arithmetic, Element, F32, Shared};
+use crate::conv3x3::{Conv3x3, TAPS};
+use crate::matrix::{PANEL, PARALLEL_PRODUCTS, Values};
+
+/// Lanes of a vector, and words that weights are laid out in at once.
+const SIDE: usize = 16;
+/// With fewer tiles a panel is half empty, and transforming the weights does not pay.
+const MIN_TILES: usize = 64;
+/// With fewer output channels transforming the input does not pay.
+const MIN_OUTPUTS: usize = 32;
+/// Most output channels per task: whole tiles of six.
+const TASK_OUTPUTS: usize = 96;
+/// Most words of transformed input at a time (32 MB), which is read once for each 96 outputs.
+const MAX_WORDS: usize = 8 << 20;
+
+/// One of Winograd's algorithms, in one dimension.
+pub(crate) trait Algorithm: Copy + Send + Sync + 'static {
+    /// Outputs of a tile.
+    const OUTPUTS: usize;
+    /// Inputs of a tile, and its points: `OUTPUTS + 2`.
+    const INPUTS: usize = Self::OUTPUTS + 2;
+    /// Points of a tile in two dimensions.
+    const POINTS: usize = Self::INPUTS * Self::INPUTS;
+
+    /// `B^T d`, the first `INPUTS` of each.
+    ///
+    /// # Safety
+    /// AVX-512.
+    unsafe fn input_points(d: [__m512; MOST]) -> [__m512; MOST];
+
+    /// `G g`, the first `INPUTS`.
+    ///
+    /// # Safety
+    /// AVX-512.
+    unsafe fn weight_points(g: [__m512; 3]) -> [__m512; MOST];
+
+    /// `A^T m` of the first `INPUTS`, the first `OUTPUTS`.
+    ///
+    /// # Safety
+    /// AVX-512.
+    unsafe fn output_points(m: [__m512; MOST]) -> [__m512; MOST];
+}
+
+/// Most inputs of a tile in one dimension.
+const MOST: usize = 6;
+
+/// F(2x2, 3x3).
+#[derive(Clone, Copy)]
+pub(crate) struct Two;
+
+/// F(4x4, 3x3).
+#[derive(Clone, Copy)]
+pub(crate) struct Four;
+
+/// A convolution done this way.
+pub(crate) struct Winograd<S, A> {
+    conv: Conv3x3,
+    kind: PhantomData<(S, A)>,
+}
+
+/// What a task works in: transformed weights, and their products.
+type Buffers = (Vec<u32>, Vec<f32>);
+
+/// Up to 16 tiles that lie side by side, in one row of tiles and one panel.
+#[derive(Clone, Copy)]
+struct Run {
+    /// The first one's number among all tiles.
+    tile: usize,
+    image: usize,
+    row: usize,
+    column: usize,
+    tiles: usize,
+}
+
+impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
+    pub(crate) fn new(conv: Conv3x3) -> Self {
+        Self {
+            conv,
+            kind: PhantomData,
+        }
+    }
+
+    /// Whether this is the faster way: the channels read are whole blocks, and the products are not
+    /// those of matrix registers, beside which transforming takes too long.
+    pub(crate) fn pays(&self) -> bool {
+        self.fits() && self.tiles() >= MIN_TILES && self.conv.o >= MIN_OUTPUTS
+    }
+
+    fn fits(&self) -> bool {
+        self.conv.in_blocks() && !(S::MATRIX && crate::matrix_registers())
+    }
+
+    fn rows(&self) -> usize {
+        self.conv.h.div_ceil(A::OUTPUTS)
+    }
+
+    fn columns(&self) -> usize {
+        self.conv.w.div_ceil(A::OUTPUTS)
+    }
+
+    /// Tiles of all images.
+    fn tiles(&self) -> usize {
+        self.conv.images * self.rows() * self.columns()
+    }
+
+    /// Words of a pixel's channels.
+    fn words(&self) -> usize {
+        self.conv.c / S::VALUES
+    }
+
+    /// Words of a transformed panel.
+    fn panel(&self) -> usize {
+        A::POINTS * self.words() * PANEL
+    }
+
+    /// Words of one output channel's transformed weights.
+    fn depth(&self) -> usize {
+        A::POINTS * self.words()
+    }
+
+    /// Writes the convolution of all images to `y`, or adds it with `accumulate`; `weight` is
+    /// `[o, c, 3, 3]`, or `[c, o, 3, 3]` if transposed.
+    pub(crate) fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
+        assert!(self.fits() && x.len() >= self.conv.images * self.conv.c * self.conv.area());
+        assert!(weight.len() >= self.conv.o * self.conv.c * TAPS);
+        assert!(y.len() >= self.conv.images * self.conv.o * self.conv.area());
+        let runs = self.runs();
+        let panels: Vec<&[Run]> = runs
+            .chunk_by(|a, b| a.tile / PANEL == b.tile / PANEL)
+            .collect();
+        let y = Shared::new(y.as_mut_ptr());
+        let mut v = Vec::new();
+        // Of threads that have done their task, to be used again.
+        let buffers = Mutex::new(Vec::new());
+        // As even as can be: weights are transformed for each.
+        let most = (MAX_WORDS / self.panel()).max(1);
+        let at_once = panels.len().div_ceil(panels.len().div_ceil(most));
+        for panels in panels.chunks(at_once) {
+            self.transform_inputs(x, panels, &mut v);
+            self.multiply_panels(y, accumulate, weight, (panels, &v), &buffers);
+        }
+    }
+
+    /// The output's part that these panels make.
+    fn multiply_panels(
+        &self,
+        y: Shared<f32>,
+        accumulate: bool,
+        weight: Values<'_>,
+        (panels, v): (&[&[Run]], &[u32]),
+        buffers: &Mutex<Vec<Buffers>>,
+    ) {
+        let outputs = self.outputs_per_task();
+        // Each task transforms its weights: few panels per task are for many threads only.
+        let divided = (3 * rayon::current_num_threads()).div_ceil(self.conv.o.div_ceil(outputs));
+        let per_task = panels.len().div_ceil(divided);
+        let groups: Vec<_> = panels
+            .chunks(per_task)
+            .zip(v.chunks(per_task * self.panel()))
+            .collect();
+        let tasks = self.conv.o.div_ceil(outputs) * groups.len();
+        let task = |number: usize| {
+            let (first, (panels, v)) = (
+                number / groups.len() * outputs,
+                groups[number % groups.len()],
+            );
+            let outputs = outputs.min(self.conv.o - first);
+            let spare = buffers.lock().ok().and_then(|mut all| all.pop());
+            let (mut u, mut m) = spare.unwrap_or_default();
+            u.resize(outputs * self.depth(), 0);
+            m.resize(A::POINTS * outputs * PANEL, 0.0);
+            match weight {
+                Values::F32(w) => self.transform_weights(w, first, &mut u),
+                Values::Bf16(w) => self.transform_weights(w, first, &mut u),
+            }
+            for (runs, v) in panels.iter().zip(v.chunks_exact(self.panel())) {
+                let points = m.chunks_exact_mut(outputs * PANEL);
+                for (point, (m, v)) in points.zip(v.chunks_exact(self.words() * PANEL)).enumerate()
+                {
+                    let u = avx512::left(&u[point * self.words()..], self.depth());
+                    avx512::multiply_panel::<S>(m, PANEL, outputs, false, u, v);
+                }
+                let sums = m.as_ptr();
+                for run in *runs {
+                    for output in 0..outputs {
+                        let plane = (run.image * self.conv.o + first + output) * self.conv.area();
+                        let line = output * PANEL + run.tile % PANEL;
+                        // SAFETY: the processor is able (`fits`). All points of this output
+                        // have a line of 64 sums in `m`, of which those of the run are read.
+                        // The plane is inside the output (`run`), and no other task writes to
+                        // this run of it.
+                        unsafe {
+                            let (from, to) = (sums.add(line), y.at(plane));
+                            self.transform_output(run, from, outputs * PANEL, to, accumulate);
+                        }
+                    }
+                }
+            }
+            if let Ok(mut all) = buffers.lock() {
+                all.push((u, m));
+            }
+        };
+        if self.conv.o * self.conv.c * TAPS * self.conv.images * self.conv.area()
+            < PARALLEL_PRODUCTS
+        {
+            (0..tasks).for_each(task);
+        } else {
+            (0..tasks).into_par_iter().with_max_len(1).for_each(task);
+        }
+    }
+
+    /// Output channels per task, as even as whole tiles of six allow.
+    fn outputs_per_task(&self) -> usize {
+        self.conv
+            .o
+            .div_ceil(self.conv.o.div_ceil(TASK_OUTPUTS))
+            .next_multiple_of(6)
+    }
+
+    /// All tiles, in their order.
+    fn runs(&self) -> Vec<Run> {
+        let mut runs = Vec::new();
+        let mut tile = 0;
+        for line in 0..self.conv.images * self.rows() {
+            let mut column = 0;
+            while column < self.columns() {
+                let tiles = SIDE.min(self.columns() - column).min(PANEL - tile % PANEL);
+                runs.push(Run {
+                    tile,
+                    image: line / self.rows(),
+                    row: line % self.rows(),
+                    column,
+                    tiles,
+                });
+                (tile, column) = (tile + tiles, column + tiles);
+            }
+        }
+        runs
+    }
+
+    /// The channels `[image][c][h][w]` of these panels' tiles to `[panel][point][word][64]`, zeros
+    /// behind the last tile.
+    fn transform_inputs(&self, x: &[f32], panels: &[&[Run]], v: &mut Vec<u32>) {
+        let length = panels.len() * self.panel();
+        v.clear();
+        v.reserve(length);
+        let words = Shared::new(v.as_mut_ptr());
+        let word = |word: usize| {
+            for (panel, runs) in panels.iter().enumerate() {
+                let to = panel * self.panel() + word * PANEL;
+                for run in *runs {
+                    let first = (run.image * self.conv.c + S::VALUES * word) * self.conv.area();
+                    let planes = &x[first..][..S::VALUES * self.conv.area()];
+                    // SAFETY: the processor is able (`fits`). The run is inside the picture; each
+                    // point has a line of this word, of which the run's lanes are written, for
+                    // this word only.
+                    unsafe { self.transform_input(run, planes, words.at(to + run.tile % PANEL)) };
+                }
+                let lanes = runs.iter().map(|run| run.tiles).sum();
+                for point in 0..A::POINTS {
+                    for lane in lanes..PANEL {
+                        let at = to + point * self.words() * PANEL + lane;
+                        // SAFETY: inside the panel, and written for this word only.
+                        unsafe { words.at(at).write(0) };
+                    }
+                }
+            }
+        };
+        if length < PARALLEL_PRODUCTS {
+            (0..self.words()).for_each(word);
+        } else {
+            (0..self.words()).into_par_iter().for_each(word);
+        }
+        // SAFETY: there is room for so many words; of every panel all points' lines of all words have
+        // been written, the lanes of tiles and those behind them.
+        unsafe { v.set_len(length) };
+    }
+
+    /// The tiles `B^T d B` of a word's planes to a line per point.
+    ///
+    /// # Safety
+    /// AVX-512 with BW, VL and BF16. The run is inside planes of this size, of which there are
+    /// `S::VALUES`; `to` is good for writing the run's words, in lines `64 * words` apart.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn transform_input(&self, run: &Run, planes: &[f32], to: *mut u32) {
+        let area = self.conv.area();
+        let mut points = [[_mm512_setzero_ps(); MOST * MOST]; 2];
+        // SAFETY: the caller's word; the mask keeps writes to the run's words.
+        unsafe {
+            for (plane, points) in planes.chunks_exact(area).zip(&mut points) {
+                *points = self.points(run, plane);
+            }
+            let mask = avx512::mask16(run.tiles);
+            for point in 0..A::POINTS {
+                let to = to.add(point * self.words() * PANEL);
+                let word = S::word(points[0][point], points[1][point]);
+                _mm512_mask_storeu_epi32(to.cast(), mask, word);
+            }
+        }
+    }
+
+    /// `B^T d B` of a run of one plane.
+    ///
+    /// # Safety
+    /// AVX-512; the run is inside planes of this size.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn points(&self, run: &Run, plane: &[f32]) -> [__m512; MOST * MOST] {
+        assert!(plane.len() >= self.conv.area());
+        // The tiles' columns, line by line: [line][column].
+        let mut d = [[_mm512_setzero_ps(); MOST]; MOST];
+        let left = A::OUTPUTS * run.column;
+        for (line, d) in d.iter_mut().enumerate().take(A::INPUTS) {
+            let Some(y) = (A::OUTPUTS * run.row + line)
+                .checked_sub(1)
+                .filter(|y| *y < self.conv.h)
+            else {
+                continue;
+            };
+            let from = plane.as_ptr().wrapping_add(y * self.conv.w);
+            // 16 values from column `at - 1` on, zeros outside.
+            let load = |at: usize| {
+                let inside = avx512::mask16((self.conv.w + 1).saturating_sub(at));
+                let mask = if at == 0 { inside & !1 } else { inside };
+                // SAFETY: the line is inside the plane, and the mask keeps to the line.
+                unsafe { _mm512_maskz_loadu_ps(mask, from.wrapping_add(at).wrapping_sub(1)) }
+            };
+            let vectors = |at: usize| {
+                let mut vectors = [_mm512_setzero_ps(); 4];
+                for (number, vector) in vectors.iter_mut().enumerate().take(A::OUTPUTS) {
+                    *vector = load(at + number * SIDE);
+                }
+                vectors
+            };
+            // Columns past a tile's outputs are the next tile's first ones.
+            let own = each_of::<A>(vectors(left));
+            let next = each_of::<A>(vectors(left + A::OUTPUTS));
+            d[..A::OUTPUTS].copy_from_slice(&own[..A::OUTPUTS]);
+            d[A::OUTPUTS..A::INPUTS].copy_from_slice(&next[..2]);
+        }
+        let mut lines = [[_mm512_setzero_ps(); MOST]; MOST];
+        for column in 0..A::INPUTS {
+            let mut values = [_mm512_setzero_ps(); MOST];
+            for (value, d) in values.iter_mut().zip(&d) {
+                *value = d[column];
+            }
+            // SAFETY: the caller's word.
+            let points = unsafe { A::input_points(values) };
+            for (line, point) in lines.iter_mut().zip(points) {
+                line[column] = point;
+            }
+        }
+        let mut points = [_mm512_setzero_ps(); MOST * MOST];
+        for (points, line) in points
+            .chunks_exact_mut(A::INPUTS)
+            .zip(lines)
+            .take(A::INPUTS)
+        {
+            // SAFETY: the caller's word.
+            let values = unsafe { A::input_points(line) };
+            points.copy_from_slice(&values[..A::INPUTS]);
+        }
+        points
+    }
+
+    /// The weights of output channels from `first` on, as many as there is room for:
+    /// `[output][point][word]`.
+    fn transform_weights<T: Element<F32>>(&self, w: &[T], first: usize, u: &mut [u32]) {
+        let (c, depth) = (self.conv.c, self.depth());
+        let outputs = u.len() / depth;
+        // Of a word's values, 16 channels each: what is read, and one output's kernels.
+        let mut parts = [[[0; SIDE]; SIDE]; 2];
+        let mut kernels = [[[0; SIDE]; TAPS]; 2];
+        for channel in (0..c).step_by(S::VALUES * SIDE) {
+            let read =
+                |taps: &avx512::Operand<'_, T>, column: usize, parts: &mut [[_; SIDE]; 2]| {
+                    for (part, words) in parts.iter_mut().enumerate().take(S::VALUES) {
+                        taps.words_of::<F32>(column, channel + part * SIDE, words);
+                    }
+                };
+            let mut store = |output: usize, kernels: &[[[u32; SIDE]; TAPS]; 2]| {
+                let out = &mut u[output * depth + channel / S::VALUES..];
+                // SAFETY: the processor is able (`fits`).
+                unsafe { transform_kernels::<S, A>(kernels, out, self.words()) };
+            };
+            if self.conv.transposed {
+                let taps = self.conv.taps(w, first, outputs);
+                for column in (0..outputs * TAPS).step_by(SIDE) {
+                    read(&taps, column, &mut parts);
+                    for at in column..(column + SIDE).min(outputs * TAPS) {
+                        let tap = at % TAPS;
+                        for (kernels, part) in kernels.iter_mut().zip(&parts) {
+                            kernels[TAPS - 1 - tap] = part[at - column];
+                        }
+                        if tap == TAPS - 1 {
+                            store(at / TAPS, &kernels);
+                        }
+                    }
+                }
+            } else {
+                for output in 0..outputs {
+                    let taps = self.conv.taps(w, first + output, 1);
+                    read(&taps, 0, &mut parts);
+                    for (kernels, part) in kernels.iter_mut().zip(&parts) {
+                        kernels.copy_from_slice(&part[..TAPS]);
+                    }
+                    store(output, &kernels);
+                }
+            }
+        }
+    }
+
+    /// A run's output tiles `A^T m A` to one plane of the output, or added to it.
+    ///
+    /// # Safety
+    /// AVX-512. All points, `stride` apart, are good for reading the run's sums from `m` on; the
+    /// run is inside the plane, and nothing else uses it.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn transform_output(
+        &self,
+        run: &Run,
+        m: *const f32,
+        stride: usize,
+        plane: *mut f32,
+        accumulate: bool,
+    ) {
+        let tiles = avx512::mask16(run.tiles);
+        let left = A::OUTPUTS * run.column;
+        let width = (A::OUTPUTS * run.tiles).min(self.conv.w - left);
+        // SAFETY: the caller's word; masks keep reads to the run's sums, and writes to its pixels
+        // inside the picture.
+        unsafe {
+            let mut lines = [[_mm512_setzero_ps(); MOST]; MOST];
+            for column in 0..A::INPUTS {
+                let mut points = [_mm512_setzero_ps(); MOST];
+                for (line, point) in points.iter_mut().enumerate().take(A::INPUTS) {
+                    let m = m.add((A::INPUTS * line + column) * stride);
+                    *point = _mm512_maskz_loadu_ps(tiles, m);
+                }
+                for (line, value) in lines.iter_mut().zip(A::output_points(points)) {
+                    line[column] = value;
+                }
+            }
+            for (line, points) in lines.into_iter().enumerate().take(A::OUTPUTS) {
+                let y = A::OUTPUTS * run.row + line;
+                if y >= self.conv.h {
+                    break;
+                }
+                let to = plane.add(y * self.conv.w + left);
+                let vectors = together::<A>(A::output_points(points));
+                for (part, mut values) in vectors.into_iter().enumerate().take(A::OUTPUTS) {
+                    let mask = avx512::mask16(width.saturating_sub(part * SIDE));
+                    let to = to.wrapping_add(part * SIDE);
+                    if accumulate {
+                        values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, to));
+                    }
+                    _mm512_mask_storeu_ps(to, mask, values);
+                }
+            }
+        }
+    }
+}
+
+/// Of `OUTPUTS` vectors of values, every `OUTPUTS`th from the first one on, from the second one
+/// on, and so forth.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn each_of<A: Algorithm>([a, b, c, d]: [__m512; 4]) -> [__m512; 4] {
+    let even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    let odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    let halves = |a, b| {
+        [
+            _mm512_permutex2var_ps(a, even, b),
+            _mm512_permutex2var_ps(a, odd, b),
+        ]
+    };
+    let [evens, odds] = halves(a, b);
+    if A::OUTPUTS == 2 {
+        return [evens, odds, c, d];
+    }
+    let [evens2, odds2] = halves(c, d);
+    let ([first, third], [second, fourth]) = (halves(evens, evens2), halves(odds, odds2));
+    [first, second, third, fourth]
+}
+
+/// The opposite of [`each_of`], of the first `OUTPUTS`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn together<A: Algorithm>([a, b, c, d, ..]: [__m512; MOST]) -> [__m512; 4] {
+    let low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    let high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+    let merged = |a, b| {
+        [
+            _mm512_permutex2var_ps(a, low, b),
+            _mm512_permutex2var_ps(a, high, b),
+        ]
+    };
+    if A::OUTPUTS == 2 {
+        let [first, second] = merged(a, b);
+        return [first, second, c, d];
+    }
+    let ([evens, evens2], [odds, odds2]) = (merged(a, c), merged(b, d));
+    let ([first, second], [third, fourth]) = (merged(evens, odds), merged(evens2, odds2));
+    [first, second, third, fourth]
+}
+
+/// Kernels of one output, of 16 channels for each value of a word, `[value][tap][channel]`,
+/// `G g G^T`, rounded if need be, to a line for each point, `stride` words apart, of which 16 words
+/// are written.
+///
+/// # Safety
+/// AVX-512 with BW, VL and BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn transform_kernels<S: Arithmetic, A: Algorithm>(
+    taps: &[[[u32; SIDE]; TAPS]; 2],
+    out: &mut [u32],
+    stride: usize,
+) {
+    let mut points = [[_mm512_setzero_ps(); MOST * MOST]; 2];
+    for (points, taps) in points.iter_mut().zip(taps).take(S::VALUES) {
+        // SAFETY: the caller's word.
+        *points = unsafe { kernel_points::<A>(taps) };
+    }
+    for point in 0..A::POINTS {
+        let out = &mut out[point * stride..][..SIDE];
+        // SAFETY: the caller's word; 16 words fit.
+        unsafe {
+            let words = S::words(points[0][point], points[1][point]);
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), words);
+        }
+    }
+}
+
+/// `G g G^T` of 16 channels.
+///
+/// # Safety
+/// AVX-512.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn kernel_points<A: Algorithm>(taps: &[[u32; SIDE]; TAPS]) -> [__m512; MOST * MOST] {
+    // SAFETY: the caller's word; a tap is 16 values.
+    unsafe {
+        let mut lines = [[_mm512_setzero_ps(); 3]; MOST];
+        for column in 0..3 {
+            let mut kernel = [_mm512_setzero_ps(); 3];
+            for (line, tap) in kernel.iter_mut().enumerate() {
+                *tap = _mm512_loadu_ps(taps[3 * line + column].as_ptr().cast());
+            }
+            for (line, point) in lines.iter_mut().zip(A::weight_points(kernel)) {
+                line[column] = point;
+            }
+        }
+        let mut points = [_mm512_setzero_ps(); MOST * MOST];
+        for (points, line) in points
+            .chunks_exact_mut(A::INPUTS)
+            .zip(lines)
+            .take(A::INPUTS)
+        {
+            points.copy_from_slice(&A::weight_points(line)[..A::INPUTS]);
+        }
+        points
+    }
+}
+
+impl Algorithm for Two {
+    const OUTPUTS: usize = 2;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn input_points([a, b, c, d, ..]: [__m512; MOST]) -> [__m512; MOST] {
+        let none = _mm512_setzero_ps();
+        [
+            _mm512_sub_ps(a, c),
+            _mm512_add_ps(b, c),
+            _mm512_sub_ps(c, b),
+            _mm512_sub_ps(b, d),
+            none,
+            none,
+        ]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn weight_points([a, b, c]: [__m512; 3]) -> [__m512; MOST] {
+        let (none, half) = (_mm512_setzero_ps(), _mm512_set1_ps(0.5));
+        let ends = _mm512_mul_ps(_mm512_add_ps(a, c), half);
+        [
+            a,
+            _mm512_fmadd_ps(b, half, ends),
+            _mm512_fnmadd_ps(b, half, ends),
+            c,
+            none,
+            none,
+        ]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn output_points([a, b, c, d, ..]: [__m512; MOST]) -> [__m512; MOST] {
+        let none = _mm512_setzero_ps();
+        [
+            _mm512_add_ps(_mm512_add_ps(a, b), c),
+            _mm512_sub_ps(_mm512_sub_ps(b, c), d),
+            none,
+            none,
+            none,
+            none,
+        ]
+    }
+}
+
+impl Algorithm for Four {
+    const OUTPUTS: usize = 4;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn input_points([a, b, c, d, e, f]: [__m512; MOST]) -> [__m512; MOST] {
+        let (two, four, five) = (
+            _mm512_set1_ps(2.0),
+            _mm512_set1_ps(4.0),
+            _mm512_set1_ps(5.0),
+        );
+        let (even, odd) = (_mm512_fnmadd_ps(four, c, e), _mm512_fnmadd_ps(four, b, d));
+        let (even2, odd2) = (_mm512_sub_ps(e, c), _mm512_mul_ps(two, _mm512_sub_ps(d, b)));
+        [
+            _mm512_fmadd_ps(four, a, _mm512_fnmadd_ps(five, c, e)),
+            _mm512_add_ps(even, odd),
+            _mm512_sub_ps(even, odd),
+            _mm512_add_ps(even2, odd2),
+            _mm512_sub_ps(even2, odd2),
+            _mm512_fmadd_ps(four, b, _mm512_fnmadd_ps(five, d, f)),
+        ]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn weight_points([a, b, c]: [__m512; 3]) -> [__m512; MOST] {
+        let part = |n: f32| _mm512_set1_ps(1.0 / n);
+        let sum = _mm512_mul_ps(_mm512_add_ps(a, c), part(-6.0));
+        let ends = _mm512_fmadd_ps(c, _mm512_set1_ps(4.0), a);
+        let sum2 = _mm512_mul_ps(ends, part(24.0));
+        [
+            _mm512_mul_ps(a, part(4.0)),
+            _mm512_fnmadd_ps(b, part(6.0), sum),
+            _mm512_fmadd_ps(b, part(6.0), sum),
+            _mm512_fmadd_ps(b, part(12.0), sum2),
+            _mm512_fnmadd_ps(b, part(12.0), sum2),
+            c,
+        ]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn output_points([m, b, c, d, e, f]: [__m512; MOST]) -> [__m512; MOST] {
+        let times = |n: f32| _mm512_set1_ps(n);
+        let (sum, difference) = (_mm512_add_ps(b, c), _mm512_sub_ps(b, c));
+        let (sum2, difference2) = (_mm512_add_ps(d, e), _mm512_sub_ps(d, e));
+        let none = _mm512_setzero_ps();
+        [
+            _mm512_add_ps(_mm512_add_ps(m, sum), sum2),
+            _mm512_fmadd_ps(times(2.0), difference2, difference),
+            _mm512_fmadd_ps(times(4.0), sum2, sum),
+            _mm512_add_ps(_mm512_fmadd_ps(times(8.0), difference2, difference), f),
+            none,
+            none,
+        ]
+    }
+}
