@@ -279,9 +279,10 @@ fn sampling<'a>(o: &'a Options, unet: &'a UNet) -> Result<Step<'a>> {
     let mut noise = Noise(1);
     let side = o.resolution / 8;
     let mut input = |shape: &[usize]| noise.tensor(shape, 1.0)?.to_device(&o.device);
-    let latents = input(&[2 * o.batch, 4, side, side])?;
+    let latents = input(&[o.batch, 4, side, side])?;
+    // With and without the prompt, as the pipeline asks.
     let context = input(&[2 * o.batch, 77, 768])?;
-    let timesteps = Tensor::full(500f32, 2 * o.batch, &o.device)?;
+    let timesteps = Tensor::full(500f32, o.batch, &o.device)?;
     let step = move || {
         let start = Instant::now();
         let pair = unet.forward(&latents, &timesteps, &context)?;

@@ -110,12 +110,8 @@ impl Guidance<'_> {
         let call = |contexts: &[&Tensor]| -> Result<Vec<Tensor>> {
             let repeated: candle_core::Result<Vec<Tensor>> =
                 contexts.iter().map(|c| c.repeat((n, 1, 1))).collect();
-            let inputs = vec![&input; contexts.len()];
-            let inputs = Tensor::cat(&inputs, 0)?;
-            let t = Tensor::full(timestep as f32, inputs.dim(0)?, inputs.device())?;
-            let out = self
-                .unet
-                .forward(&inputs, &t, &Tensor::cat(&repeated?, 0)?)?;
+            let t = Tensor::full(timestep as f32, n, input.device())?;
+            let out = self.unet.forward(&input, &t, &Tensor::cat(&repeated?, 0)?)?;
             let out = out.to_dtype(DType::F32)?;
             let parts: candle_core::Result<Vec<Tensor>> = (0..contexts.len())
                 .map(|i| out.narrow(0, i * n, n)?.contiguous())

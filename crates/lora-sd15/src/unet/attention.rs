@@ -5,7 +5,7 @@ use candle_nn::{Module, VarBuilder};
 use lora_core::{Held, Layer};
 
 use super::memory::kept_for;
-use super::{POINT, outputs};
+use super::{POINT, outputs, repeated};
 use crate::UnetConfig;
 use lora_kernels::{attention, reshape, transpose};
 
@@ -68,14 +68,16 @@ impl Transformer {
         })
     }
 
-    /// `x` `[n, c, h, w]`, `context` `[n, tokens, width]`.
+    /// `x` `[n, c, h, w]`, `context` `[k n, tokens, width]`; gives `[k n, c, h, w]`.
     pub(super) fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
         let (n, c, h, w) = x.dims4()?;
         let tokens = self.proj_in.forward(&self.norm.forward(x)?)?;
         let tokens = transpose(&reshape(&tokens, (n, c, h * w))?)?;
         let tokens = self.block.forward(&tokens, context)?;
+        let n = tokens.dim(0)?;
         let y = reshape(&transpose(&tokens)?, (n, c, h, w))?;
-        self.proj_out.forward_added(&y, None, Some(x))
+        self.proj_out
+            .forward_added(&y, None, Some(&repeated(x, n)?))
     }
 
     /// What a training step holds for `pixels` of all pictures and `tokens` of all contexts.
@@ -150,13 +152,12 @@ impl Attention {
     }
 
     fn forward(&self, x: &Tensor, context: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        let (q, k, v) = (
-            self.to_q.forward(x)?,
-            self.to_k.forward(context)?,
-            self.to_v.forward(context)?,
-        );
+        let (k, v) = (self.to_k.forward(context)?, self.to_v.forward(context)?);
+        let n = k.dim(0)?;
+        let q = repeated(&self.to_q.forward(x)?, n)?;
         let y = attention(&q, &k, &v, self.heads, false, self.to_q.compute())?;
-        self.to_out.forward_added(&y, None, Some(residual))
+        self.to_out
+            .forward_added(&y, None, Some(&repeated(residual, n)?))
     }
 
     fn visit(&mut self, visit: Visit<'_>) -> lora_core::Result<()> {
