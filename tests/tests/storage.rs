@@ -150,3 +150,26 @@ fn all_three_networks_load_in_16_bits() {
     let mean = |sd: &StableDiffusion| values(&sd.vae.encode(&pixels).unwrap().mode(1.0).unwrap());
     assert!(mean(&narrow) == mean(&wide));
 }
+
+/// As guidance asks: what comes before the first look at the context is computed once.
+#[test]
+fn several_contexts_for_one_latent_are_as_latents_repeated() {
+    let checkpoint = Checkpoint::open(golden_path("sd15", "mini_ldm.safetensors")).unwrap();
+    let vb = checkpoint.var_builder(Part::Unet, DType::F32, &Device::Cpu);
+    let config = &checkpoint.config().unet;
+    let unet = UNet::new(config, vb.unwrap()).unwrap();
+    let mut rng = StdRng::seed_from_u64(7);
+    let latents = noise(&[2, config.in_channels, 8, 16], &mut rng);
+    let contexts = noise(&[6, 77, config.cross_attention_dim], &mut rng);
+    let timesteps = Tensor::new(&[20f32, 700.0], &Device::Cpu).unwrap();
+    let together = unet.forward(&latents, &timesteps, &contexts).unwrap();
+    let latents = Tensor::cat(&[&latents; 3], 0).unwrap();
+    let timesteps = Tensor::cat(&[&timesteps; 3], 0).unwrap();
+    let repeated = unet.forward(&latents, &timesteps, &contexts).unwrap();
+    for (a, b) in values(&together).into_iter().zip(values(&repeated)) {
+        assert!((a - b).abs() < 1e-5, "{a} {b}");
+    }
+    let five = contexts.narrow(0, 0, 5).unwrap();
+    let error = unet.forward(&latents, &timesteps, &five).unwrap_err();
+    assert!(error.to_string().contains("5 contexts"), "{error}");
+}

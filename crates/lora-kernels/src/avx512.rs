@@ -260,7 +260,7 @@ pub(crate) struct Operand<'a, T> {
 }
 
 impl<T: Copy> Operand<'_, T> {
-    fn check(&self) {
+    pub(crate) fn check(&self) {
         assert!(
             self.outer_stride == 1 || self.inner_stride == 1,
             "one dimension must be contiguous"
@@ -283,7 +283,12 @@ impl<T: Copy> Operand<'_, T> {
     /// AVX-512 with BW, VL and BF16, `check` has passed, `o < outer`, `w < words()`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn block<S: Arithmetic>(&self, o: usize, w: usize, turned: bool) -> [__m512i; 16]
+    pub(crate) unsafe fn block<S: Arithmetic>(
+        &self,
+        o: usize,
+        w: usize,
+        turned: bool,
+    ) -> [__m512i; 16]
     where
         T: Element<S>,
     {
@@ -836,21 +841,22 @@ impl<S: Arithmetic> Panels<S> {
 }
 
 /// `dst = a b`, or `dst += a b` with `add`, for a right operand that lies as a panel,
-/// `[word][64]`: `rows` rows, `stride` apart, of 64 columns.
+/// `[word][64]`: `rows` rows, `stride` apart, of the panel's first `columns` columns.
 pub(crate) fn multiply_panel<S: Arithmetic>(
     dst: &mut [f32],
     stride: usize,
-    rows: usize,
+    (rows, columns): (usize, usize),
     add: bool,
     a: Left<'_>,
     panel: &[u32],
 ) {
     check_processor();
-    assert!(rows > 0 && stride >= PANEL && (rows - 1) * stride + PANEL <= dst.len());
+    assert!(rows > 0 && columns > 0 && columns <= PANEL.min(stride));
+    assert!((rows - 1) * stride + columns <= dst.len());
     let out = Output {
         start: dst.as_mut_ptr(),
         stride,
-        columns: PANEL,
+        columns,
     };
     // SAFETY: the processor is able; rows and columns are inside.
     unsafe { block::<S>(out, 0, rows, 0, a, 0, panel, 0, panel.len() / PANEL, add) };
@@ -880,7 +886,7 @@ pub(crate) fn multiply_to<S: Arithmetic, F: Finish>(
         if buffer.len() < rows * PANEL {
             buffer.resize(rows * PANEL, 0.0);
         }
-        multiply_panel::<S>(buffer, PANEL, rows, false, a, panel);
+        multiply_panel::<S>(buffer, PANEL, (rows, PANEL), false, a, panel);
     } else {
         assert!(rows > 0 && (rows - 1) * a.stride + 2 * depth <= a.halves.len());
         buffer.clear();

@@ -26,8 +26,6 @@ use crate::matrix::{PANEL, PARALLEL_PRODUCTS, Values};
 
 /// Lanes of a vector, and words that weights are laid out in at once.
 const SIDE: usize = 16;
-/// With fewer tiles a panel is half empty, and transforming the weights does not pay.
-const MIN_TILES: usize = 64;
 /// With fewer output channels transforming the input does not pay.
 const MIN_OUTPUTS: usize = 32;
 /// Most output channels per task: whole tiles of six.
@@ -39,6 +37,8 @@ const MAX_WORDS: usize = 8 << 20;
 pub(crate) trait Algorithm: Copy + Send + Sync + 'static {
     /// Outputs of a tile.
     const OUTPUTS: usize;
+    /// With fewer tiles transforming the weights does not pay.
+    const MIN_TILES: usize;
     /// Inputs of a tile, and its points: `OUTPUTS + 2`.
     const INPUTS: usize = Self::OUTPUTS + 2;
     /// Points of a tile in two dimensions.
@@ -105,7 +105,7 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
     /// Whether this is the faster way: the channels read are whole blocks, and the products are not
     /// those of matrix registers, beside which transforming takes too long.
     pub(crate) fn pays(&self) -> bool {
-        self.fits() && self.tiles() >= MIN_TILES && self.conv.o >= MIN_OUTPUTS
+        self.fits() && self.tiles() >= A::MIN_TILES && self.conv.o >= MIN_OUTPUTS
     }
 
     fn fits(&self) -> bool {
@@ -192,15 +192,19 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
             u.resize(outputs * self.depth(), 0);
             m.resize(A::POINTS * outputs * PANEL, 0.0);
             match weight {
-                Values::F32(w) => self.transform_weights(w, first, &mut u),
-                Values::Bf16(w) => self.transform_weights(w, first, &mut u),
+                // SAFETY: the processor is able (`fits`), and there are so many outputs.
+                Values::F32(w) => unsafe { self.transform_weights(w, first, &mut u) },
+                // SAFETY: as above.
+                Values::Bf16(w) => unsafe { self.transform_weights(w, first, &mut u) },
             }
             for (runs, v) in panels.iter().zip(v.chunks_exact(self.panel())) {
+                let tiles = runs.iter().map(|run| run.tiles).sum();
                 let points = m.chunks_exact_mut(outputs * PANEL);
                 for (point, (m, v)) in points.zip(v.chunks_exact(self.words() * PANEL)).enumerate()
                 {
                     let u = avx512::left(&u[point * self.words()..], self.depth());
-                    avx512::multiply_panel::<S>(m, PANEL, outputs, false, u, v);
+                    let size = (outputs, tiles);
+                    avx512::multiply_panel::<S>(m, PANEL, size, false, u, v);
                 }
                 let sums = m.as_ptr();
                 for run in *runs {
@@ -387,46 +391,51 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
 
     /// The weights of output channels from `first` on, as many as there is room for:
     /// `[output][point][word]`.
-    fn transform_weights<T: Element<F32>>(&self, w: &[T], first: usize, u: &mut [u32]) {
-        let (c, depth) = (self.conv.c, self.depth());
+    ///
+    /// # Safety
+    /// AVX-512 with BW, VL and BF16; the output channels exist.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn transform_weights<T: Element<F32>>(&self, w: &[T], first: usize, u: &mut [u32]) {
+        let (c, depth, stride) = (self.conv.c, self.depth(), self.words());
         let outputs = u.len() / depth;
-        // Of a word's values, 16 channels each: what is read, and one output's kernels.
-        let mut parts = [[[0; SIDE]; SIDE]; 2];
-        let mut kernels = [[[0; SIDE]; TAPS]; 2];
+        // If transposed, kernels of a word's values, turned around: [value][tap][channel].
+        let mut kernels = [[_mm512_setzero_si512(); TAPS]; 2];
         for channel in (0..c).step_by(S::VALUES * SIDE) {
-            let read =
-                |taps: &avx512::Operand<'_, T>, column: usize, parts: &mut [[_; SIDE]; 2]| {
-                    for (part, words) in parts.iter_mut().enumerate().take(S::VALUES) {
-                        taps.words_of::<F32>(column, channel + part * SIDE, words);
-                    }
-                };
-            let mut store = |output: usize, kernels: &[[[u32; SIDE]; TAPS]; 2]| {
-                let out = &mut u[output * depth + channel / S::VALUES..];
-                // SAFETY: the processor is able (`fits`).
-                unsafe { transform_kernels::<S, A>(kernels, out, self.words()) };
-            };
+            let word = channel / S::VALUES;
             if self.conv.transposed {
                 let taps = self.conv.taps(w, first, outputs);
+                taps.check();
                 for column in (0..outputs * TAPS).step_by(SIDE) {
-                    read(&taps, column, &mut parts);
+                    let mut parts = [[_mm512_setzero_si512(); SIDE]; 2];
+                    for (part, words) in parts.iter_mut().enumerate().take(S::VALUES) {
+                        // SAFETY: the caller's word; column and channels are inside.
+                        *words = unsafe { taps.block::<F32>(column, channel + part * SIDE, false) };
+                    }
                     for at in column..(column + SIDE).min(outputs * TAPS) {
                         let tap = at % TAPS;
                         for (kernels, part) in kernels.iter_mut().zip(&parts) {
                             kernels[TAPS - 1 - tap] = part[at - column];
                         }
                         if tap == TAPS - 1 {
-                            store(at / TAPS, &kernels);
+                            let out = &mut u[at / TAPS * depth + word..];
+                            // SAFETY: the caller's word.
+                            unsafe { transform_kernels::<S, A>(&kernels, out, stride) };
                         }
                     }
                 }
             } else {
                 for output in 0..outputs {
                     let taps = self.conv.taps(w, first + output, 1);
-                    read(&taps, 0, &mut parts);
-                    for (kernels, part) in kernels.iter_mut().zip(&parts) {
-                        kernels.copy_from_slice(&part[..TAPS]);
+                    taps.check();
+                    let mut kernels = [[_mm512_setzero_si512(); TAPS]; 2];
+                    for (part, kernels) in kernels.iter_mut().enumerate().take(S::VALUES) {
+                        // SAFETY: the caller's word; the channels are inside.
+                        let words = unsafe { taps.block::<F32>(0, channel + part * SIDE, false) };
+                        kernels.copy_from_slice(&words[..TAPS]);
                     }
-                    store(output, &kernels);
+                    let out = &mut u[output * depth + word..];
+                    // SAFETY: the caller's word.
+                    unsafe { transform_kernels::<S, A>(&kernels, out, stride) };
                 }
             }
         }
@@ -526,22 +535,22 @@ fn together<A: Algorithm>([a, b, c, d, ..]: [__m512; MOST]) -> [__m512; 4] {
     [first, second, third, fourth]
 }
 
-/// Kernels of one output, of 16 channels for each value of a word, `[value][tap][channel]`,
-/// `G g G^T`, rounded if need be, to a line for each point, `stride` words apart, of which 16 words
-/// are written.
+/// Kernels of one output, of 16 channels for each value of a word, `[value][tap]`, `G g G^T`,
+/// rounded if need be, to a line for each point, `stride` words apart, of which 16 words are written.
 ///
 /// # Safety
 /// AVX-512 with BW, VL and BF16.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn transform_kernels<S: Arithmetic, A: Algorithm>(
-    taps: &[[[u32; SIDE]; TAPS]; 2],
+    kernels: &[[__m512i; TAPS]; 2],
     out: &mut [u32],
     stride: usize,
 ) {
     let mut points = [[_mm512_setzero_ps(); MOST * MOST]; 2];
-    for (points, taps) in points.iter_mut().zip(taps).take(S::VALUES) {
+    for (points, kernel) in points.iter_mut().zip(kernels).take(S::VALUES) {
         // SAFETY: the caller's word.
-        *points = unsafe { kernel_points::<A>(taps) };
+        *points = unsafe { kernel_points::<A>(kernel.map(|tap| _mm512_castsi512_ps(tap))) };
     }
     for point in 0..A::POINTS {
         let out = &mut out[point * stride..][..SIDE];
@@ -559,33 +568,29 @@ unsafe fn transform_kernels<S: Arithmetic, A: Algorithm>(
 /// AVX-512.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn kernel_points<A: Algorithm>(taps: &[[u32; SIDE]; TAPS]) -> [__m512; MOST * MOST] {
-    // SAFETY: the caller's word; a tap is 16 values.
-    unsafe {
-        let mut lines = [[_mm512_setzero_ps(); 3]; MOST];
-        for column in 0..3 {
-            let mut kernel = [_mm512_setzero_ps(); 3];
-            for (line, tap) in kernel.iter_mut().enumerate() {
-                *tap = _mm512_loadu_ps(taps[3 * line + column].as_ptr().cast());
-            }
-            for (line, point) in lines.iter_mut().zip(A::weight_points(kernel)) {
-                line[column] = point;
-            }
+unsafe fn kernel_points<A: Algorithm>(taps: [__m512; TAPS]) -> [__m512; MOST * MOST] {
+    let mut lines = [[_mm512_setzero_ps(); 3]; MOST];
+    for column in 0..3 {
+        let kernel = [taps[column], taps[3 + column], taps[6 + column]];
+        // SAFETY: the caller's word.
+        let points = unsafe { A::weight_points(kernel) };
+        for (line, point) in lines.iter_mut().zip(points) {
+            line[column] = point;
         }
-        let mut points = [_mm512_setzero_ps(); MOST * MOST];
-        for (points, line) in points
-            .chunks_exact_mut(A::INPUTS)
-            .zip(lines)
-            .take(A::INPUTS)
-        {
-            points.copy_from_slice(&A::weight_points(line)[..A::INPUTS]);
-        }
-        points
     }
+    let mut points = [_mm512_setzero_ps(); MOST * MOST];
+    let each = points.chunks_exact_mut(A::INPUTS).zip(lines);
+    for (points, line) in each.take(A::INPUTS) {
+        // SAFETY: the caller's word.
+        let values = unsafe { A::weight_points(line) };
+        points.copy_from_slice(&values[..A::INPUTS]);
+    }
+    points
 }
 
 impl Algorithm for Two {
     const OUTPUTS: usize = 2;
+    const MIN_TILES: usize = 32;
 
     #[inline]
     #[target_feature(enable = "avx512f")]
@@ -633,6 +638,7 @@ impl Algorithm for Two {
 
 impl Algorithm for Four {
     const OUTPUTS: usize = 4;
+    const MIN_TILES: usize = 64;
 
     #[inline]
     #[target_feature(enable = "avx512f")]

@@ -298,6 +298,32 @@ fn attention_agrees_with_candle() {
     }
 }
 
+/// Weights that are powers of e must neither overflow nor vanish, wherever the largest score is.
+#[test]
+fn attention_with_scores_of_any_size() {
+    let (lq, lk, heads) = (70, 451, 2);
+    let q = (filled(1, &[1, lq, 16]) * 8.0).unwrap();
+    let v = filled(3, &[1, lk, 16]);
+    for (what, size) in [
+        ("growing", (|j| 0.01 * j as f32) as fn(usize) -> f32),
+        ("leaping", |j| if j == 300 { 60.0 } else { 0.5 }),
+        ("falling", |j| 90.0 / (1 + j) as f32),
+        ("all large", |_| 40.0),
+    ] {
+        let sizes: Vec<f32> = (0..lk).map(size).collect();
+        let sizes = Tensor::from_vec(sizes, (1, lk, 1), &Device::Cpu).unwrap();
+        let k = filled(2, &[1, lk, 16]).broadcast_mul(&sizes).unwrap();
+        let want = plain::attention(&q, &k, &v, heads, false).unwrap();
+        for (compute, most) in [(Compute::F32, 1e-3), (Compute::Bf16, 2.0)] {
+            let got = attention(&q, &k, &v, heads, false, compute).unwrap();
+            let error = (got - &want).unwrap().abs().unwrap().max_all().unwrap();
+            let error = error.to_scalar::<f32>().unwrap();
+            // Weights are 0 or 1 here, and which of two large scores is larger is up to rounding.
+            assert!(error < most, "{what}, {compute:?}: {error}");
+        }
+    }
+}
+
 #[test]
 fn attention_with_frozen_keys_gives_the_queries_their_gradient() {
     let q = Var::from_tensor(&filled(1, &[1, 9, 8])).unwrap();

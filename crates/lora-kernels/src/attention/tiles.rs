@@ -247,7 +247,8 @@ impl Context {
             let panel = &work.weights[..keys.div_ceil(S::VALUES) * PANEL];
             let values = self.values.at(0, start / S::VALUES);
             let sums = &mut work.sums;
-            avx512::multiply_panel::<S>(sums, PANEL, self.d, start > 0, values, panel);
+            let size = (self.d, PANEL);
+            avx512::multiply_panel::<S>(sums, PANEL, size, start > 0, values, panel);
         }
         totals
     }
@@ -582,7 +583,8 @@ where
                         if number * PANEL < keys {
                             let (part, panel) = (&mut part[number * PANEL..], &panel[..depth]);
                             let left = turned.at(0, word);
-                            avx512::multiply_panel::<S>(part, KEYS, d, add, left, panel);
+                            let size = (d, PANEL);
+                            avx512::multiply_panel::<S>(part, KEYS, size, add, left, panel);
                         }
                     }
                 }

@@ -111,7 +111,9 @@ impl Guidance<'_> {
             let repeated: candle_core::Result<Vec<Tensor>> =
                 contexts.iter().map(|c| c.repeat((n, 1, 1))).collect();
             let t = Tensor::full(timestep as f32, n, input.device())?;
-            let out = self.unet.forward(&input, &t, &Tensor::cat(&repeated?, 0)?)?;
+            let out = self
+                .unet
+                .forward(&input, &t, &Tensor::cat(&repeated?, 0)?)?;
             let out = out.to_dtype(DType::F32)?;
             let parts: candle_core::Result<Vec<Tensor>> = (0..contexts.len())
                 .map(|i| out.narrow(0, i * n, n)?.contiguous())
