@@ -1,5 +1,7 @@
 //! Training with products in bf16 learns what training in f32 learns.
 
+use std::path::{Path, PathBuf};
+
 use candle_core::{DType, Device, Tensor};
 use lora_core::{Adaptable, AdapterConfig, AdapterSet, Compute, Targets};
 use lora_optim::{AdamW, AdamWConfig, Optimizer, ParamGroup};
@@ -16,9 +18,9 @@ fn noise(dims: &[usize], rng: &mut StdRng) -> Tensor {
     Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
 }
 
-/// The losses of a LoRA on the miniature.
-fn losses(compute: Compute, storage: WeightStorage) -> Vec<f64> {
-    let checkpoint = Checkpoint::open(golden_path("sd15", "mini_ldm.safetensors")).unwrap();
+/// The losses of a LoRA on a checkpoint, which learns one picture of `side` by `side` latents.
+fn losses(path: &Path, side: usize, compute: Compute, storage: WeightStorage) -> Vec<f64> {
+    let checkpoint = Checkpoint::open(path).unwrap();
     let config = &checkpoint.config().unet;
     let vb = checkpoint
         .stored_var_builder(Part::Unet, storage, &Device::Cpu)
@@ -40,7 +42,7 @@ fn losses(compute: Compute, storage: WeightStorage) -> Vec<f64> {
         ..AdamWConfig::default()
     };
     let mut optimizer = AdamW::new(groups, options).unwrap();
-    let clean = noise(&[1, config.in_channels, 8, 8], &mut rng);
+    let clean = noise(&[1, config.in_channels, side, side], &mut rng);
     let context = noise(&[1, 77, config.cross_attention_dim], &mut rng);
     let schedule = NoiseSchedule::sd15();
     let mut step = || {
@@ -65,10 +67,10 @@ fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
-#[test]
-fn bf16_ends_within_noise_of_f32() {
-    let wide = losses(Compute::F32, WeightStorage::F32);
-    let narrow = losses(Compute::Bf16, WeightStorage::Bf16);
+/// Both end at the same loss, which is lower than the first ones.
+fn compare(path: PathBuf, side: usize) {
+    let wide = losses(&path, side, Compute::F32, WeightStorage::F32);
+    let narrow = losses(&path, side, Compute::Bf16, WeightStorage::Bf16);
     let (start, end) = (mean(&wide[..20]), mean(&wide[STEPS - 50..]));
     let narrow_end = mean(&narrow[STEPS - 50..]);
     // The mean's own uncertainty: each loss is of one noise and timestep.
@@ -80,4 +82,15 @@ fn bf16_ends_within_noise_of_f32() {
     assert!(narrow != wide, "bf16 changed nothing");
     assert!(start - end > 0.1 * end, "nothing learned: {text}");
     assert!((narrow_end - end).abs() < noise.min(0.01 * end), "{text}");
+}
+
+#[test]
+fn bf16_ends_within_noise_of_f32() {
+    compare(golden_path("sd15", "mini_ldm.safetensors"), 8);
+}
+
+#[test]
+fn bf16_ends_within_noise_of_f32_on_the_miniature_that_draws() {
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets");
+    compare(assets.join("mini/mini.safetensors"), 16);
 }

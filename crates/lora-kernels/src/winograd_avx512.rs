@@ -317,10 +317,10 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
                 *points = self.points(run, plane);
             }
             let mask = avx512::mask16(run.tiles);
-            for point in 0..A::POINTS {
+            let [first, second] = points;
+            for (point, (a, b)) in first.into_iter().zip(second).enumerate().take(A::POINTS) {
                 let to = to.add(point * self.words() * PANEL);
-                let word = S::word(points[0][point], points[1][point]);
-                _mm512_mask_storeu_epi32(to.cast(), mask, word);
+                _mm512_mask_storeu_epi32(to.cast(), mask, S::word(a, b));
             }
         }
     }

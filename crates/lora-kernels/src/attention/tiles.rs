@@ -19,13 +19,13 @@ pub(super) trait Kernel: Arithmetic {
 }
 
 impl Kernel for F32 {
-    /// Error below 1e-7.
+    /// Error below 1.1e-7.
     const POWERS: &'static [f32] = &[
-        6.931_469_8e-1,
-        2.402_224_2e-1,
-        5.550_733_7e-2,
-        9.671_513e-3,
-        1.326_472_7e-3,
+        LN_2,
+        2.402_228_2e-1,
+        5.550_558e-2,
+        9.669_692e-3,
+        1.330_060_6e-3,
     ];
 }
 
