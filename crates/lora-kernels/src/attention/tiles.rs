@@ -516,8 +516,8 @@ where
     let stride = KEYS / S::VALUES;
     let mut ds_rows = vec![0; QUERIES * stride];
     let panel = QUERIES / S::VALUES * PANEL;
-    let (mut p_panels, mut ds_panels) = (vec![0; KEYS / PANEL * panel], Vec::new());
-    ds_panels.clone_from(&p_panels);
+    let mut p_panels = vec![0; KEYS / PANEL * panel];
+    let mut ds_panels = p_panels.clone();
     // Gradients of a tile's keys and values, transposed.
     let (mut dk_part, mut dv_part) = (vec![0f32; d * KEYS], vec![0f32; d * KEYS]);
     let mut panels = [(); 3].map(|()| Panels::<S>::new());
