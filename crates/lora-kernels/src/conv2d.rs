@@ -1,10 +1,12 @@
 //! Convolution by matrix products over strips of output rows.
 //!
-//! Per image, group and strip the input patches are laid out as the columns of a
-//! matrix `[c k, pixels]`; then forward is `W col`, the gradient to the input is
-//! `W^T dy` folded back, and the gradient to the weight is `dy col^T`. A strip
-//! keeps the patch matrix a few megabytes small whatever the image size. 1x1
-//! convolutions skip the layout step.
+//! Per group and strip the input patches are laid out as the columns of a matrix
+//! `[c k, pixels]`; then forward is `W col`, the gradient to the input is `W^T dy` folded
+//! back, and the gradient to the weight is `dy col^T`. A strip is some rows of an image, so
+//! that the patch matrix stays a few megabytes small whatever the image size, or several
+//! small images. 1x1 convolutions of one image skip the layout step.
+
+use std::ops::Range;
 
 use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -12,7 +14,7 @@ use rayon::prelude::*;
 use crate::added::{Added, conv2d_added, frozen};
 use crate::buffer::{in_parts, maybe_with, with_both};
 use crate::channels::{add_to_channels, plane_sums};
-use crate::conv3x3::Conv3x3;
+use crate::conv3x3::{Conv3x3, Way};
 use crate::gradient::Gradient;
 use crate::matrix::{Values, View, multiply_in, reads_narrow};
 use crate::node::{Value, node};
@@ -124,9 +126,17 @@ pub(crate) fn trained(
 /// Most values of one patch matrix (8 MB).
 const STRIP_VALUES: usize = 2 << 20;
 
-/// A way without a matrix of patches: writes the convolution of all images to the first argument,
-/// or adds it if the second one is set; then come input and weights.
-type Direct = Box<dyn Fn(&mut [f32], bool, &[f32], Values<'_>)>;
+/// Images with at most this many output pixels share a strip: a product with few columns wastes
+/// vectors, and one with few pixels to sum over reads and writes the weight's gradient for little.
+const SMALL_PLANE: usize = 256;
+
+/// Output pixels of one group, whose patches are the columns of one matrix.
+struct Strip {
+    images: Range<usize>,
+    group: usize,
+    /// All of them where there are several images.
+    rows: Range<usize>,
+}
 
 /// Sizes of one convolution.
 #[derive(Clone, Copy)]
@@ -196,9 +206,23 @@ impl Geometry {
         (self.kh, self.kw, self.p.stride, self.p.padding) == (1, 1, 1, 0)
     }
 
-    /// Output rows per strip; depends on sizes only, so sums do not depend on threads.
-    fn strip(&self) -> usize {
-        (STRIP_VALUES / (self.patch() * self.ow).max(1)).clamp(1, self.oh.max(1))
+    /// Output pixels of a channel.
+    fn plane(&self) -> usize {
+        self.oh * self.ow
+    }
+
+    /// Images and output rows per strip; they depend on sizes only, so sums do not depend on
+    /// threads.
+    fn strip(&self) -> (usize, usize) {
+        let rows = STRIP_VALUES / (self.patch() * self.ow).max(1);
+        let images = match self.p.groups == 1 && self.plane() <= SMALL_PLANE {
+            true => rows / self.oh.max(1),
+            false => 1,
+        };
+        (
+            images.clamp(1, self.n.max(1)),
+            rows.clamp(1, self.oh.max(1)),
+        )
     }
 
     /// Input position of tap `k` for output position `out`, if inside.
@@ -208,18 +232,20 @@ impl Geometry {
             .filter(|&i| i < len)
     }
 
-    /// Lays out the patches of output rows `rows` of one group: `[patch, rows * ow]`.
-    fn unfold(&self, x: &[f32], rows: std::ops::Range<usize>, col: &mut [f32]) {
-        let pixels = rows.len() * self.ow;
-        let taps = self.kh * self.kw;
-        each_chunk(col, pixels, |row, out| {
+    /// Lays out a strip's patches: `[patch, pixels]`.
+    fn unfold(&self, x: &[f32], strip: &Strip, col: &mut [f32]) {
+        let (taps, area) = (self.kh * self.kw, self.h * self.w);
+        let pixels = strip.rows.len() * self.ow;
+        each_chunk(col, strip.images.len() * pixels, |row, out| {
             let (channel, tap) = (row / taps, row % taps);
             let (ky, kx) = (tap / self.kw, tap % self.kw);
-            let plane = &x[channel * self.h * self.w..][..self.h * self.w];
-            for (line, oy) in out.chunks_mut(self.ow).zip(rows.clone()) {
-                match self.source(oy, ky, self.h) {
-                    Some(iy) => self.unfold_line(&plane[iy * self.w..][..self.w], kx, line),
-                    None => line.fill(0.0),
+            for (image, out) in strip.images.clone().zip(out.chunks_mut(pixels)) {
+                let plane = &x[self.input(image, strip.group) + channel * area..][..area];
+                for (line, oy) in out.chunks_mut(self.ow).zip(strip.rows.clone()) {
+                    match self.source(oy, ky, self.h) {
+                        Some(iy) => self.unfold_line(&plane[iy * self.w..][..self.w], kx, line),
+                        None => line.fill(0.0),
+                    }
                 }
             }
         });
@@ -244,15 +270,21 @@ impl Geometry {
         }
     }
 
-    /// Adds patch gradients back onto the input of one group.
-    fn fold(&self, col: &[f32], rows: std::ops::Range<usize>, dx: &mut [f32]) {
-        let pixels = rows.len() * self.ow;
-        let taps = self.kh * self.kw;
-        each_chunk(dx, self.h * self.w, |channel, plane| {
+    /// Adds patch gradients of a strip back onto the input.
+    fn fold(&self, col: &[f32], strip: &Strip, dx: &mut [f32]) {
+        let (taps, area) = (self.kh * self.kw, self.h * self.w);
+        let pixels = strip.rows.len() * self.ow;
+        let images = strip.images.len();
+        // Of several groups there is one image only, so these planes lie one after the other.
+        let start = self.input(strip.images.start, strip.group);
+        let planes = &mut dx[start..][..images * self.cg() * area];
+        each_chunk(planes, area, |number, plane| {
+            let (image, channel) = (number / self.cg(), number % self.cg());
             for tap in 0..taps {
                 let (ky, kx) = (tap / self.kw, tap % self.kw);
-                let patch = &col[(channel * taps + tap) * pixels..][..pixels];
-                for (line, oy) in patch.chunks(self.ow).zip(rows.clone()) {
+                let row = (channel * taps + tap) * images + image;
+                let patch = &col[row * pixels..][..pixels];
+                for (line, oy) in patch.chunks(self.ow).zip(strip.rows.clone()) {
                     let Some(iy) = self.source(oy, ky, self.h) else {
                         continue;
                     };
@@ -267,28 +299,68 @@ impl Geometry {
         });
     }
 
-    /// Calls `body(image, group, output rows)` for every strip, in a fixed order.
-    fn each_strip(&self, mut body: impl FnMut(usize, usize, std::ops::Range<usize>)) {
-        for image in 0..self.n {
+    /// Calls `body` for every strip, in a fixed order.
+    fn each_strip(&self, mut body: impl FnMut(&Strip)) {
+        let (images, rows) = self.strip();
+        for image in (0..self.n).step_by(images) {
             for group in 0..self.p.groups {
-                for start in (0..self.oh).step_by(self.strip()) {
-                    body(image, group, start..(start + self.strip()).min(self.oh));
+                for row in (0..self.oh).step_by(rows) {
+                    body(&Strip {
+                        images: image..(image + images).min(self.n),
+                        group,
+                        rows: row..(row + rows).min(self.oh),
+                    });
                 }
             }
         }
     }
 
-    /// Where one group of an image's input starts, and its length.
-    fn input(&self, image: usize, group: usize) -> std::ops::Range<usize> {
-        let len = self.cg() * self.h * self.w;
-        let start = (image * self.p.groups + group) * len;
-        start..start + len
+    /// Where one group of an image's input starts.
+    fn input(&self, image: usize, group: usize) -> usize {
+        (image * self.c + group * self.cg()) * self.h * self.w
     }
 
-    /// Where a strip of one group of an image's output starts; rows of the strip
-    /// as a matrix are `oh * ow` apart.
-    fn output(&self, image: usize, group: usize, first_row: usize) -> usize {
-        ((image * self.o) + group * self.og()) * self.oh * self.ow + first_row * self.ow
+    /// Where a strip's output starts in its first image; the rows of that part of the output as
+    /// a matrix are a plane apart.
+    fn output(&self, strip: &Strip) -> usize {
+        let channel = strip.images.start * self.o + strip.group * self.og();
+        channel * self.plane() + strip.rows.start * self.ow
+    }
+
+    /// Where the pixels of each output channel and image of a strip of several images lie, in
+    /// the order that they have in the strip's matrix.
+    fn planes(&self, strip: &Strip) -> impl Iterator<Item = Range<usize>> {
+        let (o, plane, images) = (self.o, self.plane(), strip.images.clone());
+        (0..o).flat_map(move |channel| {
+            let starts = images
+                .clone()
+                .map(move |image| (image * o + channel) * plane);
+            starts.map(move |start| start..start + plane)
+        })
+    }
+
+    /// A strip's patches `[patch, pixels]`, where they lie or in `buffer`.
+    fn patches<'a>(&self, x: &'a [f32], strip: &Strip, buffer: &'a mut Vec<f32>) -> View<'a> {
+        let pixels = strip.images.len() * strip.rows.len() * self.ow;
+        if self.pointwise() && strip.images.len() == 1 {
+            let start = self.input(strip.images.start, strip.group) + strip.rows.start * self.ow;
+            return View::rows(&x[start..], self.cg(), pixels, self.plane());
+        }
+        buffer.resize(self.patch() * pixels, 0.0);
+        self.unfold(x, strip, buffer);
+        View::rows(buffer.as_slice(), self.patch(), pixels, pixels)
+    }
+
+    /// A strip's gradients `[o, pixels]`, where they lie or in `buffer`.
+    fn gradients<'a>(&self, dy: &'a [f32], strip: &Strip, buffer: &'a mut Vec<f32>) -> View<'a> {
+        let pixels = strip.images.len() * strip.rows.len() * self.ow;
+        if strip.images.len() == 1 {
+            return View::rows(&dy[self.output(strip)..], self.og(), pixels, self.plane());
+        }
+        buffer.clear();
+        self.planes(strip)
+            .for_each(|plane| buffer.extend_from_slice(&dy[plane]));
+        View::rows(buffer.as_slice(), self.o, pixels, pixels)
     }
 
     fn weight<'a>(&self, w: Values<'a>, group: usize) -> View<'a> {
@@ -297,7 +369,7 @@ impl Geometry {
     }
 
     /// The faster way for this convolution or its gradient to the input, if there is one.
-    fn direct(&self, compute: Compute, transposed: bool) -> Option<Direct> {
+    fn direct(&self, compute: Compute, transposed: bool) -> Option<Box<dyn Way>> {
         let shape = (self.kh, self.kw, self.p.stride, self.p.padding);
         if shape != (3, 3, 1, 1) || self.p.dilation != 1 || self.p.groups != 1 {
             return None;
@@ -314,35 +386,22 @@ impl Geometry {
             w: self.w,
             transposed,
         };
+        let mut ways: Vec<Box<dyn Way>> = Vec::new();
         #[cfg(target_arch = "x86_64")]
         match compute {
             Compute::Bf16 => {
-                let (winograd, implicit) = (Winograd::<Bf16, Two>::new(conv), Implicit(conv));
-                if winograd.pays() {
-                    return Some(Box::new(move |y, add, x, w| winograd.run(y, add, x, w)));
-                }
-                if implicit.pays() {
-                    return Some(Box::new(move |y, add, x, w| implicit.run(y, add, x, w)));
-                }
+                ways.push(Box::new(Winograd::<Bf16, Two>::new(conv)));
+                ways.push(Box::new(Implicit(conv)));
             }
             Compute::F32 => {
-                let large = Winograd::<F32, Four>::new(conv);
-                if large.pays() {
-                    return Some(Box::new(move |y, add, x, w| large.run(y, add, x, w)));
-                }
-                let small = Winograd::<F32, Two>::new(conv);
-                if small.pays() {
-                    return Some(Box::new(move |y, add, x, w| small.run(y, add, x, w)));
-                }
+                ways.push(Box::new(Winograd::<F32, Four>::new(conv)));
+                ways.push(Box::new(Winograd::<F32, Two>::new(conv)));
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = compute;
-        let winograd = winograd::Winograd(conv);
-        if winograd.pays() {
-            return Some(Box::new(move |y, add, x, w| winograd.run(y, add, x, w)));
-        }
-        None
+        ways.push(Box::new(winograd::Winograd(conv)));
+        ways.into_iter().find(|way| way.pays())
     }
 
     /// Whether [`forward`](Self::forward), or with `transposed`
@@ -360,24 +419,27 @@ impl Geometry {
         x: &[f32],
         w: Values<'_>,
     ) {
-        let plane = self.oh * self.ow;
         if let Some(direct) = self.direct(compute, false) {
-            return direct(y, accumulate, x, w);
+            return direct.run(y, accumulate, x, w);
         }
-        let mut col = Vec::new();
-        self.each_strip(|image, group, rows| {
-            let pixels = rows.len() * self.ow;
-            let input = &x[self.input(image, group)];
-            let out = &mut y[self.output(image, group, rows.start)..];
-            let patches = if self.pointwise() {
-                View::rows(&input[rows.start * self.ow..], self.cg(), pixels, plane)
-            } else {
-                col.resize(self.patch() * pixels, 0.0);
-                self.unfold(input, rows, &mut col);
-                View::rows(col.as_slice(), self.patch(), pixels, pixels)
-            };
-            let weight = self.weight(w, group);
-            multiply_in(compute, out, plane, accumulate, weight, patches);
+        let (mut col, mut sums) = (Vec::new(), Vec::new());
+        self.each_strip(|strip| {
+            let patches = self.patches(x, strip, &mut col);
+            let weight = self.weight(w, strip.group);
+            if strip.images.len() == 1 {
+                let y = &mut y[self.output(strip)..];
+                return multiply_in(compute, y, self.plane(), accumulate, weight, patches);
+            }
+            let pixels = strip.images.len() * self.plane();
+            sums.resize(self.o * pixels, 0.0);
+            multiply_in(compute, &mut sums, pixels, false, weight, patches);
+            for (plane, sums) in self.planes(strip).zip(sums.chunks(self.plane())) {
+                let y = &mut y[plane];
+                match accumulate {
+                    true => y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum),
+                    false => y.copy_from_slice(sums),
+                }
+            }
         });
     }
 
@@ -390,74 +452,34 @@ impl Geometry {
         w: Values<'_>,
         dy: &[f32],
     ) {
-        let plane = self.oh * self.ow;
         if let Some(direct) = self.direct(compute, true) {
-            return direct(dx, add, dy, w);
+            return direct.run(dx, add, dy, w);
         }
-        let mut col = Vec::new();
-        self.each_strip(|image, group, rows| {
-            let pixels = rows.len() * self.ow;
-            let dy = View::rows(
-                &dy[self.output(image, group, rows.start)..],
-                self.og(),
-                pixels,
-                plane,
-            );
-            let target = &mut dx[self.input(image, group)];
-            if self.pointwise() {
-                multiply_in(
-                    compute,
-                    &mut target[rows.start * self.ow..],
-                    plane,
-                    add,
-                    self.weight(w, group).t(),
-                    dy,
-                );
-            } else {
-                col.resize(self.patch() * pixels, 0.0);
-                multiply_in(
-                    compute,
-                    &mut col,
-                    pixels,
-                    false,
-                    self.weight(w, group).t(),
-                    dy,
-                );
-                self.fold(&col, rows, target);
+        let (mut col, mut buffer) = (Vec::new(), Vec::new());
+        self.each_strip(|strip| {
+            let dy = self.gradients(dy, strip, &mut buffer);
+            let weight = self.weight(w, strip.group).t();
+            if self.pointwise() && strip.images.len() == 1 {
+                let start = self.input(strip.images.start, strip.group);
+                let dx = &mut dx[start + strip.rows.start * self.ow..];
+                return multiply_in(compute, dx, self.plane(), add, weight, dy);
             }
+            let pixels = strip.images.len() * strip.rows.len() * self.ow;
+            col.resize(self.patch() * pixels, 0.0);
+            multiply_in(compute, &mut col, pixels, false, weight, dy);
+            self.fold(&col, strip, dx);
         });
     }
 
     /// Adds the gradient to the weight to `dw`.
     fn weight_gradient(&self, compute: Compute, dw: &mut [f32], x: &[f32], dy: &[f32]) {
-        let plane = self.oh * self.ow;
         let len = self.og() * self.patch();
-        let mut col = Vec::new();
-        self.each_strip(|image, group, rows| {
-            let pixels = rows.len() * self.ow;
-            let dy = View::rows(
-                &dy[self.output(image, group, rows.start)..],
-                self.og(),
-                pixels,
-                plane,
-            );
-            let input = &x[self.input(image, group)];
-            let target = &mut dw[group * len..][..len];
-            if self.pointwise() {
-                let patches = View::rows(&input[rows.start * self.ow..], self.cg(), pixels, plane);
-                multiply_in(compute, target, self.patch(), true, dy, patches.t());
-            } else {
-                col.resize(self.patch() * pixels, 0.0);
-                self.unfold(input, rows, &mut col);
-                multiply_in(
-                    compute,
-                    target,
-                    self.patch(),
-                    true,
-                    dy,
-                    View::rows(col.as_slice(), self.patch(), pixels, pixels).t(),
-                );
-            }
+        let (mut col, mut buffer) = (Vec::new(), Vec::new());
+        self.each_strip(|strip| {
+            let patches = self.patches(x, strip, &mut col);
+            let dy = self.gradients(dy, strip, &mut buffer);
+            let dw = &mut dw[strip.group * len..][..len];
+            multiply_in(compute, dw, self.patch(), true, dy, patches.t());
         });
     }
 }

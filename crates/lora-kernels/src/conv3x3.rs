@@ -1,5 +1,6 @@
 //! What the ways to compute a 3x3 convolution share.
 
+use crate::matrix::Values;
 #[cfg(target_arch = "x86_64")]
 use crate::{avx512::Operand, matrix::native_products};
 
@@ -25,6 +26,16 @@ impl Conv3x3 {
     pub(crate) fn area(&self) -> usize {
         self.h * self.w
     }
+}
+
+/// A way to compute it without a matrix of patches.
+pub(crate) trait Way {
+    /// Whether this is the faster way.
+    fn pays(&self) -> bool;
+
+    /// Writes the convolution of all images to `y`, or adds it with `accumulate`; `weight` is
+    /// `[o, c, 3, 3]`, or `[c, o, 3, 3]` if transposed.
+    fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>);
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use crate::amx::{self, Registers, SIDE};
 use crate::avx512::{Arithmetic, Bf16, Element, Shared, pairs};
 use crate::buffer::in_parts;
-use crate::conv3x3::{Conv3x3, TAPS};
+use crate::conv3x3::{Conv3x3, TAPS, Way};
 use crate::matrix::{PARALLEL_PRODUCTS, Values};
 
 /// Channels of a block.
@@ -51,14 +51,34 @@ struct Sixteen {
     inside: __mmask16,
 }
 
-impl Implicit {
-    /// Whether this is the faster way: the channels read are whole blocks, and there are
-    /// instructions for it.
-    pub(crate) fn pays(&self) -> bool {
+impl Way for Implicit {
+    /// The channels read have to be whole blocks, and there have to be instructions for it.
+    fn pays(&self) -> bool {
         let enough = self.0.transposed || self.0.images * self.0.area() >= MIN_PIXELS;
         self.0.in_blocks() && (enough || self.in_registers())
     }
 
+    fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
+        assert!(self.0.in_blocks() && x.len() >= self.0.images * self.0.c * self.0.area());
+        assert!(weight.len() >= self.0.o * self.0.c * TAPS);
+        let pictures = self.pictures(x);
+        let weights = match weight {
+            Values::F32(w) => self.weights(w),
+            Values::Bf16(w) => self.weights(w),
+        };
+        let y = &mut y[..self.0.images * self.0.o * self.0.area()];
+        if self.in_registers() {
+            let images = y.chunks_mut(self.0.o * self.0.area());
+            for (y, picture) in images.zip(pictures.chunks(self.picture())) {
+                self.in_matrices(y, accumulate, picture, &weights);
+            }
+        } else {
+            self.in_vectors(y, accumulate, &pictures, &weights);
+        }
+    }
+}
+
+impl Implicit {
     /// Whether matrix registers do it.
     fn in_registers(&self) -> bool {
         crate::matrix_registers() && self.0.o.is_multiple_of(CHANNELS)
@@ -87,27 +107,6 @@ impl Implicit {
     /// Words of one output channel's weights.
     fn depth(&self) -> usize {
         self.0.c / BLOCK * WORDS
-    }
-
-    /// Writes the convolution of all images to `y`, or adds it with `accumulate`; `weight` is
-    /// `[o, c, 3, 3]`, or `[c, o, 3, 3]` if transposed.
-    pub(crate) fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
-        assert!(self.0.in_blocks() && x.len() >= self.0.images * self.0.c * self.0.area());
-        assert!(weight.len() >= self.0.o * self.0.c * TAPS);
-        let pictures = self.pictures(x);
-        let weights = match weight {
-            Values::F32(w) => self.weights(w),
-            Values::Bf16(w) => self.weights(w),
-        };
-        let y = &mut y[..self.0.images * self.0.o * self.0.area()];
-        if self.in_registers() {
-            let images = y.chunks_mut(self.0.o * self.0.area());
-            for (y, picture) in images.zip(pictures.chunks(self.picture())) {
-                self.in_matrices(y, accumulate, picture, &weights);
-            }
-        } else {
-            self.in_vectors(y, accumulate, &pictures, &weights);
-        }
     }
 
     /// The pictures with their borders, in pairs of channels.

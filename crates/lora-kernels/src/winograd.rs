@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::Compute;
 use crate::buffer::zeros;
-use crate::conv3x3::Conv3x3;
+use crate::conv3x3::{Conv3x3, Way};
 use crate::math::vectorized;
 use crate::matrix::{PANEL, Values, View, multiply_here};
 
@@ -28,20 +28,19 @@ const WEIGHTS: usize = 8;
 /// A convolution done this way.
 pub(crate) struct Winograd(pub(crate) Conv3x3);
 
-impl Winograd {
-    /// Whether this is the faster way.
-    pub(crate) fn pays(&self) -> bool {
+impl Way for Winograd {
+    fn pays(&self) -> bool {
         self.tiles() >= MIN_TILES && self.0.c >= MIN_CHANNELS && self.0.o >= MIN_CHANNELS
     }
 
-    /// Writes the convolution of all images to `y`, or adds it with `accumulate`; `weight` is
-    /// `[o, c, 3, 3]`, or `[c, o, 3, 3]` if transposed.
-    pub(crate) fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
+    fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
         let inputs = x.chunks(self.0.c * self.0.area());
         let images = y.chunks_mut(self.0.o * self.0.area()).zip(inputs);
         images.for_each(|(y, x)| self.run_image(y, accumulate, x, weight));
     }
+}
 
+impl Winograd {
     fn rows(&self) -> usize {
         self.0.h.div_ceil(4)
     }

@@ -21,7 +21,7 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use crate::avx512::{self, Arithmetic, Element, F32, Shared};
-use crate::conv3x3::{Conv3x3, TAPS};
+use crate::conv3x3::{Conv3x3, TAPS, Way};
 use crate::matrix::{PANEL, PARALLEL_PRODUCTS, Values};
 
 /// Lanes of a vector, and words that weights are laid out in at once.
@@ -94,18 +94,41 @@ struct Run {
     tiles: usize,
 }
 
+impl<S: Arithmetic, A: Algorithm> Way for Winograd<S, A> {
+    /// The channels read have to be whole blocks, and the products not those of matrix registers,
+    /// beside which transforming takes too long.
+    fn pays(&self) -> bool {
+        self.fits() && self.tiles() >= A::MIN_TILES && self.conv.o >= MIN_OUTPUTS
+    }
+
+    fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
+        assert!(self.fits() && x.len() >= self.conv.images * self.conv.c * self.conv.area());
+        assert!(weight.len() >= self.conv.o * self.conv.c * TAPS);
+        assert!(y.len() >= self.conv.images * self.conv.o * self.conv.area());
+        let runs = self.runs();
+        let panels: Vec<&[Run]> = runs
+            .chunk_by(|a, b| a.tile / PANEL == b.tile / PANEL)
+            .collect();
+        let y = Shared::new(y.as_mut_ptr());
+        let mut v = Vec::new();
+        // Of threads that have done their task, to be used again.
+        let buffers = Mutex::new(Vec::new());
+        // As even as can be: weights are transformed for each.
+        let most = (MAX_WORDS / self.panel()).max(1);
+        let at_once = panels.len().div_ceil(panels.len().div_ceil(most));
+        for panels in panels.chunks(at_once) {
+            self.transform_inputs(x, panels, &mut v);
+            self.multiply_panels(y, accumulate, weight, (panels, &v), &buffers);
+        }
+    }
+}
+
 impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
     pub(crate) fn new(conv: Conv3x3) -> Self {
         Self {
             conv,
             kind: PhantomData,
         }
-    }
-
-    /// Whether this is the faster way: the channels read are whole blocks, and the products are not
-    /// those of matrix registers, beside which transforming takes too long.
-    pub(crate) fn pays(&self) -> bool {
-        self.fits() && self.tiles() >= A::MIN_TILES && self.conv.o >= MIN_OUTPUTS
     }
 
     fn fits(&self) -> bool {
@@ -138,29 +161,6 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
     /// Words of one output channel's transformed weights.
     fn depth(&self) -> usize {
         A::POINTS * self.words()
-    }
-
-    /// Writes the convolution of all images to `y`, or adds it with `accumulate`; `weight` is
-    /// `[o, c, 3, 3]`, or `[c, o, 3, 3]` if transposed.
-    pub(crate) fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
-        assert!(self.fits() && x.len() >= self.conv.images * self.conv.c * self.conv.area());
-        assert!(weight.len() >= self.conv.o * self.conv.c * TAPS);
-        assert!(y.len() >= self.conv.images * self.conv.o * self.conv.area());
-        let runs = self.runs();
-        let panels: Vec<&[Run]> = runs
-            .chunk_by(|a, b| a.tile / PANEL == b.tile / PANEL)
-            .collect();
-        let y = Shared::new(y.as_mut_ptr());
-        let mut v = Vec::new();
-        // Of threads that have done their task, to be used again.
-        let buffers = Mutex::new(Vec::new());
-        // As even as can be: weights are transformed for each.
-        let most = (MAX_WORDS / self.panel()).max(1);
-        let at_once = panels.len().div_ceil(panels.len().div_ceil(most));
-        for panels in panels.chunks(at_once) {
-            self.transform_inputs(x, panels, &mut v);
-            self.multiply_panels(y, accumulate, weight, (panels, &v), &buffers);
-        }
     }
 
     /// The output's part that these panels make.
