@@ -67,12 +67,36 @@ fn only_state(folder: &Path) -> PathBuf {
     states[0].clone()
 }
 
-/// Stops a run in the middle of an epoch and of an accumulation window, goes on, and
-/// compares with the run that was left alone.
+/// Some of the demonstration's pictures: epochs of three batches.
+fn few_pictures(folder: &Path) -> PathBuf {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/demo/10_zoe");
+    let to = folder.join("2_zoe");
+    std::fs::create_dir(&to).unwrap();
+    let mut names: Vec<_> = std::fs::read_dir(&from)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    names.sort();
+    // Pictures and captions alternate.
+    for name in names.iter().take(2 * 4) {
+        std::fs::copy(from.join(name), to.join(name)).unwrap();
+    }
+    folder.to_path_buf()
+}
+
+/// Stops a run in the middle of an epoch, goes on, and compares with the run that was left
+/// alone.
 fn check(change: impl Fn(&mut TrainConfig)) {
     let folder = tempfile::tempdir().unwrap();
+    let pictures = folder.path().join("pictures");
+    std::fs::create_dir(&pictures).unwrap();
+    let pictures = few_pictures(&pictures);
     let make = |name: &str| {
-        let mut config = config(&folder.path().join(name));
+        let mut config = TrainConfig {
+            train_data_dir: Some(pictures.clone()),
+            train_batch_size: 3,
+            ..config(&folder.path().join(name))
+        };
         change(&mut config);
         config
     };
@@ -83,7 +107,7 @@ fn check(change: impl Fn(&mut TrainConfig)) {
         },
         None,
     );
-    train(make("parts"), Some(12));
+    train(make("parts"), Some(4));
     let state = only_state(&folder.path().join("parts"));
     let resumed = train(
         TrainConfig {
