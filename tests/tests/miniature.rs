@@ -103,8 +103,8 @@ const FAMILIES: [(&str, &[&str], usize, f64); 9] = [
     ("loha", &["algo=loha"], 2, 2e-2),
     ("lokr", &["algo=lokr", "factor=4"], 4, 1e-2),
     ("ia3", &["algo=ia3"], 1, 5e-2),
-    ("glora", &["algo=glora"], 4, 5e-3),
-    ("boft", &["algo=boft"], 8, 1e-2),
+    ("glora", &["algo=glora", "preset=attn-mlp"], 4, 5e-3),
+    ("boft", &["algo=boft", "preset=attn-mlp"], 8, 1e-2),
     ("full", &["algo=full"], 4, 1e-3),
 ];
 
@@ -121,6 +121,7 @@ fn every_family_learns_and_its_file_changes_pictures() {
             optimizer_type: "AdamW".into(),
             optimizer_args: vec![],
             learning_rate: Some(lr),
+            train_batch_size: 2,
             ..config(folder.path(), name, 20)
         });
         let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
