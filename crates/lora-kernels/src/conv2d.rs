@@ -315,6 +315,11 @@ impl Geometry {
         }
     }
 
+    /// Columns of a strip's matrix.
+    fn pixels(&self, strip: &Strip) -> usize {
+        strip.images.len() * strip.rows.len() * self.ow
+    }
+
     /// Where one group of an image's input starts.
     fn input(&self, image: usize, group: usize) -> usize {
         (image * self.c + group * self.cg()) * self.h * self.w
@@ -341,7 +346,7 @@ impl Geometry {
 
     /// A strip's patches `[patch, pixels]`, where they lie or in `buffer`.
     fn patches<'a>(&self, x: &'a [f32], strip: &Strip, buffer: &'a mut Vec<f32>) -> View<'a> {
-        let pixels = strip.images.len() * strip.rows.len() * self.ow;
+        let pixels = self.pixels(strip);
         if self.pointwise() && strip.images.len() == 1 {
             let start = self.input(strip.images.start, strip.group) + strip.rows.start * self.ow;
             return View::rows(&x[start..], self.cg(), pixels, self.plane());
@@ -353,7 +358,7 @@ impl Geometry {
 
     /// A strip's gradients `[o, pixels]`, where they lie or in `buffer`.
     fn gradients<'a>(&self, dy: &'a [f32], strip: &Strip, buffer: &'a mut Vec<f32>) -> View<'a> {
-        let pixels = strip.images.len() * strip.rows.len() * self.ow;
+        let pixels = self.pixels(strip);
         if strip.images.len() == 1 {
             return View::rows(&dy[self.output(strip)..], self.og(), pixels, self.plane());
         }
@@ -430,7 +435,7 @@ impl Geometry {
                 let y = &mut y[self.output(strip)..];
                 return multiply_in(compute, y, self.plane(), accumulate, weight, patches);
             }
-            let pixels = strip.images.len() * self.plane();
+            let pixels = self.pixels(strip);
             sums.resize(self.o * pixels, 0.0);
             multiply_in(compute, &mut sums, pixels, false, weight, patches);
             for (plane, sums) in self.planes(strip).zip(sums.chunks(self.plane())) {
@@ -464,7 +469,7 @@ impl Geometry {
                 let dx = &mut dx[start + strip.rows.start * self.ow..];
                 return multiply_in(compute, dx, self.plane(), add, weight, dy);
             }
-            let pixels = strip.images.len() * strip.rows.len() * self.ow;
+            let pixels = self.pixels(strip);
             col.resize(self.patch() * pixels, 0.0);
             multiply_in(compute, &mut col, pixels, false, weight, dy);
             self.fold(&col, strip, dx);
