@@ -1,6 +1,7 @@
-//! Trains the miniature Stable Diffusion of `assets/mini` from scratch, in stages: the VAE;
-//! UNet and text encoder; the text encoder alone on what captions say of pictures, as CLIP was
-//! made; UNet and text encoder again; the VAE's decoder alone, as `sd-vae-ft-mse` was made.
+//! Trains the miniature Stable Diffusion of `assets/mini` from scratch, in stages: the VAE; the
+//! text encoder alone on what captions say of pictures, as CLIP was made; UNet and text
+//! encoder, first plainly, then with more weight on noisy latents; the VAE's decoder alone, as
+//! `sd-vae-ft-mse` was made.
 //!
 //! ```text
 //! node assets/portraits/generate.mjs pretraining out/portraits/1_all
@@ -8,8 +9,8 @@
 //!     --portraits out/portraits --output out/mini.safetensors
 //! ```
 //!
-//! Each batch is cut into 16 parts, worked on by one thread each: many small products on one
-//! thread waste less than one small product on many, hence `RAYON_NUM_THREADS=1`. The
+//! Each batch is cut into 4 or 16 parts, worked on by one thread each: many small products on
+//! one thread waste less than one small product on many, hence `RAYON_NUM_THREADS=1`. The
 //! weights depend on the seed only, not on the number of workers. State is written every
 //! 250 steps to `OUTPUT.state`; the same command goes on from there. Recipe: AdamW 1e-3
 //! with cosine decay, EMA, shuffled tags, 10 % of tags and of whole captions left out.
@@ -35,15 +36,13 @@ use lora_optim::{
     ParamGroup, StepOptions,
 };
 use lora_sd15::{
-    Checkpoint, ModelConfig, NoiseSchedule, Part, TextConfig, TextEncoder, Tokenizer,
-    TrainableModel, UNet, UnetConfig, Vae, VaeConfig,
+    ModelConfig, NoiseSchedule, Part, TextConfig, TextEncoder, Tokenizer, TrainableModel, UNet,
+    UnetConfig, Vae, VaeConfig,
 };
 use lora_train::{Draws, StepDraws};
 
 type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
 
-/// Parts of a batch: the sums of their gradients are taken in this order.
-const PARTS: usize = 16;
 const STATE_EVERY: u64 = 250;
 const SIDE: u32 = 128;
 
@@ -56,21 +55,18 @@ struct Arguments {
     /// The checkpoint to write, in f16.
     #[arg(long)]
     output: PathBuf,
-    /// Go on after the first two stages from a checkpoint of this program.
-    #[arg(long)]
-    from: Option<PathBuf>,
     /// Updates of the VAE.
     #[arg(long, default_value_t = 2400)]
     vae_steps: u64,
-    /// Updates of UNet and text encoder, first time.
-    #[arg(long, default_value_t = 2250)]
-    first_steps: u64,
     /// Updates of the text encoder alone.
-    #[arg(long, default_value_t = 1500)]
+    #[arg(long, default_value_t = 2000)]
     text_steps: u64,
-    /// Updates of UNet and text encoder, second time.
-    #[arg(long, default_value_t = 1750)]
-    second_steps: u64,
+    /// Updates of UNet and text encoder.
+    #[arg(long, default_value_t = 3200)]
+    unet_steps: u64,
+    /// Updates of UNet and text encoder with more weight on noisy latents.
+    #[arg(long, default_value_t = 1200)]
+    obey_steps: u64,
     /// Updates of the decoder.
     #[arg(long, default_value_t = 500)]
     decoder_steps: u64,
@@ -122,12 +118,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
     let parts = [Part::Vae, Part::TextEncoder, Part::Unet];
-    let model = match &arguments.from {
-        Some(path) => {
-            TrainableModel::from_checkpoint(&Checkpoint::open(path)?, &parts, &Device::Cpu)?
-        }
-        None => TrainableModel::new(&config(), &parts, arguments.seed, &Device::Cpu)?,
-    };
+    let model = TrainableModel::new(&config(), &parts, arguments.seed, &Device::Cpu)?;
     for part in parts {
         let parameters = model.parameters(part);
         let count: usize = parameters.iter().map(|(_, v)| v.elem_count()).sum();
@@ -142,16 +133,11 @@ fn run(arguments: &Arguments) -> Result<()> {
         portraits: portraits(&arguments.portraits)?,
         seed: arguments.seed,
     };
-    if arguments.from.is_none() {
-        trainer.train_vae(arguments.vae_steps)?;
-    }
+    trainer.train_vae(arguments.vae_steps)?;
     let latents = trainer.encode_all()?;
-    if arguments.from.is_none() {
-        let stage = ("first", 1e-3, 64, arguments.first_steps);
-        trainer.train_unet(stage, &latents)?;
-    }
     trainer.train_text(arguments.text_steps, &latents)?;
-    trainer.train_unet(("second", 5e-4, 32, arguments.second_steps), &latents)?;
+    trainer.train_unet(("unet", 1e-3, arguments.unet_steps), 1.0, &latents)?;
+    trainer.train_unet(("obey", 5e-4, arguments.obey_steps), 5.0, &latents)?;
     trainer.train_decoder(arguments.decoder_steps)?;
     Ok(trainer.model.save(&arguments.output, DType::F16)?)
 }
@@ -196,7 +182,7 @@ impl Pretraining {
         while stage.step < stage.total {
             let step = stage.step;
             let (_, batch) = batches.at(step);
-            stage.update(&batch, |items, place| {
+            stage.update(&batch, 16, |items, place| {
                 let pixels = self.pixels(items)?;
                 // Quarters are cheaper; the last fifth sees whole pictures, as later use does.
                 let pixels = match 5 * step < 4 * steps {
@@ -248,36 +234,6 @@ impl Pretraining {
         Ok(())
     }
 
-    /// eps-prediction on the VAE's latents; the text encoder learns along.
-    fn train_unet(
-        &self,
-        (name, lr, batch, steps): (&'static str, f64, usize, u64),
-        latents: &[Tensor],
-    ) -> Result<()> {
-        let unet = UNet::new(&self.config.unet, self.model.var_builder(Part::Unet))?;
-        let captions = Captions::new(self)?;
-        let schedule = NoiseSchedule::sd15();
-        let parameters = self.parameters(&[Part::TextEncoder, Part::Unet]);
-        let mut stage = Stage::new(name, self, parameters, lr, steps)?;
-        let mut batches = Batches::new(self, batch);
-        while stage.step < stage.total {
-            let (epoch, batch) = batches.at(stage.step);
-            stage.update(&batch, |items, place| {
-                let clean = pick(latents, items)?;
-                let mut draws = self.draws(place);
-                let noise = draws.normal(clean.dims())?;
-                let timesteps = draws.timesteps(0, lora_sd15::TIMESTEPS, items.len());
-                let noisy = schedule.add_noise(&clean, &noise, &timesteps)?;
-                let times: Vec<f32> = timesteps.iter().map(|t| *t as f32).collect();
-                let times = Tensor::new(times, &Device::Cpu)?;
-                let guess = unet.forward(&noisy, &times, &captions.states(items, epoch)?)?;
-                Ok((guess - noise)?.sqr()?.mean_all()?)
-            })?;
-            stage.report_and_save()?;
-        }
-        Ok(())
-    }
-
     /// Which colour belongs to what is in the order of the words only, and denoising teaches
     /// that slowly. Here the mean over the encoder's states has to give, through one matrix, the
     /// latents of the picture.
@@ -293,12 +249,48 @@ impl Pretraining {
         let mut batches = Batches::new(self, 128);
         while stage.step < stage.total {
             let (epoch, batch) = batches.at(stage.step);
-            stage.update(&batch, |items, _| {
+            stage.update(&batch, 16, |items, _| {
                 let summary = captions.states(items, epoch)?.mean(1)?;
                 let wanted = pick(latents, items)?.flatten_from(1)?;
                 Ok((summary.matmul(matrix.as_tensor())? - wanted)?
                     .sqr()?
                     .mean_all()?)
+            })?;
+            stage.report_and_save()?;
+        }
+        Ok(())
+    }
+
+    /// eps-prediction on the VAE's latents; the text encoder learns along. Where there is more noise
+    /// than signal an error counts as much more often, `most` times at most: what a picture shows is
+    /// decided there, where the prompt alone tells it, and small things cost little loss.
+    fn train_unet(
+        &self,
+        (name, lr, steps): (&'static str, f64, u64),
+        most: f32,
+        latents: &[Tensor],
+    ) -> Result<()> {
+        let unet = UNet::new(&self.config.unet, self.model.var_builder(Part::Unet))?;
+        let captions = Captions::new(self)?;
+        let schedule = NoiseSchedule::sd15();
+        let parameters = self.parameters(&[Part::TextEncoder, Part::Unet]);
+        let mut stage = Stage::new(name, self, parameters, lr, steps)?;
+        let mut batches = Batches::new(self, 32);
+        while stage.step < stage.total {
+            let (epoch, batch) = batches.at(stage.step);
+            stage.update(&batch, 4, |items, place| {
+                let clean = pick(latents, items)?;
+                let mut draws = self.draws(place);
+                let noise = draws.normal(clean.dims())?;
+                let timesteps = draws.timesteps(0, lora_sd15::TIMESTEPS, items.len());
+                let noisy = schedule.add_noise(&clean, &noise, &timesteps)?;
+                let times: Vec<f32> = timesteps.iter().map(|t| *t as f32).collect();
+                let times = Tensor::new(times, &Device::Cpu)?;
+                let guess = unet.forward(&noisy, &times, &captions.states(items, epoch)?)?;
+                let errors = (guess - noise)?.sqr()?.flatten_from(1)?.mean(1)?;
+                let weights = timesteps.iter().map(|t| schedule.snr(*t).recip());
+                let weights: Vec<f32> = weights.map(|weight| weight.clamp(1.0, most)).collect();
+                Ok((errors * Tensor::new(weights, &Device::Cpu)?)?.mean_all()?)
             })?;
             stage.report_and_save()?;
         }
@@ -315,7 +307,7 @@ impl Pretraining {
         let mut batches = Batches::new(self, 8);
         while stage.step < stage.total {
             let (_, batch) = batches.at(stage.step);
-            stage.update(&batch, |items, _| {
+            stage.update(&batch, 4, |items, _| {
                 let pixels = self.pixels(items)?;
                 let latents = encoder.encode(&pixels)?.mean;
                 Ok((vae.decode(&latents)? - pixels)?.sqr()?.mean_all()?)
@@ -533,22 +525,23 @@ impl<'a> Stage<'a> {
     }
 
     /// One update with the gradient of the batch's mean loss. `loss` gets some items and a
-    /// number from which it may derive random streams.
+    /// number from which it may derive random streams. The gradients of the `parts` of the
+    /// batch are added in their order.
     fn update(
         &mut self,
         batch: &[PlanItem],
+        parts: usize,
         loss: impl Fn(&[PlanItem], u64) -> Result<Tensor> + Sync,
     ) -> Result<()> {
         let size = batch.len();
         let workers = self.pretraining.workers;
-        let parts: Vec<(usize, &[PlanItem])> = batch
-            .chunks(size.div_ceil(PARTS).max(1))
-            .enumerate()
+        let first = self.step * parts as u64;
+        let parts: Vec<(u64, &[PlanItem])> = (first..)
+            .zip(batch.chunks(size.div_ceil(parts).max(1)))
             .collect();
-        let step = self.step;
-        let results = side_by_side(&parts, workers, |(number, items)| {
+        let results = side_by_side(&parts, workers, |(place, items)| {
             let share = items.len() as f64 / size as f64;
-            let loss = (loss(items, step * PARTS as u64 + *number as u64)? * share)?;
+            let loss = (loss(items, *place)? * share)?;
             Ok((f64::from(loss.to_scalar::<f32>()?), loss.backward()?))
         })?;
         self.losses.push(results.iter().map(|(loss, _)| loss).sum());
