@@ -6,12 +6,12 @@ use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use crate::buffer::{in_parts, maybe_with, rows_of, with, with_both};
+use crate::buffer::{Start, maybe_with, with, with_both, written};
 use crate::channels::plane_sums;
 use crate::conv2d::Geometry;
 use crate::gradient::Gradient;
 use crate::joined::add;
-use crate::matrix::{Values, View, multiply_in, reads_narrow};
+use crate::matrix::{Values, View, multiply_in, multiply_new, reads_narrow};
 use crate::node::{Value, node};
 use crate::{Compute, Conv2dParams, as_nodes, composed, fast, plain};
 
@@ -107,26 +107,22 @@ pub fn linear_added(
     if bias.is_some_and(|b| b.dims() != [o]) {
         candle_core::bail!("linear: the bias does not fit weight [{o}, {i}]");
     }
-    let begun = added.residual.is_some() || bias.is_some();
+    let narrow = reads_narrow(compute);
     let mut y = maybe_with(added.residual, |residual| {
-        maybe_with(bias, |bias| {
-            in_parts(rows * o, rows_of(o), |first, y: &mut [f32]| {
-                if let Some(residual) = residual {
-                    y.copy_from_slice(&residual[first..first + y.len()]);
-                }
-                if let Some(bias) = bias {
-                    add_rows(y, bias);
-                }
+        maybe_with(bias, |columns| {
+            let start = Start {
+                residual,
+                columns,
+                rows: None,
+            };
+            with(x, |x| {
+                with_weight(weight, narrow, |w| {
+                    let (x, w) = (View::rows(x, rows, i, i), View::rows(w, o, i, i));
+                    written(rows * o, |y| multiply_new(compute, y, start, x, w.t()))
+                })
             })
         })
-    })??;
-    let narrow = reads_narrow(compute);
-    with(x, |x| {
-        with_weight(weight, narrow, |w| {
-            let (x, w) = (View::rows(x, rows, i, i), View::rows(w, o, i, i));
-            multiply_in(compute, &mut y, o, begun, x, w.t());
-        })
-    })??;
+    })????;
     for (middle, up) in added.low_rank {
         let r = up.dim(1)?;
         with(middle, |middle| {
@@ -220,29 +216,19 @@ pub fn conv2d_added(
     if bias.is_some_and(|b| b.dims() != [o]) || added.shift.is_some_and(|s| s.dims() != [n, o]) {
         candle_core::bail!("conv2d: bias or shift do not fit an output of {out:?}");
     }
+    let constants = constants(n * o, bias, added.shift)?;
     let mut y = maybe_with(added.residual, |residual| {
-        maybe_with(bias, |bias| {
-            maybe_with(added.shift, |shift| {
-                in_parts(n * o * plane, plane, |first, y: &mut [f32]| {
-                    if let Some(residual) = residual {
-                        y.copy_from_slice(&residual[first..first + y.len()]);
-                    }
-                    let channel = first / plane.max(1);
-                    for constants in [bias, shift].into_iter().flatten() {
-                        // A bias repeats for every sample.
-                        let constant = constants[channel % constants.len()];
-                        y.iter_mut().for_each(|y| *y += constant);
-                    }
-                })
+        let start = Start {
+            residual,
+            columns: None,
+            rows: constants.as_deref(),
+        };
+        with(x, |x| {
+            with_weight(weight, g.reads_narrow(compute, false), |w| {
+                written(n * o * plane, |y| g.forward_new(compute, y, start, x, w))
             })
         })
     })???;
-    let begun = added.residual.is_some() || bias.is_some() || added.shift.is_some();
-    with(x, |x| {
-        with_weight(weight, g.reads_narrow(compute, false), |w| {
-            g.forward(compute, &mut y, begun, x, w);
-        })
-    })??;
     for (middle, up) in added.low_rank {
         let r = up.dim(1)?;
         with(middle, |middle| {
@@ -376,10 +362,22 @@ fn check_pairs(
     }
 }
 
-fn add_rows(y: &mut [f32], row: &[f32]) {
-    for y in y.chunks_exact_mut(row.len().max(1)) {
-        y.iter_mut().zip(row).for_each(|(y, v)| *y += v);
+/// What is added to all pixels of each of `planes` channels, sample by sample.
+fn constants(
+    planes: usize,
+    bias: Option<&Tensor>,
+    shift: Option<&Tensor>,
+) -> Result<Option<Vec<f32>>> {
+    let mut sums = None;
+    for values in [bias, shift].into_iter().flatten() {
+        let sums = sums.get_or_insert_with(|| vec![0f32; planes]);
+        with(values, |values| {
+            // A bias repeats for every sample.
+            let values = values.iter().cycle();
+            sums.iter_mut().zip(values).for_each(|(sum, v)| *sum += v);
+        })?;
     }
+    Ok(sums)
 }
 
 /// Values widened per task.

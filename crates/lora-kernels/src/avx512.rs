@@ -10,21 +10,22 @@
 
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 
 use half::bf16;
 use rayon::prelude::*;
 
 use crate::amx;
-use crate::buffer::zeros;
+use crate::buffer::{Start, zeros};
 use crate::matrix::{PANEL, PARALLEL_PRODUCTS};
 
 /// Rows of a tile; with four vectors of 16 columns its sums fill 24 registers.
 pub(crate) const TILE: usize = 6;
 /// Vectors of a panel's line.
 pub(crate) const VECTORS: usize = PANEL / 16;
-/// Most words multiplied before sums are written: a panel's part (64 KB) stays in the
+/// Most words multiplied before sums are written: a panel's part (160 KB) stays in the
 /// second-level cache.
-const DEPTH: usize = 256;
+const DEPTH: usize = 640;
 /// Rows, or panels, per task.
 const TASK_ROWS: usize = 16 * TILE;
 const TASK_PANELS: usize = 2;
@@ -486,6 +487,45 @@ struct Output {
     start: *mut f32,
     stride: usize,
     columns: usize,
+    /// Whether sums are added to what is there.
+    add: bool,
+    begin: Begin,
+}
+
+/// What the sums of an [`Output`], of a [`Part`] of it, or of a [`Tile`], begin with, beside what
+/// may be there; null where there is nothing.
+#[derive(Clone, Copy)]
+struct Begin {
+    /// Rows as far apart as those of the output.
+    residual: *const f32,
+    /// A value for each column, and for each row.
+    columns: *const f32,
+    rows: *const f32,
+}
+
+impl Begin {
+    const NOTHING: Self = Self {
+        residual: std::ptr::null(),
+        columns: std::ptr::null(),
+        rows: std::ptr::null(),
+    };
+
+    fn is_nothing(self) -> bool {
+        self.residual.is_null() && self.columns.is_null() && self.rows.is_null()
+    }
+
+    /// From this row and column on, of rows that are `stride` apart.
+    fn from(self, row: usize, column: usize, stride: usize) -> Self {
+        let at = |start: *const f32, place: usize| match start.is_null() {
+            true => start,
+            false => start.wrapping_add(place),
+        };
+        Self {
+            residual: at(self.residual, row * stride + column),
+            columns: at(self.columns, column),
+            rows: at(self.rows, row),
+        }
+    }
 }
 
 // SAFETY: tasks write disjoint elements.
@@ -512,11 +552,7 @@ pub(crate) fn multiply<S: Arithmetic, A: Element<S>, B: Element<S>>(
     b: Operand<'_, B>,
     parallel: bool,
 ) {
-    let (m, n, k) = (a.outer, b.outer, a.inner);
-    check_processor();
-    assert_eq!(k, b.inner, "inner dimensions differ");
-    a.check();
-    b.check();
+    let (m, n) = (a.outer, b.outer);
     if m == 0 || n == 0 {
         return;
     }
@@ -524,29 +560,81 @@ pub(crate) fn multiply<S: Arithmetic, A: Element<S>, B: Element<S>>(
         n <= stride && (m - 1) * stride + n <= dst.len(),
         "product exceeds its slice"
     );
-    if k == 0 {
-        if !accumulate {
-            dst.chunks_mut(stride)
-                .take(m)
-                .for_each(|d| d[..n].fill(0.0));
-        }
-        return;
+    if a.inner == 0 && !accumulate {
+        let rows = dst.chunks_mut(stride).take(m);
+        rows.for_each(|d| d[..n].fill(0.0));
     }
     let out = Output {
         start: dst.as_mut_ptr(),
         stride,
         columns: n,
+        add: accumulate,
+        begin: Begin::NOTHING,
     };
+    // SAFETY: the assertion above, and the values of `dst` are there.
+    unsafe { product(out, a, b, parallel) };
+}
+
+/// `dst = start + a b`, all of it, of as many rows and columns as the operands have.
+pub(crate) fn multiply_new<'d, S: Arithmetic, A: Element<S>, B: Element<S>>(
+    dst: &'d mut [MaybeUninit<f32>],
+    start: Start<'_>,
+    a: Operand<'_, A>,
+    b: Operand<'_, B>,
+    parallel: bool,
+) -> &'d mut [f32] {
+    let (m, n) = (a.outer, b.outer);
+    if m == 0 || n == 0 || a.inner == 0 {
+        return start.written(dst, n);
+    }
+    assert_eq!(m * n, dst.len(), "product of another size");
+    start.check(m, n);
+    let pointer = |values: Option<&[f32]>| values.map_or(std::ptr::null(), <[f32]>::as_ptr);
+    let out = Output {
+        start: dst.as_mut_ptr().cast(),
+        stride: n,
+        columns: n,
+        add: false,
+        begin: Begin {
+            residual: pointer(start.residual),
+            columns: pointer(start.columns),
+            rows: pointer(start.rows),
+        },
+    };
+    // SAFETY: sizes are those asserted and checked above; as nothing is added to what is there, the
+    // product writes every value before any is read.
+    unsafe {
+        product(out, a, b, parallel);
+        dst.assume_init_mut()
+    }
+}
+
+/// # Safety
+/// `out` has as many rows and columns as `a` and `b`, and so has what its sums begin with; its
+/// values are there if it adds to them.
+unsafe fn product<S: Arithmetic, A: Element<S>, B: Element<S>>(
+    out: Output,
+    a: Operand<'_, A>,
+    b: Operand<'_, B>,
+    parallel: bool,
+) {
+    let (m, n, k) = (a.outer, b.outer, a.inner);
+    check_processor();
+    assert_eq!(k, b.inner, "inner dimensions differ");
+    a.check();
+    b.check();
+    if k == 0 {
+        return;
+    }
     let parallel = parallel && m * n * k >= PARALLEL_PRODUCTS;
-    // SAFETY: the processor is able, both operands are checked, and all elements of the
-    // output are inside `dst`.
+    // SAFETY: the processor is able, both operands are checked, and the caller's word.
     unsafe {
         if let Some(panel) = panel_in_place::<S, B>(b) {
-            by_panels::<S, A>(out, accumulate, a, panel, panel.len(), parallel);
+            by_panels::<S, A>(out, a, panel, panel.len(), parallel);
         } else if m >= n {
-            by_rows::<S, A, B>(out, accumulate, a, b, parallel);
+            by_rows::<S, A, B>(out, a, b, parallel);
         } else {
-            by_columns::<S, A, B>(out, accumulate, a, b, parallel);
+            by_columns::<S, A, B>(out, a, b, parallel);
         }
     }
 }
@@ -621,7 +709,6 @@ fn panel_in_place<'a, S: Arithmetic, T: Element<S>>(b: Operand<'a, T>) -> Option
 /// AVX-512 with BW, VL and BF16; operands are checked, `out` has their sizes.
 unsafe fn by_rows<S: Arithmetic, A: Element<S>, B: Element<S>>(
     out: Output,
-    accumulate: bool,
     a: Operand<'_, A>,
     b: Operand<'_, B>,
     parallel: bool,
@@ -638,7 +725,7 @@ unsafe fn by_rows<S: Arithmetic, A: Element<S>, B: Element<S>>(
         false => panels.chunks_mut(length).enumerate().for_each(lay),
     }
     // SAFETY: the caller's word, and the panels are laid out.
-    unsafe { by_panels::<S, A>(out, accumulate, a, &panels, length, parallel) };
+    unsafe { by_panels::<S, A>(out, a, &panels, length, parallel) };
 }
 
 /// The right operand is laid out in panels of `length` words, rows of the left one are divided.
@@ -648,7 +735,6 @@ unsafe fn by_rows<S: Arithmetic, A: Element<S>, B: Element<S>>(
 /// sizes of both.
 unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
     out: Output,
-    accumulate: bool,
     a: Operand<'_, A>,
     panels: &[u32],
     length: usize,
@@ -667,10 +753,9 @@ unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
                 (packed(buffer, words), 0)
             }
         };
-        for (first, depth) in parts(words) {
-            for (number, panel) in panels.chunks(length).enumerate() {
+        for (number, panel) in panels.chunks(length).enumerate() {
+            for (first, depth) in parts(words) {
                 let panel = &panel[first * PANEL..];
-                let add = accumulate || first > 0;
                 // SAFETY: rows and columns are inside.
                 unsafe {
                     block::<S>(
@@ -683,7 +768,6 @@ unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
                         panel,
                         first,
                         depth,
-                        add,
                     );
                 }
             }
@@ -697,7 +781,6 @@ unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
 /// AVX-512 with BW, VL and BF16; operands are checked, `out` has their sizes.
 unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
     out: Output,
-    accumulate: bool,
     a: Operand<'_, A>,
     b: Operand<'_, B>,
     parallel: bool,
@@ -723,7 +806,6 @@ unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
                 // SAFETY: the caller's word, and columns are inside.
                 unsafe { b.panel::<S>(number * PANEL, first, depth, out) };
             }
-            let add = accumulate || first > 0;
             for row in (0..a.outer).step_by(TASK_ROWS) {
                 let rows = TASK_ROWS.min(a.outer - row);
                 for (number, panel) in numbers.clone().zip(buffer.chunks(length)) {
@@ -739,7 +821,6 @@ unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
                             panel,
                             first,
                             depth,
-                            add,
                         );
                     }
                 }
@@ -831,11 +912,13 @@ impl<S: Arithmetic> Panels<S> {
             start: dst.as_mut_ptr(),
             stride,
             columns: self.columns,
+            add,
+            begin: Begin::NOTHING,
         };
         let panels = self.values.chunks(self.length.max(1));
         for (column, panel) in (0..self.columns).step_by(PANEL).zip(panels) {
             // SAFETY: `lay` has looked at the processor; rows and columns are inside.
-            unsafe { block::<S>(out, 0, rows, column, a, 0, panel, 0, self.words, add) };
+            unsafe { block::<S>(out, 0, rows, column, a, 0, panel, 0, self.words) };
         }
     }
 }
@@ -857,9 +940,11 @@ pub(crate) fn multiply_panel<S: Arithmetic>(
         start: dst.as_mut_ptr(),
         stride,
         columns,
+        add,
+        begin: Begin::NOTHING,
     };
     // SAFETY: the processor is able; rows and columns are inside.
-    unsafe { block::<S>(out, 0, rows, 0, a, 0, panel, 0, panel.len() / PANEL, add) };
+    unsafe { block::<S>(out, 0, rows, 0, a, 0, panel, 0, panel.len() / PANEL) };
 }
 
 /// What becomes of a product's sums while they are in registers.
@@ -964,8 +1049,8 @@ pub(crate) fn pairs(first: &[f32], second: &[f32], out: &mut [u32]) {
     }
 }
 
-/// Multiplies `rows` rows of `left` from `left_row` on by one panel and writes, or adds,
-/// to the output from (`row`, `column`) on.
+/// Multiplies `rows` rows of `left` from `left_row` on by one panel and writes to the output from
+/// (`row`, `column`) on, or adds; sums of words from the first one on begin as the output's.
 ///
 /// # Safety
 /// AVX-512 with BW, VL and BF16; `left` has `depth` words from word `first` on in each
@@ -982,7 +1067,6 @@ unsafe fn block<S: Arithmetic>(
     panel: &[u32],
     first: usize,
     depth: usize,
-    add: bool,
 ) {
     let columns = PANEL.min(out.columns - column);
     assert!((left_row + rows - 1) * left.stride + 2 * (first + depth) <= left.halves.len());
@@ -999,10 +1083,14 @@ unsafe fn block<S: Arithmetic>(
             b: panel.as_ptr(),
             c: out.start.add(row * out.stride + column),
             c_stride: out.stride,
-            add,
+            add: out.add || first > 0,
+            begin: match first {
+                0 => out.begin.from(row, column, out.stride),
+                _ => Begin::NOTHING,
+            },
         };
         if S::MATRIX && crate::matrix_registers() {
-            whole.sum_in_matrices::<S>();
+            whole.begun().sum_in_matrices::<S>();
         } else {
             whole.sum::<S>();
         }
@@ -1024,6 +1112,7 @@ struct Part {
     c: *mut f32,
     c_stride: usize,
     add: bool,
+    begin: Begin,
 }
 
 impl Part {
@@ -1037,6 +1126,39 @@ impl Part {
             b: self.b.wrapping_add(word * PANEL + column),
             c: self.c.wrapping_add(row * self.c_stride + column),
             add: self.add || word > 0,
+            begin: match word {
+                0 => self.begin.from(row, column, self.c_stride),
+                _ => Begin::NOTHING,
+            },
+            ..self
+        }
+    }
+
+    /// Writes, or adds, what sums begin with; what is left is to add them.
+    ///
+    /// # Safety
+    /// As for `block`.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn begun(self) -> Self {
+        if self.begin.is_nothing() {
+            return self;
+        }
+        for row in 0..self.rows {
+            for column in (0..self.columns).step_by(16) {
+                let to = Target {
+                    c: self.c.wrapping_add(row * self.c_stride + column),
+                    stride: self.c_stride,
+                    last: mask16(self.columns - column),
+                    add: self.add,
+                    begin: self.begin.from(row, column, self.c_stride),
+                };
+                // SAFETY: the caller's word; the mask keeps to columns inside.
+                unsafe { to.write([[_mm512_setzero_ps()]]) };
+            }
+        }
+        Self {
+            add: true,
+            begin: Begin::NOTHING,
             ..self
         }
     }
@@ -1065,6 +1187,7 @@ impl Part {
                     stride: self.c_stride,
                     last,
                     add: self.add,
+                    begin: self.begin.from(r, 0, self.c_stride),
                 };
                 let rows = (self.rows - r).min(TILE);
                 tile.run::<S>(rows, self.columns.div_ceil(16), to);
@@ -1141,6 +1264,7 @@ struct Target {
     /// Columns of the last vector.
     last: __mmask16,
     add: bool,
+    begin: Begin,
 }
 
 impl Tile {
@@ -1204,20 +1328,32 @@ impl Tile {
 
 impl Target {
     /// # Safety
-    /// AVX-512; the target has so many rows, and columns under the mask.
+    /// AVX-512; the target and what it begins with have so many rows, and columns under the mask.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn write<const R: usize, const V: usize>(self, sums: [[__m512; V]; R]) {
-        for (r, sums) in sums.into_iter().enumerate() {
-            for (v, mut sum) in sums.into_iter().enumerate() {
+    unsafe fn write<const R: usize, const V: usize>(self, mut sums: [[__m512; V]; R]) {
+        let begin = self.begin;
+        for (r, sums) in sums.iter_mut().enumerate() {
+            for (v, sum) in sums.iter_mut().enumerate() {
                 let mask = if v + 1 == V { self.last } else { !0 };
-                // SAFETY: the caller's word.
+                let place = r * self.stride + 16 * v;
+                // SAFETY: the caller's word, for what is not null.
                 unsafe {
-                    let c = self.c.add(r * self.stride + 16 * v);
                     if self.add {
-                        sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, c));
+                        *sum = _mm512_add_ps(*sum, _mm512_maskz_loadu_ps(mask, self.c.add(place)));
                     }
-                    _mm512_mask_storeu_ps(c, mask, sum);
+                    if !begin.residual.is_null() {
+                        let from = begin.residual.add(place);
+                        *sum = _mm512_add_ps(*sum, _mm512_maskz_loadu_ps(mask, from));
+                    }
+                    if !begin.columns.is_null() {
+                        let from = begin.columns.add(16 * v);
+                        *sum = _mm512_add_ps(*sum, _mm512_maskz_loadu_ps(mask, from));
+                    }
+                    if !begin.rows.is_null() {
+                        *sum = _mm512_add_ps(*sum, _mm512_set1_ps(*begin.rows.add(r)));
+                    }
+                    _mm512_mask_storeu_ps(self.c.add(place), mask, *sum);
                 }
             }
         }

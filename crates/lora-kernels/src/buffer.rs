@@ -39,6 +39,104 @@ pub(crate) fn in_parts<T: Copy + Default + Send>(
     values
 }
 
+/// `n` values that `write` makes in memory that has none yet; it returns all of it.
+///
+/// # Panics
+/// When it returns something else.
+#[allow(unsafe_code)]
+pub(crate) fn written(
+    n: usize,
+    write: impl for<'a> FnOnce(&'a mut [MaybeUninit<f32>]) -> &'a mut [f32],
+) -> Vec<f32> {
+    let mut values = Vec::with_capacity(n);
+    let start = values.as_ptr();
+    let made = write(&mut values.spare_capacity_mut()[..n]);
+    assert!(made.len() == n && made.as_ptr() == start, "another result");
+    // SAFETY: there is room for `n` values, and those that `write` returned are there.
+    unsafe { values.set_len(n) };
+    values
+}
+
+/// Has `write` make one part after the other, of `part` values each.
+///
+/// # Panics
+/// When it returns something else than the part that it gets.
+#[allow(unsafe_code)]
+pub(crate) fn each_written<'d>(
+    values: &'d mut [MaybeUninit<f32>],
+    part: usize,
+    mut write: impl for<'a> FnMut(usize, &'a mut [MaybeUninit<f32>]) -> &'a mut [f32],
+) -> &'d mut [f32] {
+    for (number, part) in values.chunks_mut(part.max(1)).enumerate() {
+        let (start, n) = (part.as_ptr(), part.len());
+        let made = write(number, part);
+        assert!(made.len() == n && made.as_ptr() == start.cast(), "another result");
+    }
+    // SAFETY: all parts have been returned as values.
+    unsafe { values.assume_init_mut() }
+}
+
+/// What the rows of a result begin with, before products are added to them.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Start<'a> {
+    /// As many values as the result has.
+    pub(crate) residual: Option<&'a [f32]>,
+    /// A value for each column.
+    pub(crate) columns: Option<&'a [f32]>,
+    /// A value for each row.
+    pub(crate) rows: Option<&'a [f32]>,
+}
+
+impl<'a> Start<'a> {
+    /// # Panics
+    /// When it is not that of `rows` rows of `columns` values.
+    pub(crate) fn check(&self, rows: usize, columns: usize) {
+        let is = |values: Option<&[f32]>, n| values.is_none_or(|values| values.len() == n);
+        assert!(
+            is(self.residual, rows * columns) && is(self.columns, columns) && is(self.rows, rows),
+            "a result begins with values of other sizes"
+        );
+    }
+
+    /// That of `rows` rows from row `first` on, of `columns` values.
+    pub(crate) fn of_rows(&self, first: usize, rows: usize, columns: usize) -> Self {
+        let part = |values: &'a [f32], width| &values[first * width..][..rows * width];
+        Self {
+            residual: self.residual.map(|values| part(values, columns)),
+            columns: self.columns,
+            rows: self.rows.map(|values| part(values, 1)),
+        }
+    }
+
+    /// Writes it, or zeros, to rows of `columns` values.
+    pub(crate) fn written<'d>(
+        &self,
+        to: &'d mut [MaybeUninit<f32>],
+        columns: usize,
+    ) -> &'d mut [f32] {
+        let columns = columns.max(1);
+        self.check(to.len() / columns, columns);
+        let fill = |(part, out): (usize, &mut [MaybeUninit<f32>])| {
+            let first = part * (rows_of(columns) / columns);
+            for (row, out) in (first..).zip(out.chunks_mut(columns)) {
+                let constant = self.rows.map_or(0.0, |rows| rows[row]);
+                let residual = self.residual.map(|values| &values[row * columns..]);
+                for (column, out) in out.iter_mut().enumerate() {
+                    let residual = residual.map_or(0.0, |values| values[column]);
+                    let own = self.columns.map_or(0.0, |values| values[column]);
+                    out.write(residual + own + constant);
+                }
+            }
+        };
+        to.par_chunks_mut(rows_of(columns)).enumerate().for_each(fill);
+        // SAFETY: all rows have been written, each to its end.
+        #[allow(unsafe_code)]
+        unsafe {
+            to.assume_init_mut()
+        }
+    }
+}
+
 /// `n` zeros.
 pub(crate) fn zeros<T: Copy + Default + Send>(n: usize) -> Vec<T> {
     in_parts(n, PART, |_, _| {})

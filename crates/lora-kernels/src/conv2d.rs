@@ -6,17 +6,18 @@
 //! that the patch matrix stays a few megabytes small whatever the image size, or several
 //! small images. 1x1 convolutions of one image skip the layout step.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::added::{Added, conv2d_added, frozen};
-use crate::buffer::{in_parts, maybe_with, with_both};
+use crate::buffer::{Start, each_written, in_parts, maybe_with, with_both};
 use crate::channels::{add_to_channels, plane_sums};
 use crate::conv3x3::{Conv3x3, Way};
 use crate::gradient::Gradient;
-use crate::matrix::{Values, View, multiply_in, reads_narrow};
+use crate::matrix::{Values, View, multiply_in, multiply_new, reads_narrow};
 use crate::node::{Value, node};
 use crate::winograd;
 use crate::{Compute, as_nodes, composed, fast, plain};
@@ -413,6 +414,31 @@ impl Geometry {
     /// [`input_gradient`](Self::input_gradient), takes weights of bf16 as they are.
     pub(crate) fn reads_narrow(&self, compute: Compute, transposed: bool) -> bool {
         reads_narrow(compute) || self.direct(compute, transposed).is_some()
+    }
+
+    /// Writes `start`, whose rows are the output's planes, and the convolution to all of `y`.
+    pub(crate) fn forward_new<'d>(
+        &self,
+        compute: Compute,
+        y: &'d mut [MaybeUninit<f32>],
+        start: Start<'_>,
+        x: &[f32],
+        w: Values<'_>,
+    ) -> &'d mut [f32] {
+        if let Some(direct) = self.direct(compute, false) {
+            return direct.run_new(y, start, self.plane(), x, w);
+        }
+        let plane = self.plane();
+        if self.pointwise() && self.p.groups == 1 && (self.n == 1 || plane > SMALL_PLANE) {
+            return each_written(y, self.o * plane, |image, y| {
+                let x = View::rows(&x[self.input(image, 0)..], self.c, plane, plane);
+                let start = start.of_rows(image * self.o, self.o, plane);
+                multiply_new(compute, y, start, self.weight(w, 0), x)
+            });
+        }
+        let y = start.written(y, plane);
+        self.forward(compute, y, true, x, w);
+        y
     }
 
     /// Writes the convolution to `y`, or adds it with `accumulate`.

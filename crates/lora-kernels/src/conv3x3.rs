@@ -1,5 +1,8 @@
 //! What the ways to compute a 3x3 convolution share.
 
+use std::mem::MaybeUninit;
+
+use crate::buffer::Start;
 use crate::matrix::Values;
 #[cfg(target_arch = "x86_64")]
 use crate::{avx512::Operand, matrix::native_products};
@@ -36,6 +39,21 @@ pub(crate) trait Way {
     /// Writes the convolution of all images to `y`, or adds it with `accumulate`; `weight` is
     /// `[o, c, 3, 3]`, or `[c, o, 3, 3]` if transposed.
     fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>);
+
+    /// Writes all of `y`: `start`, whose rows are the planes of `area` pixels of the output, and the
+    /// convolution.
+    fn run_new<'d>(
+        &self,
+        y: &'d mut [MaybeUninit<f32>],
+        start: Start<'_>,
+        area: usize,
+        x: &[f32],
+        weight: Values<'_>,
+    ) -> &'d mut [f32] {
+        let y = start.written(y, area);
+        self.run(y, true, x, weight);
+        y
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -1,12 +1,14 @@
 //! Strided matrix views and their product: the safe face of the matrix kernels.
 
 use std::borrow::Cow;
+use std::mem::MaybeUninit;
 
 use gemm::Parallelism;
 use half::bf16;
 use rayon::prelude::*;
 
 use crate::Compute;
+use crate::buffer::Start;
 #[cfg(target_arch = "x86_64")]
 use crate::{Path, avx512, path};
 
@@ -171,6 +173,28 @@ pub(crate) fn multiply_in(
     dispatch(compute, dst, dst_stride, accumulate, a, b, parallel);
 }
 
+/// `dst = start + a b`, all of it: `a.height` rows of `b.width` values. Under [`Compute::Bf16`] both
+/// operands are rounded to bf16 first.
+pub(crate) fn multiply_new<'d>(
+    compute: Compute,
+    dst: &'d mut [MaybeUninit<f32>],
+    start: Start<'_>,
+    a: View<'_>,
+    b: View<'_>,
+) -> &'d mut [f32] {
+    #[cfg(target_arch = "x86_64")]
+    if native_products() {
+        let parallel = a.height * a.width * b.width >= PARALLEL_PRODUCTS;
+        return match compute {
+            Compute::F32 => native_new::<avx512::F32>(dst, start, a, b, parallel),
+            Compute::Bf16 => native_new::<avx512::Bf16>(dst, start, a, b, parallel),
+        };
+    }
+    let dst = start.written(dst, b.width);
+    multiply_in(compute, dst, b.width, true, a, b);
+    dst
+}
+
 /// [`multiply_in`] on the calling thread, for callers that divide the work themselves.
 pub(crate) fn multiply_here(
     compute: Compute,
@@ -226,6 +250,53 @@ fn dispatch(
     }
 }
 
+/// A view as the left operand over `data`, its values.
+#[cfg(target_arch = "x86_64")]
+fn left<'a, T>(data: &'a [T], a: View<'_>) -> avx512::Operand<'a, T> {
+    avx512::Operand {
+        data,
+        outer: a.height,
+        inner: a.width,
+        outer_stride: a.row_stride,
+        inner_stride: a.col_stride,
+    }
+}
+
+/// A view as the right operand.
+#[cfg(target_arch = "x86_64")]
+fn right<'a, T>(data: &'a [T], b: View<'_>) -> avx512::Operand<'a, T> {
+    left(data, b.t())
+}
+
+#[cfg(target_arch = "x86_64")]
+fn native_new<'d, S: avx512::Arithmetic>(
+    dst: &'d mut [MaybeUninit<f32>],
+    start: Start<'_>,
+    a: View<'_>,
+    b: View<'_>,
+    parallel: bool,
+) -> &'d mut [f32]
+where
+    f32: avx512::Element<S>,
+    bf16: avx512::Element<S>,
+{
+    use avx512::multiply_new;
+    match (a.data, b.data) {
+        (Values::F32(x), Values::F32(y)) => {
+            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), parallel)
+        }
+        (Values::F32(x), Values::Bf16(y)) => {
+            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), parallel)
+        }
+        (Values::Bf16(x), Values::F32(y)) => {
+            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), parallel)
+        }
+        (Values::Bf16(x), Values::Bf16(y)) => {
+            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), parallel)
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 fn native<S: avx512::Arithmetic>(
     dst: &mut [f32],
@@ -238,19 +309,7 @@ fn native<S: avx512::Arithmetic>(
     f32: avx512::Element<S>,
     bf16: avx512::Element<S>,
 {
-    use avx512::{Operand, multiply};
-    fn left<'a, T>(data: &'a [T], a: View<'_>) -> Operand<'a, T> {
-        Operand {
-            data,
-            outer: a.height,
-            inner: a.width,
-            outer_stride: a.row_stride,
-            inner_stride: a.col_stride,
-        }
-    }
-    fn right<'a, T>(data: &'a [T], b: View<'_>) -> Operand<'a, T> {
-        left(data, b.t())
-    }
+    use avx512::multiply;
     let add = accumulate;
     match (a.data, b.data) {
         (Values::F32(x), Values::F32(y)) => {

@@ -59,14 +59,30 @@ fn each_turned(
     (a, b): (usize, usize),
     body: impl Fn(&mut f32, f32),
 ) {
+    let (width, start) = (a.max(1), first / a.max(1));
     vectorized(
         #[inline(always)]
         || {
-            for (row, out) in (first / a.max(1)..).zip(out.chunks_exact_mut(a.max(1))) {
-                let (image, row) = (row / b, row % b);
-                let x = &x[image * a * b + row..];
-                for (out, x) in out.iter_mut().zip(x.iter().step_by(b)) {
-                    body(out, *x);
+            let mut block = [[0f32; ROWS]; ROWS];
+            for (number, out) in out.chunks_mut(ROWS * width).enumerate() {
+                let (row, rows) = (start + number * ROWS, out.len() / width);
+                let (image, at) = (row / b, row % b);
+                for column in (0..a).step_by(ROWS) {
+                    for (line, values) in block.iter_mut().enumerate().take(a - column) {
+                        let line = (image * a + column + line) * b;
+                        if at + ROWS <= b && rows == ROWS {
+                            values.copy_from_slice(&x[line + at..][..ROWS]);
+                            continue;
+                        }
+                        for (at, value) in (at..).zip(&mut values[..rows]) {
+                            // Rows past an image's end are the next one's.
+                            *value = x[line + at / b * a * b + at % b];
+                        }
+                    }
+                    for (at, out) in out.chunks_exact_mut(width).enumerate() {
+                        let out = out[column..].iter_mut().zip(&block);
+                        out.for_each(|(out, line)| body(out, line[at]));
+                    }
                 }
             }
         },
