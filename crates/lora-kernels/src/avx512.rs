@@ -30,17 +30,18 @@ const DEPTH: usize = 640;
 const TASK_ROWS: usize = 16 * TILE;
 const TASK_PANELS: usize = 2;
 
-/// Whether this processor can do it. BF16 is asked for by the f32 products, too, so that all
-/// functions here are compiled for one set of instructions.
+/// Whether this processor can do it. BF16 and VNNI, which comes with it, are asked for by the f32
+/// products, too, so that all functions here are compiled for one set of instructions.
 pub(crate) fn available() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512bf16")
+        && is_x86_feature_detected!("avx512vnni")
 }
 
 pub(crate) fn check_processor() {
-    assert!(available(), "the processor lacks AVX-512 with BF16");
+    assert!(available(), "the processor lacks AVX-512 with BF16 and VNNI");
 }
 
 /// How words are multiplied.
@@ -61,7 +62,7 @@ pub(crate) trait Arithmetic: Copy + Send + Sync + 'static {
     /// 16 words, of a value of each of these, or of `first` alone.
     ///
     /// # Safety
-    /// AVX-512 with BW and BF16.
+    /// AVX-512 with BW, VL, BF16 and VNNI.
     unsafe fn word(first: __m512, second: __m512) -> __m512i;
 
     /// 16 words of as many values in their order as they are made of: `low`, then `high`.
@@ -79,25 +80,57 @@ pub(crate) struct F32;
 #[derive(Clone, Copy)]
 pub(crate) struct Bf16;
 
+/// Operands in whole numbers of 16 bits, sums in 32 bits, which nothing here keeps from overflowing.
+/// Sums are numbers of that kind in vectors of f32, for [`multiply_to`] only.
+#[derive(Clone, Copy)]
+pub(crate) struct Int16;
+
+impl Arithmetic for Int16 {
+    type Value = i16;
+    const VALUES: usize = 2;
+    const MATRIX: bool = false;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
+    unsafe fn add_product(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
+        _mm512_castsi512_ps(_mm512_dpwssd_epi32(_mm512_castps_si512(sum), a, b))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
+    unsafe fn word(first: __m512, second: __m512) -> __m512i {
+        let [first, second] = [first, second].map(|value| _mm512_cvtps_epi32(value));
+        let low = _mm512_and_si512(first, _mm512_set1_epi32(0xffff));
+        _mm512_or_si512(low, _mm512_slli_epi32::<16>(second))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
+    unsafe fn words(low: __m512, high: __m512) -> __m512i {
+        let [low, high] = [low, high].map(|v| _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+    }
+}
+
 impl Arithmetic for F32 {
     type Value = f32;
     const VALUES: usize = 1;
     const MATRIX: bool = false;
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn add_product(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
         _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum)
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn word(first: __m512, _: __m512) -> __m512i {
         _mm512_castps_si512(first)
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn words(low: __m512, _: __m512) -> __m512i {
         _mm512_castps_si512(low)
     }
@@ -109,7 +142,7 @@ impl Arithmetic for Bf16 {
     const MATRIX: bool = true;
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn add_product(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
         // SAFETY: both types are 64 bytes without invalid values.
         let [a, b] = [a, b].map(|word| unsafe { std::mem::transmute::<__m512i, __m512bh>(word) });
@@ -117,7 +150,7 @@ impl Arithmetic for Bf16 {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn word(first: __m512, second: __m512) -> __m512i {
         let turns = _mm512_set_epi16(
             31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
@@ -128,7 +161,7 @@ impl Arithmetic for Bf16 {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn words(low: __m512, high: __m512) -> __m512i {
         // SAFETY: both types are 64 bytes without invalid values.
         unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
@@ -143,7 +176,7 @@ pub(crate) trait Element<S: Arithmetic>: Plain + Copy + Send + Sync {
     /// `n` values in their order as 16 words, zeros behind them.
     ///
     /// # Safety
-    /// AVX-512 with BW, VL and BF16; `from` is good for reading `n` values.
+    /// AVX-512 with BW, VL, BF16 and VNNI; `from` is good for reading `n` values.
     unsafe fn along(from: *const Self, n: usize) -> __m512i;
 
     /// 16 words of values of one row, or, where a word has two, of two rows: `n` words, then
@@ -163,14 +196,14 @@ impl Element<F32> for f32 {
     const IN_PLACE: bool = true;
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn along(from: *const f32, n: usize) -> __m512i {
         // SAFETY: the mask keeps the reads to `n` values.
         unsafe { _mm512_maskz_loadu_epi32(mask16(n), from.cast()) }
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn across(first: *const f32, _: *const f32, n: usize, _: bool) -> __m512i {
         // SAFETY: the caller's word.
         unsafe { <f32 as Element<F32>>::along(first, n) }
@@ -181,7 +214,7 @@ impl Element<F32> for bf16 {
     const IN_PLACE: bool = false;
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn along(from: *const bf16, n: usize) -> __m512i {
         // SAFETY: the mask keeps the reads to `n` values.
         let narrow = unsafe { _mm256_maskz_loadu_epi16(mask16(n), from.cast()) };
@@ -189,7 +222,7 @@ impl Element<F32> for bf16 {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn across(first: *const bf16, _: *const bf16, n: usize, _: bool) -> __m512i {
         // SAFETY: the caller's word.
         unsafe { <bf16 as Element<F32>>::along(first, n) }
@@ -200,7 +233,7 @@ impl Element<Bf16> for f32 {
     const IN_PLACE: bool = false;
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn along(from: *const f32, n: usize) -> __m512i {
         // SAFETY: masks keep the reads to `n` values.
         unsafe {
@@ -211,7 +244,7 @@ impl Element<Bf16> for f32 {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn across(first: *const f32, second: *const f32, n: usize, single: bool) -> __m512i {
         // SAFETY: as in `along`.
         unsafe {
@@ -227,7 +260,7 @@ impl Element<Bf16> for bf16 {
     const IN_PLACE: bool = true;
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn along(from: *const bf16, n: usize) -> __m512i {
         let mask = ((1u64 << n.min(32)) - 1) as __mmask32;
         // SAFETY: the mask keeps the reads to `n` values.
@@ -235,7 +268,7 @@ impl Element<Bf16> for bf16 {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn across(first: *const bf16, second: *const bf16, n: usize, single: bool) -> __m512i {
         let mask = mask16(n);
         // SAFETY: the masks keep the reads to `n` values.
@@ -281,9 +314,9 @@ impl<T: Copy> Operand<'_, T> {
     /// `turned` `[word][o]`; zeros beyond the ends.
     ///
     /// # Safety
-    /// AVX-512 with BW, VL and BF16, `check` has passed, `o < outer`, `w < words()`.
+    /// AVX-512 with BW, VL, BF16 and VNNI, `check` has passed, `o < outer`, `w < words()`.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     pub(crate) unsafe fn block<S: Arithmetic>(
         &self,
         o: usize,
@@ -340,7 +373,7 @@ impl<T: Copy> Operand<'_, T> {
 
     /// # Safety
     /// As for `block`.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn write_block<S: Arithmetic>(&self, o: usize, w: usize, out: &mut [[u32; 16]; 16])
     where
         T: Element<S>,
@@ -355,8 +388,8 @@ impl<T: Copy> Operand<'_, T> {
     /// The left operand's rows `from..to`, `[row][stride]`.
     ///
     /// # Safety
-    /// AVX-512 with BW, VL and BF16, `check` has passed.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    /// AVX-512 with BW, VL, BF16 and VNNI, `check` has passed.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn rows<S: Arithmetic>(&self, from: usize, to: usize, out: &mut Vec<u32>)
     where
         T: Element<S>,
@@ -394,8 +427,8 @@ impl<T: Copy> Operand<'_, T> {
     /// multiple of 16) of the columns from `column` on.
     ///
     /// # Safety
-    /// AVX-512 with BW, VL and BF16, `check` has passed.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    /// AVX-512 with BW, VL, BF16 and VNNI, `check` has passed.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn panel<S: Arithmetic>(
         &self,
         column: usize,
@@ -706,7 +739,7 @@ fn panel_in_place<'a, S: Arithmetic, T: Element<S>>(b: Operand<'a, T>) -> Option
 /// The right operand is laid out at once, rows of the left one are divided.
 ///
 /// # Safety
-/// AVX-512 with BW, VL and BF16; operands are checked, `out` has their sizes.
+/// AVX-512 with BW, VL, BF16 and VNNI; operands are checked, `out` has their sizes.
 unsafe fn by_rows<S: Arithmetic, A: Element<S>, B: Element<S>>(
     out: Output,
     a: Operand<'_, A>,
@@ -731,7 +764,7 @@ unsafe fn by_rows<S: Arithmetic, A: Element<S>, B: Element<S>>(
 /// The right operand is laid out in panels of `length` words, rows of the left one are divided.
 ///
 /// # Safety
-/// AVX-512 with BW, VL and BF16; the operand is checked, the panels have its words, `out` the
+/// AVX-512 with BW, VL, BF16 and VNNI; the operand is checked, the panels have its words, `out` the
 /// sizes of both.
 unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
     out: Output,
@@ -778,7 +811,7 @@ unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
 /// The left operand is laid out at once, columns of the right one are divided.
 ///
 /// # Safety
-/// AVX-512 with BW, VL and BF16; operands are checked, `out` has their sizes.
+/// AVX-512 with BW, VL, BF16 and VNNI; operands are checked, `out` has their sizes.
 unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
     out: Output,
     a: Operand<'_, A>,
@@ -952,7 +985,7 @@ pub(crate) trait Finish {
     /// Sums of `R` rows, from `row` on, by 64 columns.
     ///
     /// # Safety
-    /// AVX-512 with BW, VL and BF16.
+    /// AVX-512 with BW, VL, BF16 and VNNI.
     unsafe fn tile<const R: usize>(&mut self, row: usize, sums: [[__m512; VECTORS]; R]);
 }
 
@@ -982,9 +1015,9 @@ pub(crate) fn multiply_to<S: Arithmetic, F: Finish>(
 }
 
 /// # Safety
-/// AVX-512 with BW, VL and BF16. If `buffer` is empty, `a` has `rows` rows of as many words as
+/// AVX-512 with BW, VL, BF16 and VNNI. If `buffer` is empty, `a` has `rows` rows of as many words as
 /// `panel`; else it has `rows` rows of 64 sums.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
 unsafe fn finish_tiles<S: Arithmetic, F: Finish>(
     finish: &mut F,
     rows: usize,
@@ -1053,10 +1086,10 @@ pub(crate) fn pairs(first: &[f32], second: &[f32], out: &mut [u32]) {
 /// (`row`, `column`) on, or adds; sums of words from the first one on begin as the output's.
 ///
 /// # Safety
-/// AVX-512 with BW, VL and BF16; `left` has `depth` words from word `first` on in each
+/// AVX-512 with BW, VL, BF16 and VNNI; `left` has `depth` words from word `first` on in each
 /// row, `panel` has `depth` words, and the output's rows and columns exist.
 #[allow(clippy::too_many_arguments)]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
 unsafe fn block<S: Arithmetic>(
     out: Output,
     row: usize,
@@ -1166,7 +1199,7 @@ impl Part {
     /// # Safety
     /// As for `block`, for rows, columns and words of this part.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn sum<S: Arithmetic>(self) {
         if self.columns == 0 {
             return;
@@ -1199,7 +1232,7 @@ impl Part {
     ///
     /// # Safety
     /// As for [`sum`](Self::sum), and there are matrix registers.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn sum_in_matrices<S: Arithmetic>(self) {
         let whole = |n: usize| n / amx::SIDE * amx::SIDE;
         let (rows, columns, depth) = (whole(self.rows), whole(self.columns), whole(self.depth));
@@ -1271,7 +1304,7 @@ impl Tile {
     /// # Safety
     /// As for `block`.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn run<S: Arithmetic>(self, rows: usize, vectors: usize, to: Target) {
         // SAFETY: the caller's word.
         unsafe {
@@ -1285,7 +1318,7 @@ impl Tile {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn run_rows<S: Arithmetic, const V: usize>(self, rows: usize, to: Target) {
         // SAFETY: the caller's word.
         unsafe {
@@ -1303,7 +1336,7 @@ impl Tile {
     /// # Safety
     /// As for `block`.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn sums<S: Arithmetic, const R: usize, const V: usize>(self) -> [[__m512; V]; R] {
         let mut sums = [[_mm512_setzero_ps(); V]; R];
         for w in 0..self.depth {

@@ -26,6 +26,7 @@ use crate::{
     avx512::{Bf16, F32},
     implicit::Implicit,
     winograd_avx512::{Four, Two, Winograd},
+    winograd_int16::Fixed,
 };
 
 /// Stride, padding (zeros, on all sides), dilation and groups of a convolution.
@@ -396,6 +397,7 @@ impl Geometry {
         #[cfg(target_arch = "x86_64")]
         match compute {
             Compute::Bf16 => {
+                ways.push(Box::new(Fixed::new(conv)));
                 ways.push(Box::new(Winograd::<Bf16, Two>::new(conv)));
                 ways.push(Box::new(Implicit(conv)));
             }

@@ -350,7 +350,7 @@ impl Tile<'_> {
 
     /// # Safety
     /// As for `run`.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn sum<const R: usize, const V: usize>(&self, vectors: [Sixteen; V]) {
         let mut sums = [[_mm512_setzero_ps(); V]; R];
         // SAFETY: the caller's word.

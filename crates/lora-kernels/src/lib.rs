@@ -87,6 +87,9 @@ mod winograd;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod winograd_avx512;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod winograd_int16;
 
 use std::sync::OnceLock;
 

@@ -16,11 +16,13 @@
 
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-use crate::avx512::{self, Arithmetic, Element, F32, Shared};
+use crate::avx512::{self, Arithmetic, Element, F32, Shared, TILE};
+use crate::buffer::Start;
 use crate::conv3x3::{Conv3x3, TAPS, Way};
 use crate::matrix::{PANEL, PARALLEL_PRODUCTS, Values};
 
@@ -64,7 +66,7 @@ pub(crate) trait Algorithm: Copy + Send + Sync + 'static {
 }
 
 /// Most inputs of a tile in one dimension.
-const MOST: usize = 6;
+pub(crate) const MOST: usize = 6;
 
 /// F(2x2, 3x3).
 #[derive(Clone, Copy)]
@@ -80,18 +82,51 @@ pub(crate) struct Winograd<S, A> {
     kind: PhantomData<(S, A)>,
 }
 
-/// What a task works in: transformed weights, and their products.
-type Buffers = (Vec<u32>, Vec<f32>);
+/// What the tasks of a convolution have in common. They work in a `W`, transformed weights, and in
+/// their products.
+pub(crate) struct Task<'a, W> {
+    pub(crate) begin: Begin<'a>,
+    /// Most output channels of a task.
+    pub(crate) outputs: usize,
+    /// Of threads that have done their task, to be used again.
+    pub(crate) buffers: Mutex<Vec<(W, Vec<f32>)>>,
+}
+
+/// What a convolution's sums are added to.
+#[derive(Clone, Copy)]
+pub(crate) struct Begin<'a> {
+    /// What is in the output already.
+    accumulate: bool,
+    start: Start<'a>,
+}
+
+impl<'a> Begin<'a> {
+    pub(crate) fn of(accumulate: bool, start: Start<'a>) -> Self {
+        Self { accumulate, start }
+    }
+
+    /// That of one plane.
+    fn plane(&self, number: usize, area: usize) -> Self {
+        let start = self.start.of_rows(number, 1, area);
+        Self { start, ..*self }
+    }
+}
+
+/// Runs by the panels that they belong to.
+pub(crate) fn panels(runs: &[Run]) -> Vec<&[Run]> {
+    let same = |a: &Run, b: &Run| a.tile / PANEL == b.tile / PANEL;
+    runs.chunk_by(same).collect()
+}
 
 /// Up to 16 tiles that lie side by side, in one row of tiles and one panel.
 #[derive(Clone, Copy)]
-struct Run {
+pub(crate) struct Run {
     /// The first one's number among all tiles.
-    tile: usize,
-    image: usize,
+    pub(crate) tile: usize,
+    pub(crate) image: usize,
     row: usize,
     column: usize,
-    tiles: usize,
+    pub(crate) tiles: usize,
 }
 
 impl<S: Arithmetic, A: Algorithm> Way for Winograd<S, A> {
@@ -102,23 +137,26 @@ impl<S: Arithmetic, A: Algorithm> Way for Winograd<S, A> {
     }
 
     fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
-        assert!(self.fits() && x.len() >= self.conv.images * self.conv.c * self.conv.area());
-        assert!(weight.len() >= self.conv.o * self.conv.c * TAPS);
-        assert!(y.len() >= self.conv.images * self.conv.o * self.conv.area());
-        let runs = self.runs();
-        let panels: Vec<&[Run]> = runs
-            .chunk_by(|a, b| a.tile / PANEL == b.tile / PANEL)
-            .collect();
-        let y = Shared::new(y.as_mut_ptr());
-        let mut v = Vec::new();
-        // Of threads that have done their task, to be used again.
-        let buffers = Mutex::new(Vec::new());
-        // As even as can be: weights are transformed for each.
-        let most = (MAX_WORDS / self.panel()).max(1);
-        let at_once = panels.len().div_ceil(panels.len().div_ceil(most));
-        for panels in panels.chunks(at_once) {
-            self.transform_inputs(x, panels, &mut v);
-            self.multiply_panels(y, accumulate, weight, (panels, &v), &buffers);
+        let begin = Begin::of(accumulate, Start::default());
+        let y = y.as_mut_ptr();
+        // SAFETY: a slice is good for reading and writing as many values as it has.
+        unsafe { self.convolve(y, begin, x, weight) };
+    }
+
+    fn run_new<'d>(
+        &self,
+        y: &'d mut [MaybeUninit<f32>],
+        start: Start<'_>,
+        area: usize,
+        x: &[f32],
+        weight: Values<'_>,
+    ) -> &'d mut [f32] {
+        start.check(self.conv.images * self.conv.o, area);
+        assert_eq!(y.len(), self.conv.images * self.conv.o * area);
+        // SAFETY: sizes are those of the output, which is not read, and written to its end.
+        unsafe {
+            self.convolve(y.as_mut_ptr().cast(), Begin::of(false, start), x, weight);
+            y.assume_init_mut()
         }
     }
 }
@@ -131,7 +169,7 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
         }
     }
 
-    fn fits(&self) -> bool {
+    pub(crate) fn fits(&self) -> bool {
         self.conv.in_blocks() && !(S::MATRIX && crate::matrix_registers())
     }
 
@@ -144,7 +182,7 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
     }
 
     /// Tiles of all images.
-    fn tiles(&self) -> usize {
+    pub(crate) fn tiles(&self) -> usize {
         self.conv.images * self.rows() * self.columns()
     }
 
@@ -163,88 +201,129 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
         A::POINTS * self.words()
     }
 
-    /// The output's part that these panels make.
-    fn multiply_panels(
+    /// Writes the convolution of all images to `y`, or adds it.
+    ///
+    /// # Safety
+    /// `y` is good for writing all planes of the output, and for reading them where `begin` says
+    /// so; what it begins with is of that size.
+    unsafe fn convolve(&self, y: *mut f32, begin: Begin<'_>, x: &[f32], weight: Values<'_>) {
+        assert!(self.fits() && x.len() >= self.conv.images * self.conv.c * self.conv.area());
+        assert!(weight.len() >= self.conv.o * self.conv.c * TAPS);
+        let runs = self.runs();
+        let y = Shared::new(y);
+        let mut v = Vec::new();
+        let task = Task {
+            begin,
+            outputs: self.outputs_per_task(TASK_OUTPUTS),
+            buffers: Mutex::default(),
+        };
+        for panels in self.at_once(&panels(&runs), self.panel()) {
+            self.transform_inputs(x, panels, &mut v);
+            let weights = |first: usize, outputs: usize, u: &mut Vec<u32>| {
+                u.resize(outputs * self.depth(), 0);
+                match weight {
+                    // SAFETY: the processor is able (`fits`), and there are so many outputs.
+                    Values::F32(w) => unsafe { self.transform_weights(w, first, u) },
+                    // SAFETY: as above.
+                    Values::Bf16(w) => unsafe { self.transform_weights(w, first, u) },
+                }
+            };
+            let multiply = |number: usize, outputs: usize, u: &mut Vec<u32>, m: &mut [f32]| {
+                let tiles = panels[number].iter().map(|run| run.tiles).sum();
+                let v = v[number * self.panel()..].chunks_exact(self.words() * PANEL);
+                let points = m.chunks_exact_mut(outputs * PANEL).zip(v);
+                for (point, (m, v)) in points.enumerate() {
+                    let u = avx512::left(&u[point * self.words()..], self.depth());
+                    avx512::multiply_panel::<S>(m, PANEL, (outputs, tiles), false, u, v);
+                }
+            };
+            // SAFETY: the caller's word.
+            unsafe { self.multiply_panels(y, &task, panels, weights, multiply) };
+        }
+    }
+
+    /// As many panels at a time as fit into memory of [`MAX_WORDS`], if one takes `words`: as even
+    /// as can be, as weights are transformed for each.
+    pub(crate) fn at_once<'p, 'r>(
+        &self,
+        panels: &'p [&'r [Run]],
+        words: usize,
+    ) -> std::slice::Chunks<'p, &'r [Run]> {
+        let most = (MAX_WORDS / words).max(1);
+        panels.chunks(panels.len().div_ceil(panels.len().div_ceil(most)))
+    }
+
+    /// The output's part that these panels make. Each task has some output channels and panels:
+    /// `weights(first, outputs, work)` transforms the weights of as many outputs, then
+    /// `multiply(panel, outputs, work, m)` leaves the products `[point][output][64]` of each of
+    /// its panels.
+    ///
+    /// # Safety
+    /// `y` is good for writing all planes of the output, and for reading them where the task
+    /// begins with them.
+    pub(crate) unsafe fn multiply_panels<W: Default + Send>(
         &self,
         y: Shared<f32>,
-        accumulate: bool,
-        weight: Values<'_>,
-        (panels, v): (&[&[Run]], &[u32]),
-        buffers: &Mutex<Vec<Buffers>>,
+        task: &Task<'_, W>,
+        panels: &[&[Run]],
+        weights: impl Fn(usize, usize, &mut W) + Sync,
+        multiply: impl Fn(usize, usize, &mut W, &mut [f32]) + Sync,
     ) {
-        let outputs = self.outputs_per_task();
+        let Task { begin, buffers, .. } = task;
         // Each task transforms its weights: few panels per task are for many threads only.
-        let divided = (3 * rayon::current_num_threads()).div_ceil(self.conv.o.div_ceil(outputs));
+        let parts = self.conv.o.div_ceil(task.outputs);
+        let divided = (3 * rayon::current_num_threads()).div_ceil(parts);
         let per_task = panels.len().div_ceil(divided);
-        let groups: Vec<_> = panels
-            .chunks(per_task)
-            .zip(v.chunks(per_task * self.panel()))
-            .collect();
-        let tasks = self.conv.o.div_ceil(outputs) * groups.len();
-        let task = |number: usize| {
-            let (first, (panels, v)) = (
-                number / groups.len() * outputs,
-                groups[number % groups.len()],
-            );
-            let outputs = outputs.min(self.conv.o - first);
+        let groups = panels.len().div_ceil(per_task);
+        let run = |number: usize| {
+            let (first, group) = (number / groups * task.outputs, number % groups);
+            let outputs = task.outputs.min(self.conv.o - first);
             let spare = buffers.lock().ok().and_then(|mut all| all.pop());
-            let (mut u, mut m) = spare.unwrap_or_default();
-            u.resize(outputs * self.depth(), 0);
+            let (mut work, mut m) = spare.unwrap_or_default();
             m.resize(A::POINTS * outputs * PANEL, 0.0);
-            match weight {
-                // SAFETY: the processor is able (`fits`), and there are so many outputs.
-                Values::F32(w) => unsafe { self.transform_weights(w, first, &mut u) },
-                // SAFETY: as above.
-                Values::Bf16(w) => unsafe { self.transform_weights(w, first, &mut u) },
-            }
-            for (runs, v) in panels.iter().zip(v.chunks_exact(self.panel())) {
-                let tiles = runs.iter().map(|run| run.tiles).sum();
-                let points = m.chunks_exact_mut(outputs * PANEL);
-                for (point, (m, v)) in points.zip(v.chunks_exact(self.words() * PANEL)).enumerate()
-                {
-                    let u = avx512::left(&u[point * self.words()..], self.depth());
-                    let size = (outputs, tiles);
-                    avx512::multiply_panel::<S>(m, PANEL, size, false, u, v);
-                }
+            weights(first, outputs, &mut work);
+            let numbers = (group * per_task..panels.len()).take(per_task);
+            for number in numbers {
+                multiply(number, outputs, &mut work, &mut m);
                 let sums = m.as_ptr();
-                for run in *runs {
+                for run in panels[number] {
                     for output in 0..outputs {
-                        let plane = (run.image * self.conv.o + first + output) * self.conv.area();
+                        let plane = run.image * self.conv.o + first + output;
                         let line = output * PANEL + run.tile % PANEL;
                         // SAFETY: the processor is able (`fits`). All points of this output
                         // have a line of 64 sums in `m`, of which those of the run are read.
-                        // The plane is inside the output (`run`), and no other task writes to
-                        // this run of it.
+                        // The plane is inside the output, and no other task writes to this
+                        // run of it.
                         unsafe {
-                            let (from, to) = (sums.add(line), y.at(plane));
-                            self.transform_output(run, from, outputs * PANEL, to, accumulate);
+                            let to = y.at(plane * self.conv.area());
+                            let begin = begin.plane(plane, self.conv.area());
+                            self.transform_output(run, sums.add(line), outputs * PANEL, to, begin);
                         }
                     }
                 }
             }
             if let Ok(mut all) = buffers.lock() {
-                all.push((u, m));
+                all.push((work, m));
             }
         };
+        let tasks = parts * groups;
         if self.conv.o * self.conv.c * TAPS * self.conv.images * self.conv.area()
             < PARALLEL_PRODUCTS
         {
-            (0..tasks).for_each(task);
+            (0..tasks).for_each(run);
         } else {
-            (0..tasks).into_par_iter().with_max_len(1).for_each(task);
+            (0..tasks).into_par_iter().with_max_len(1).for_each(run);
         }
     }
 
-    /// Output channels per task, as even as whole tiles of six allow.
-    fn outputs_per_task(&self) -> usize {
-        self.conv
-            .o
-            .div_ceil(self.conv.o.div_ceil(TASK_OUTPUTS))
-            .next_multiple_of(6)
+    /// Output channels per task, at most about so many, as even as whole tiles of six allow.
+    pub(crate) fn outputs_per_task(&self, most: usize) -> usize {
+        let even = self.conv.o.div_ceil(self.conv.o.div_ceil(most));
+        even.next_multiple_of(TILE)
     }
 
     /// All tiles, in their order.
-    fn runs(&self) -> Vec<Run> {
+    pub(crate) fn runs(&self) -> Vec<Run> {
         let mut runs = Vec::new();
         let mut tile = 0;
         for line in 0..self.conv.images * self.rows() {
@@ -305,9 +384,9 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
     /// The tiles `B^T d B` of a word's planes to a line per point.
     ///
     /// # Safety
-    /// AVX-512 with BW, VL and BF16. The run is inside planes of this size, of which there are
+    /// AVX-512 with BW, VL, BF16 and VNNI. The run is inside planes of this size, of which there are
     /// `S::VALUES`; `to` is good for writing the run's words, in lines `64 * words` apart.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn transform_input(&self, run: &Run, planes: &[f32], to: *mut u32) {
         let area = self.conv.area();
         let mut points = [[_mm512_setzero_ps(); MOST * MOST]; 2];
@@ -330,8 +409,8 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
     /// # Safety
     /// AVX-512; the run is inside planes of this size.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn points(&self, run: &Run, plane: &[f32]) -> [__m512; MOST * MOST] {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
+    pub(crate) unsafe fn points(&self, run: &Run, plane: &[f32]) -> [__m512; MOST * MOST] {
         assert!(plane.len() >= self.conv.area());
         // The tiles' columns, line by line: [line][column].
         let mut d = [[_mm512_setzero_ps(); MOST]; MOST];
@@ -393,9 +472,9 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
     /// `[output][point][word]`.
     ///
     /// # Safety
-    /// AVX-512 with BW, VL and BF16; the output channels exist.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn transform_weights<T: Element<F32>>(&self, w: &[T], first: usize, u: &mut [u32]) {
+    /// AVX-512 with BW, VL, BF16 and VNNI; the output channels exist.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
+    pub(crate) unsafe fn transform_weights<T: Element<F32>>(&self, w: &[T], first: usize, u: &mut [u32]) {
         let (c, depth, stride) = (self.conv.c, self.depth(), self.words());
         let outputs = u.len() / depth;
         // If transposed, kernels of a word's values, turned around: [value][tap][channel].
@@ -445,16 +524,18 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
     ///
     /// # Safety
     /// AVX-512. All points, `stride` apart, are good for reading the run's sums from `m` on; the
-    /// run is inside the plane, and nothing else uses it.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    /// run is inside the plane, of which it is read where `begin` says so, and nothing else uses it.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn transform_output(
         &self,
         run: &Run,
         m: *const f32,
         stride: usize,
         plane: *mut f32,
-        accumulate: bool,
+        begin: Begin<'_>,
     ) {
+        let constant = begin.start.rows.map_or(0.0, |rows| rows[0]);
+        let residual = begin.start.residual.map(<[f32]>::as_ptr);
         let tiles = avx512::mask16(run.tiles);
         let left = A::OUTPUTS * run.column;
         let width = (A::OUTPUTS * run.tiles).min(self.conv.w - left);
@@ -477,14 +558,20 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
                 if y >= self.conv.h {
                     break;
                 }
-                let to = plane.add(y * self.conv.w + left);
+                let place = y * self.conv.w + left;
                 let vectors = together::<A>(A::output_points(points));
                 for (part, mut values) in vectors.into_iter().enumerate().take(A::OUTPUTS) {
                     let mask = avx512::mask16(width.saturating_sub(part * SIDE));
-                    let to = to.wrapping_add(part * SIDE);
-                    if accumulate {
+                    let place = place + part * SIDE;
+                    let to = plane.wrapping_add(place);
+                    if begin.accumulate {
                         values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, to));
                     }
+                    if let Some(residual) = residual {
+                        let from = residual.wrapping_add(place);
+                        values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, from));
+                    }
+                    values = _mm512_add_ps(values, _mm512_set1_ps(constant));
                     _mm512_mask_storeu_ps(to, mask, values);
                 }
             }
@@ -539,9 +626,9 @@ fn together<A: Algorithm>([a, b, c, d, ..]: [__m512; MOST]) -> [__m512; 4] {
 /// rounded if need be, to a line for each point, `stride` words apart, of which 16 words are written.
 ///
 /// # Safety
-/// AVX-512 with BW, VL and BF16.
+/// AVX-512 with BW, VL, BF16 and VNNI.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
 unsafe fn transform_kernels<S: Arithmetic, A: Algorithm>(
     kernels: &[[__m512i; TAPS]; 2],
     out: &mut [u32],
@@ -567,7 +654,7 @@ unsafe fn transform_kernels<S: Arithmetic, A: Algorithm>(
 /// # Safety
 /// AVX-512.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
 unsafe fn kernel_points<A: Algorithm>(taps: [__m512; TAPS]) -> [__m512; MOST * MOST] {
     let mut lines = [[_mm512_setzero_ps(); 3]; MOST];
     for column in 0..3 {
@@ -636,6 +723,10 @@ impl Algorithm for Two {
     }
 }
 
+/// Points 0, infinity, and these, which round two to three times less than the usual 1 and 2.
+const NEAR: f32 = std::f32::consts::FRAC_1_SQRT_2;
+const FAR: f32 = std::f32::consts::SQRT_2;
+
 impl Algorithm for Four {
     const OUTPUTS: usize = 4;
     const MIN_TILES: usize = 64;
@@ -643,36 +734,36 @@ impl Algorithm for Four {
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn input_points([a, b, c, d, e, f]: [__m512; MOST]) -> [__m512; MOST] {
-        let (two, four, five) = (
-            _mm512_set1_ps(2.0),
-            _mm512_set1_ps(4.0),
-            _mm512_set1_ps(5.0),
-        );
-        let (even, odd) = (_mm512_fnmadd_ps(four, c, e), _mm512_fnmadd_ps(four, b, d));
-        let (even2, odd2) = (_mm512_sub_ps(e, c), _mm512_mul_ps(two, _mm512_sub_ps(d, b)));
+        let times = |n: f32| _mm512_set1_ps(n);
+        let (two, half) = (times(FAR * FAR), times(NEAR * NEAR));
+        let both = times(FAR * FAR + NEAR * NEAR);
+        let near = _mm512_mul_ps(times(NEAR), _mm512_fnmadd_ps(two, b, d));
+        let far = _mm512_mul_ps(times(FAR), _mm512_fnmadd_ps(half, b, d));
+        let (even, even2) = (_mm512_fnmadd_ps(two, c, e), _mm512_fnmadd_ps(half, c, e));
         [
-            _mm512_fmadd_ps(four, a, _mm512_fnmadd_ps(five, c, e)),
-            _mm512_add_ps(even, odd),
-            _mm512_sub_ps(even, odd),
-            _mm512_add_ps(even2, odd2),
-            _mm512_sub_ps(even2, odd2),
-            _mm512_fmadd_ps(four, b, _mm512_fnmadd_ps(five, d, f)),
+            _mm512_fnmadd_ps(both, c, _mm512_add_ps(a, e)),
+            _mm512_add_ps(even, near),
+            _mm512_sub_ps(even, near),
+            _mm512_add_ps(even2, far),
+            _mm512_sub_ps(even2, far),
+            _mm512_fnmadd_ps(both, d, _mm512_add_ps(b, f)),
         ]
     }
 
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn weight_points([a, b, c]: [__m512; 3]) -> [__m512; MOST] {
-        let part = |n: f32| _mm512_set1_ps(1.0 / n);
-        let sum = _mm512_mul_ps(_mm512_add_ps(a, c), part(-6.0));
-        let ends = _mm512_fmadd_ps(c, _mm512_set1_ps(4.0), a);
-        let sum2 = _mm512_mul_ps(ends, part(24.0));
+        let times = |n: f32| _mm512_set1_ps(n);
+        // (a +- p b + p^2 c) over the product of the distances between p and the other points.
+        let (to_near, to_far) = (times(-1.0 / 1.5), times(1.0 / 6.0));
+        let near = _mm512_mul_ps(_mm512_fmadd_ps(c, times(NEAR * NEAR), a), to_near);
+        let far = _mm512_mul_ps(_mm512_fmadd_ps(c, times(FAR * FAR), a), to_far);
         [
-            _mm512_mul_ps(a, part(4.0)),
-            _mm512_fnmadd_ps(b, part(6.0), sum),
-            _mm512_fmadd_ps(b, part(6.0), sum),
-            _mm512_fmadd_ps(b, part(12.0), sum2),
-            _mm512_fnmadd_ps(b, part(12.0), sum2),
+            a,
+            _mm512_fmadd_ps(b, times(-NEAR / 1.5), near),
+            _mm512_fmadd_ps(b, times(NEAR / 1.5), near),
+            _mm512_fmadd_ps(b, times(FAR / 6.0), far),
+            _mm512_fmadd_ps(b, times(-FAR / 6.0), far),
             c,
         ]
     }
@@ -681,14 +772,17 @@ impl Algorithm for Four {
     #[target_feature(enable = "avx512f")]
     unsafe fn output_points([m, b, c, d, e, f]: [__m512; MOST]) -> [__m512; MOST] {
         let times = |n: f32| _mm512_set1_ps(n);
-        let (sum, difference) = (_mm512_add_ps(b, c), _mm512_sub_ps(b, c));
-        let (sum2, difference2) = (_mm512_add_ps(d, e), _mm512_sub_ps(d, e));
+        let (near, far) = (_mm512_add_ps(b, c), _mm512_add_ps(d, e));
+        let near2 = _mm512_mul_ps(_mm512_sub_ps(b, c), times(NEAR));
+        let far2 = _mm512_mul_ps(_mm512_sub_ps(d, e), times(FAR));
         let none = _mm512_setzero_ps();
+        let (half, two) = (times(NEAR * NEAR), times(FAR * FAR));
+        let cubes = _mm512_fmadd_ps(near2, half, _mm512_mul_ps(far2, two));
         [
-            _mm512_add_ps(_mm512_add_ps(m, sum), sum2),
-            _mm512_fmadd_ps(times(2.0), difference2, difference),
-            _mm512_fmadd_ps(times(4.0), sum2, sum),
-            _mm512_add_ps(_mm512_fmadd_ps(times(8.0), difference2, difference), f),
+            _mm512_add_ps(_mm512_add_ps(m, near), far),
+            _mm512_add_ps(near2, far2),
+            _mm512_fmadd_ps(near, half, _mm512_mul_ps(far, two)),
+            _mm512_add_ps(cubes, f),
             none,
             none,
         ]

@@ -127,7 +127,7 @@ struct Largest {
 
 impl Finish for Largest {
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn tile<const R: usize>(&mut self, _: usize, sums: [[__m512; VECTORS]; R]) {
         for sums in sums {
             for (largest, sum) in self.scores.iter_mut().zip(sums) {
@@ -151,7 +151,7 @@ struct Weights<'a, S> {
 
 impl<S: Kernel> Finish for Weights<'_, S> {
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn tile<const R: usize>(&mut self, row: usize, sums: [[__m512; VECTORS]; R]) {
         let panel = &mut self.panel[row / S::VALUES * PANEL..][..R.div_ceil(S::VALUES) * PANEL];
         for v in 0..VECTORS {
@@ -199,7 +199,7 @@ impl Context {
     ///
     /// # Safety
     /// AVX-512 with BW, VL and BF16.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn largest<S: Kernel>(
         &self,
         queries: &[u32],
@@ -220,7 +220,7 @@ impl Context {
     ///
     /// # Safety
     /// AVX-512 with BW, VL and BF16.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn sum<S: Kernel>(
         &self,
         queries: &[u32],
@@ -257,7 +257,7 @@ impl Context {
     ///
     /// # Safety
     /// AVX-512 with BW, VL and BF16.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn attend<S: Kernel>(
         &self,
         queries: &[u32],
@@ -368,7 +368,7 @@ struct Again<'a, S> {
 
 impl<S: Kernel> Finish for Again<'_, S> {
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn tile<const R: usize>(&mut self, row: usize, sums: [[__m512; VECTORS]; R]) {
         let mut weights = [[_mm512_setzero_ps(); VECTORS]; R];
         let kept = &mut self.weights[row * PANEL..][..R * PANEL];
@@ -405,7 +405,7 @@ struct ScoreGradients<'a, S> {
 
 impl<S: Kernel> Finish for ScoreGradients<'_, S> {
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn tile<const R: usize>(&mut self, row: usize, sums: [[__m512; VECTORS]; R]) {
         let mut gradients = sums;
         let weights = &self.weights[row * PANEL..][..R * PANEL];
@@ -435,7 +435,7 @@ impl<S: Kernel> Finish for ScoreGradients<'_, S> {
 /// # Safety
 /// AVX-512 with BW, VL and BF16.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
 unsafe fn store_panel<S: Kernel, const R: usize>(
     panel: &mut [u32],
     row: usize,
@@ -474,7 +474,7 @@ where
 
 /// # Safety
 /// AVX-512 with BW, VL and BF16.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
 unsafe fn gradients<S: Kernel>(
     sizes: &Sizes,
     t: &Saved<'_>,
