@@ -17,6 +17,7 @@ use rayon::prelude::*;
 
 use crate::amx;
 use crate::buffer::{Start, zeros};
+use crate::conv3x3::TAPS;
 use crate::matrix::{PANEL, PARALLEL_PRODUCTS};
 
 /// Rows of a tile; with four vectors of 16 columns its sums fill 24 registers.
@@ -201,6 +202,71 @@ pub(crate) trait Element<S: Arithmetic>: Plain + Copy + Send + Sync {
     unsafe fn across(first: *const Self, second: *const Self, n: usize, single: bool) -> __m512i;
 }
 
+/// A value that kernels of 3x3 convolutions are made of.
+pub(crate) trait Taps: Element<F32> {
+    /// Sixteen kernels, one after the other, tap by tap.
+    ///
+    /// # Safety
+    /// AVX-512 with BW; `from` is good for reading 144 values.
+    unsafe fn taps(from: *const Self, taps: &mut [__m512; TAPS]);
+}
+
+impl Taps for f32 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
+    unsafe fn taps(from: *const f32, taps: &mut [__m512; TAPS]) {
+        let kernels = _mm512_mullo_epi32(
+            _mm512_set1_epi32(TAPS as i32),
+            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+        );
+        for (tap, values) in taps.iter_mut().enumerate() {
+            // SAFETY: the caller's word.
+            *values = unsafe { _mm512_i32gather_ps::<4>(kernels, from.add(tap)) };
+        }
+    }
+}
+
+/// For each tap, where its sixteen values are among 144: the lower bits of their places, in the upper
+/// half of each lane, and which of them are among the first 64, the next 64, and the last 16.
+static PLACES: [([u16; 32], [u32; 3]); TAPS] = {
+    let mut places = [([0; 32], [0; 3]); TAPS];
+    let mut tap = 0;
+    while tap < TAPS {
+        let mut lane = 0;
+        while lane < 16 {
+            let at = lane * TAPS + tap;
+            places[tap].0[2 * lane + 1] = (at % 64) as u16;
+            places[tap].1[at / 64] |= 1 << (2 * lane + 1);
+            lane += 1;
+        }
+        tap += 1;
+    }
+    places
+};
+
+impl Taps for bf16 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
+    unsafe fn taps(from: *const bf16, taps: &mut [__m512; TAPS]) {
+        // SAFETY: the caller's word: 4 times 32 values, and 16.
+        let ([a, b, c, d], e) = unsafe {
+            (
+                [0, 1, 2, 3].map(|part| _mm512_loadu_si512(from.add(32 * part).cast())),
+                _mm512_zextsi256_si512(_mm256_loadu_si256(from.add(128).cast())),
+            )
+        };
+        for (values, (places, [first, next, last])) in taps.iter_mut().zip(&PLACES) {
+            // SAFETY: 32 places are read.
+            let at = unsafe { _mm512_loadu_si512(places.as_ptr().cast()) };
+            let first = _mm512_maskz_permutex2var_epi16(*first, a, at, b);
+            let next = _mm512_maskz_permutex2var_epi16(*next, c, at, d);
+            let last = _mm512_maskz_permutexvar_epi16(*last, at, e);
+            let all = _mm512_or_si512(_mm512_or_si512(first, next), last);
+            *values = _mm512_castsi512_ps(all);
+        }
+    }
+}
+
 /// The first `n` lanes, at most 16.
 pub(crate) fn mask16(n: usize) -> __mmask16 {
     ((1u32 << n.min(16)) - 1) as __mmask16
@@ -324,7 +390,7 @@ impl<T: Copy> Operand<'_, T> {
         self.inner.div_ceil(S::VALUES)
     }
 
-    /// 16 by 16 words from row (or column) `o` and word `w` on, `[o][word]`, or with
+    /// Sets `words` to 16 by 16 words from row (or column) `o` and word `w` on, `[o][word]`, or with
     /// `turned` `[word][o]`; zeros beyond the ends.
     ///
     /// # Safety
@@ -336,12 +402,12 @@ impl<T: Copy> Operand<'_, T> {
         o: usize,
         w: usize,
         turned: bool,
-    ) -> [__m512i; 16]
-    where
+        words: &mut [__m512i; 16],
+    ) where
         T: Element<S>,
     {
         let start = self.data.as_ptr();
-        let mut words = [_mm512_setzero_si512(); 16];
+        words.fill(_mm512_setzero_si512());
         if self.inner_stride == 1 {
             let i = S::VALUES * w;
             let n = (self.inner - i).min(16 * S::VALUES);
@@ -351,7 +417,7 @@ impl<T: Copy> Operand<'_, T> {
                 *word = unsafe { T::along(start.add((o + r) * self.outer_stride + i), n) };
             }
             if turned {
-                words = transposed(words);
+                transpose(words);
             }
         } else {
             let (count, n) = ((self.words::<S>() - w).min(16), (self.outer - o).min(16));
@@ -366,10 +432,9 @@ impl<T: Copy> Operand<'_, T> {
                 };
             }
             if !turned {
-                words = transposed(words);
+                transpose(words);
             }
         }
-        words
     }
 
     /// Writes 16 words from word `w` on of up to 16 rows (or columns) from `o` on; zeros beyond
@@ -392,10 +457,11 @@ impl<T: Copy> Operand<'_, T> {
     where
         T: Element<S>,
     {
+        let mut words = [_mm512_setzero_si512(); 16];
         // SAFETY: the caller's word.
-        let words = unsafe { self.block::<S>(o, w, false) };
-        for (out, word) in out.iter_mut().zip(words) {
-            store(out, word);
+        unsafe { self.block::<S>(o, w, false, &mut words) };
+        for (out, word) in out.iter_mut().zip(&words) {
+            store(out, *word);
         }
     }
 
@@ -425,13 +491,14 @@ impl<T: Copy> Operand<'_, T> {
             }
             return;
         }
+        let mut words = [_mm512_setzero_si512(); 16];
         for o in (from..to).step_by(16) {
             for w in (0..self.words::<S>()).step_by(16) {
                 // SAFETY: `o` and `w` are inside.
-                let words = unsafe { self.block::<S>(o, w, false) };
-                for (r, word) in words.into_iter().enumerate() {
+                unsafe { self.block::<S>(o, w, false, &mut words) };
+                for (r, word) in words.iter().enumerate() {
                     let at = (o - from + r) * stride + w;
-                    store(&mut out[at..at + 16], word);
+                    store(&mut out[at..at + 16], *word);
                 }
             }
         }
@@ -453,13 +520,14 @@ impl<T: Copy> Operand<'_, T> {
         T: Element<S>,
     {
         let columns = PANEL.min(self.outer - column);
+        let mut words = [_mm512_setzero_si512(); 16];
         for o in (0..columns).step_by(16) {
             for w in (0..depth).step_by(16) {
                 // SAFETY: column and word are inside.
-                let words = unsafe { self.block::<S>(column + o, first + w, true) };
-                for (r, word) in words.into_iter().enumerate() {
+                unsafe { self.block::<S>(column + o, first + w, true, &mut words) };
+                for (r, word) in words.iter().enumerate() {
                     let at = (w + r) * PANEL + o;
-                    store(&mut out[at..at + 16], word);
+                    store(&mut out[at..at + 16], *word);
                 }
             }
         }
@@ -484,12 +552,12 @@ fn store(out: &mut [u32], word: __m512i) {
 /// Rows become columns.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transposed(mut w: [__m512i; 16]) -> [__m512i; 16] {
+fn transpose(w: &mut [__m512i; 16]) {
     for i in (0..16).step_by(2) {
         let (a, b) = (w[i], w[i + 1]);
         (w[i], w[i + 1]) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     }
-    let mut v = w;
+    let mut v = *w;
     for i in (0..16).step_by(4) {
         v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
         v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
@@ -508,7 +576,6 @@ fn transposed(mut w: [__m512i; 16]) -> [__m512i; 16] {
         w[4 + b] = _mm512_shuffle_i32x4::<0x88>(high, high2);
         w[12 + b] = _mm512_shuffle_i32x4::<0xdd>(high, high2);
     }
-    w
 }
 
 /// Memory that several tasks write to, each its own elements.

@@ -21,7 +21,7 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-use crate::avx512::{self, Arithmetic, Element, F32, Shared, TILE};
+use crate::avx512::{self, Arithmetic, F32, Shared, TILE, Taps};
 use crate::buffer::Start;
 use crate::conv3x3::{Conv3x3, TAPS, Way};
 use crate::matrix::{PANEL, PARALLEL_PRODUCTS, Values};
@@ -393,7 +393,7 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
         // SAFETY: the caller's word; the mask keeps writes to the run's words.
         unsafe {
             for (plane, points) in planes.chunks_exact(area).zip(&mut points) {
-                *points = self.points(run, plane);
+                self.points(run, plane, points);
             }
             let mask = avx512::mask16(run.tiles);
             let [first, second] = points;
@@ -404,18 +404,23 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
         }
     }
 
-    /// `B^T d B` of a run of one plane.
+    /// Sets `points` to `B^T d B` of a run of one plane.
     ///
     /// # Safety
     /// AVX-512; the run is inside planes of this size.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
-    pub(crate) unsafe fn points(&self, run: &Run, plane: &[f32]) -> [__m512; MOST * MOST] {
+    pub(crate) unsafe fn points(
+        &self,
+        run: &Run,
+        plane: &[f32],
+        points: &mut [__m512; MOST * MOST],
+    ) {
         assert!(plane.len() >= self.conv.area());
-        // The tiles' columns, line by line: [line][column].
-        let mut d = [[_mm512_setzero_ps(); MOST]; MOST];
         let left = A::OUTPUTS * run.column;
-        for (line, d) in d.iter_mut().enumerate().take(A::INPUTS) {
+        // Transformed in one direction: [line][point].
+        let mut lines = [[_mm512_setzero_ps(); MOST]; MOST];
+        for (line, values) in lines.iter_mut().enumerate().take(A::INPUTS) {
             let Some(y) = (A::OUTPUTS * run.row + line)
                 .checked_sub(1)
                 .filter(|y| *y < self.conv.h)
@@ -440,32 +445,21 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
             // Columns past a tile's outputs are the next tile's first ones.
             let own = each_of::<A>(vectors(left));
             let next = each_of::<A>(vectors(left + A::OUTPUTS));
-            d[..A::OUTPUTS].copy_from_slice(&own[..A::OUTPUTS]);
-            d[A::OUTPUTS..A::INPUTS].copy_from_slice(&next[..2]);
+            let mut columns = [_mm512_setzero_ps(); MOST];
+            columns[..A::OUTPUTS].copy_from_slice(&own[..A::OUTPUTS]);
+            columns[A::OUTPUTS..A::INPUTS].copy_from_slice(&next[..2]);
+            // SAFETY: the caller's word.
+            *values = unsafe { A::input_points(columns) };
         }
-        let mut lines = [[_mm512_setzero_ps(); MOST]; MOST];
         for column in 0..A::INPUTS {
-            let mut values = [_mm512_setzero_ps(); MOST];
-            for (value, d) in values.iter_mut().zip(&d) {
-                *value = d[column];
-            }
+            let values = std::array::from_fn(|line| lines[line][column]);
             // SAFETY: the caller's word.
-            let points = unsafe { A::input_points(values) };
-            for (line, point) in lines.iter_mut().zip(points) {
-                line[column] = point;
+            let values = unsafe { A::input_points(values) };
+            let points = points[column..].iter_mut().step_by(A::INPUTS);
+            for (point, value) in points.zip(&values[..A::INPUTS]) {
+                *point = *value;
             }
         }
-        let mut points = [_mm512_setzero_ps(); MOST * MOST];
-        for (points, line) in points
-            .chunks_exact_mut(A::INPUTS)
-            .zip(lines)
-            .take(A::INPUTS)
-        {
-            // SAFETY: the caller's word.
-            let values = unsafe { A::input_points(line) };
-            points.copy_from_slice(&values[..A::INPUTS]);
-        }
-        points
     }
 
     /// The weights of output channels from `first` on, as many as there is room for:
@@ -474,48 +468,76 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
     /// # Safety
     /// AVX-512 with BW, VL, BF16 and VNNI; the output channels exist.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
-    pub(crate) unsafe fn transform_weights<T: Element<F32>>(&self, w: &[T], first: usize, u: &mut [u32]) {
-        let (c, depth, stride) = (self.conv.c, self.depth(), self.words());
+    pub(crate) unsafe fn transform_weights<T: Taps>(
+        &self,
+        w: &[T],
+        first: usize,
+        u: &mut [u32],
+    ) {
+        let (c, depth) = (self.conv.c, self.depth());
         let outputs = u.len() / depth;
-        // If transposed, kernels of a word's values, turned around: [value][tap][channel].
-        let mut kernels = [[_mm512_setzero_si512(); TAPS]; 2];
+        let mut kernels = [[_mm512_setzero_ps(); TAPS]; 2];
         for channel in (0..c).step_by(S::VALUES * SIDE) {
             let word = channel / S::VALUES;
-            if self.conv.transposed {
-                let taps = self.conv.taps(w, first, outputs);
-                taps.check();
-                for column in (0..outputs * TAPS).step_by(SIDE) {
-                    let mut parts = [[_mm512_setzero_si512(); SIDE]; 2];
-                    for (part, words) in parts.iter_mut().enumerate().take(S::VALUES) {
-                        // SAFETY: the caller's word; column and channels are inside.
-                        *words = unsafe { taps.block::<F32>(column, channel + part * SIDE, false) };
-                    }
-                    for at in column..(column + SIDE).min(outputs * TAPS) {
-                        let tap = at % TAPS;
-                        for (kernels, part) in kernels.iter_mut().zip(&parts) {
-                            kernels[TAPS - 1 - tap] = part[at - column];
-                        }
-                        if tap == TAPS - 1 {
-                            let out = &mut u[at / TAPS * depth + word..];
-                            // SAFETY: the caller's word.
-                            unsafe { transform_kernels::<S, A>(&kernels, out, stride) };
-                        }
-                    }
-                }
-            } else {
+            if !self.conv.transposed {
                 for output in 0..outputs {
-                    let taps = self.conv.taps(w, first + output, 1);
-                    taps.check();
-                    let mut kernels = [[_mm512_setzero_si512(); TAPS]; 2];
-                    for (part, kernels) in kernels.iter_mut().enumerate().take(S::VALUES) {
-                        // SAFETY: the caller's word; the channels are inside.
-                        let words = unsafe { taps.block::<F32>(0, channel + part * SIDE, false) };
-                        kernels.copy_from_slice(&words[..TAPS]);
+                    let from = ((first + output) * c + channel) * TAPS;
+                    let values = &w[from..][..S::VALUES * SIDE * TAPS];
+                    let parts = values.chunks_exact(SIDE * TAPS);
+                    for (taps, part) in kernels.iter_mut().zip(parts) {
+                        // SAFETY: the caller's word; there are sixteen kernels.
+                        unsafe { T::taps(part.as_ptr(), taps) };
                     }
                     let out = &mut u[output * depth + word..];
                     // SAFETY: the caller's word.
-                    unsafe { transform_kernels::<S, A>(&kernels, out, stride) };
+                    unsafe { self.transform_kernels(&kernels, out) };
                 }
+                continue;
+            }
+            let taps = self.conv.taps(w, first, outputs);
+            taps.check();
+            let mut parts = [[_mm512_setzero_si512(); SIDE]; 2];
+            for column in (0..outputs * TAPS).step_by(SIDE) {
+                for (part, words) in parts.iter_mut().enumerate().take(S::VALUES) {
+                    let channel = channel + part * SIDE;
+                    // SAFETY: the caller's word; column and channels are inside.
+                    unsafe { taps.block::<F32>(column, channel, false, words) };
+                }
+                for at in column..(column + SIDE).min(outputs * TAPS) {
+                    let tap = at % TAPS;
+                    for (kernels, part) in kernels.iter_mut().zip(&parts) {
+                        // Turned around.
+                        kernels[TAPS - 1 - tap] = _mm512_castsi512_ps(part[at - column]);
+                    }
+                    if tap == TAPS - 1 {
+                        let out = &mut u[at / TAPS * depth + word..];
+                        // SAFETY: the caller's word.
+                        unsafe { self.transform_kernels(&kernels, out) };
+                    }
+                }
+            }
+        }
+    }
+
+    /// Kernels of one output, of 16 channels for each value of a word, `[value][tap]`, as
+    /// `G g G^T`, rounded if need be, to a line for each point, of which 16 words are written.
+    ///
+    /// # Safety
+    /// AVX-512 with BW, VL, BF16 and VNNI.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
+    unsafe fn transform_kernels(&self, kernels: &[[__m512; TAPS]; 2], out: &mut [u32]) {
+        let mut points = [[_mm512_setzero_ps(); MOST * MOST]; 2];
+        for (points, kernel) in points.iter_mut().zip(kernels).take(S::VALUES) {
+            // SAFETY: the caller's word.
+            unsafe { kernel_points::<A>(kernel, points) };
+        }
+        for point in 0..A::POINTS {
+            let out = &mut out[point * self.words()..][..SIDE];
+            // SAFETY: the caller's word; 16 words fit.
+            unsafe {
+                let words = S::words(points[0][point], points[1][point]);
+                _mm512_storeu_si512(out.as_mut_ptr().cast(), words);
             }
         }
     }
@@ -622,57 +644,29 @@ fn together<A: Algorithm>([a, b, c, d, ..]: [__m512; MOST]) -> [__m512; 4] {
     [first, second, third, fourth]
 }
 
-/// Kernels of one output, of 16 channels for each value of a word, `[value][tap]`, `G g G^T`,
-/// rounded if need be, to a line for each point, `stride` words apart, of which 16 words are written.
-///
-/// # Safety
-/// AVX-512 with BW, VL, BF16 and VNNI.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
-unsafe fn transform_kernels<S: Arithmetic, A: Algorithm>(
-    kernels: &[[__m512i; TAPS]; 2],
-    out: &mut [u32],
-    stride: usize,
-) {
-    let mut points = [[_mm512_setzero_ps(); MOST * MOST]; 2];
-    for (points, kernel) in points.iter_mut().zip(kernels).take(S::VALUES) {
-        // SAFETY: the caller's word.
-        *points = unsafe { kernel_points::<A>(kernel.map(|tap| _mm512_castsi512_ps(tap))) };
-    }
-    for point in 0..A::POINTS {
-        let out = &mut out[point * stride..][..SIDE];
-        // SAFETY: the caller's word; 16 words fit.
-        unsafe {
-            let words = S::words(points[0][point], points[1][point]);
-            _mm512_storeu_si512(out.as_mut_ptr().cast(), words);
-        }
-    }
-}
-
-/// `G g G^T` of 16 channels.
+/// Sets `points` to `G g G^T` of 16 channels.
 ///
 /// # Safety
 /// AVX-512.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
-unsafe fn kernel_points<A: Algorithm>(taps: [__m512; TAPS]) -> [__m512; MOST * MOST] {
-    let mut lines = [[_mm512_setzero_ps(); 3]; MOST];
-    for column in 0..3 {
-        let kernel = [taps[column], taps[3 + column], taps[6 + column]];
+unsafe fn kernel_points<A: Algorithm>(
+    taps: &[__m512; TAPS],
+    points: &mut [__m512; MOST * MOST],
+) {
+    let mut lines = [[_mm512_setzero_ps(); MOST]; 3];
+    for (line, taps) in lines.iter_mut().zip(taps.as_chunks::<3>().0) {
         // SAFETY: the caller's word.
-        let points = unsafe { A::weight_points(kernel) };
-        for (line, point) in lines.iter_mut().zip(points) {
-            line[column] = point;
+        *line = unsafe { A::weight_points(*taps) };
+    }
+    for column in 0..A::INPUTS {
+        // SAFETY: the caller's word.
+        let values = unsafe { A::weight_points([0, 1, 2].map(|line| lines[line][column])) };
+        let points = points[column..].iter_mut().step_by(A::INPUTS);
+        for (point, value) in points.zip(&values[..A::INPUTS]) {
+            *point = *value;
         }
     }
-    let mut points = [_mm512_setzero_ps(); MOST * MOST];
-    let each = points.chunks_exact_mut(A::INPUTS).zip(lines);
-    for (points, line) in each.take(A::INPUTS) {
-        // SAFETY: the caller's word.
-        let values = unsafe { A::weight_points(line) };
-        points.copy_from_slice(&values[..A::INPUTS]);
-    }
-    points
 }
 
 impl Algorithm for Two {

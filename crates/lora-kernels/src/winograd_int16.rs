@@ -16,7 +16,7 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-use crate::avx512::{self, Arithmetic, Element, F32, Finish, Int16, Shared, VECTORS};
+use crate::avx512::{self, Arithmetic, F32, Finish, Int16, Shared, Taps, VECTORS};
 use crate::buffer::Start;
 use crate::conv3x3::{Conv3x3, TAPS, Way};
 use crate::matrix::{PANEL, Values};
@@ -208,11 +208,12 @@ impl Fixed {
         let size = _mm512_set1_epi32(i32::MAX);
         // As bits without sign: those of what is no number are the largest.
         let mut largest = [_mm512_setzero_si512(); POINTS];
+        let mut points = [[_mm512_setzero_ps(); POINTS]; 2];
         for plane in planes.chunks_exact(area) {
             // SAFETY: the caller's word.
-            let points = unsafe { self.wide.points(run, plane) };
-            for (largest, point) in largest.iter_mut().zip(points) {
-                let bits = _mm512_and_si512(_mm512_castps_si512(point), size);
+            unsafe { self.wide.points(run, plane, &mut points[0]) };
+            for (largest, point) in largest.iter_mut().zip(&points[0]) {
+                let bits = _mm512_and_si512(_mm512_castps_si512(*point), size);
                 *largest = _mm512_max_epu32(*largest, bits);
             }
         }
@@ -229,7 +230,8 @@ impl Fixed {
             let (first, second) = planes.split_at(area);
             // SAFETY: the caller's word; the mask keeps to the run's lanes of the word's lines.
             unsafe {
-                let points = [first, second].map(|plane| self.wide.points(run, plane));
+                self.wide.points(run, first, &mut points[0]);
+                self.wide.points(run, second, &mut points[1]);
                 for (number, factor) in factors.iter().enumerate() {
                     let [a, b] = [points[0][number], points[1][number]];
                     let words = Int16::word(_mm512_mul_ps(a, *factor), _mm512_mul_ps(b, *factor));
@@ -245,7 +247,7 @@ impl Fixed {
     /// # Safety
     /// AVX-512 with BW, VL, BF16 and VNNI; the output channels exist.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
-    unsafe fn transform_weights<T: Element<F32>>(
+    unsafe fn transform_weights<T: Taps>(
         &self,
         w: &[T],
         first: usize,
