@@ -1452,30 +1452,66 @@ impl Target {
     /// AVX-512; the target and what it begins with have so many rows, and columns under the mask.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn write<const R: usize, const V: usize>(self, mut sums: [[__m512; V]; R]) {
+    unsafe fn write<const R: usize, const V: usize>(self, sums: [[__m512; V]; R]) {
+        // SAFETY: the caller's word.
+        unsafe {
+            match (self.begin.is_nothing(), self.add) {
+                (true, false) => self.write_with(sums, |sum, _, _, _| sum),
+                (true, true) => self.write_with(sums, |sum, r, v, mask| {
+                    let there = self.c.wrapping_add(r * self.stride + 16 * v);
+                    _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, there))
+                }),
+                (false, _) => self.write_begun(&sums),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for `write`.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn write_begun<const R: usize, const V: usize>(self, sums: &[[__m512; V]; R]) {
         let begin = self.begin;
-        for (r, sums) in sums.iter_mut().enumerate() {
-            for (v, sum) in sums.iter_mut().enumerate() {
-                let mask = if v + 1 == V { self.last } else { !0 };
+        let values = |start: *const f32, place: usize, mask| match start.is_null() {
+            true => _mm512_setzero_ps(),
+            // SAFETY: the caller's word, for what is not null.
+            false => unsafe { _mm512_maskz_loadu_ps(mask, start.add(place)) },
+        };
+        let there = if self.add { self.c } else { std::ptr::null_mut() };
+        // SAFETY: the caller's word.
+        unsafe {
+            self.write_with(*sums, |sum, r, v, mask| {
                 let place = r * self.stride + 16 * v;
-                // SAFETY: the caller's word, for what is not null.
-                unsafe {
-                    if self.add {
-                        *sum = _mm512_add_ps(*sum, _mm512_maskz_loadu_ps(mask, self.c.add(place)));
-                    }
-                    if !begin.residual.is_null() {
-                        let from = begin.residual.add(place);
-                        *sum = _mm512_add_ps(*sum, _mm512_maskz_loadu_ps(mask, from));
-                    }
-                    if !begin.columns.is_null() {
-                        let from = begin.columns.add(16 * v);
-                        *sum = _mm512_add_ps(*sum, _mm512_maskz_loadu_ps(mask, from));
-                    }
-                    if !begin.rows.is_null() {
-                        *sum = _mm512_add_ps(*sum, _mm512_set1_ps(*begin.rows.add(r)));
-                    }
-                    _mm512_mask_storeu_ps(self.c.add(place), mask, *sum);
-                }
+                let constant = match begin.rows.is_null() {
+                    true => 0.0,
+                    false => *begin.rows.add(r),
+                };
+                let start = _mm512_add_ps(
+                    values(begin.residual, place, mask),
+                    values(begin.columns, 16 * v, mask),
+                );
+                let start = _mm512_add_ps(start, values(there, place, mask));
+                _mm512_add_ps(sum, _mm512_add_ps(start, _mm512_set1_ps(constant)))
+            });
+        }
+    }
+
+    /// Writes what becomes of each vector of sums, by its row, its number and its mask.
+    ///
+    /// # Safety
+    /// As for `write`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn write_with<const R: usize, const V: usize>(
+        self,
+        sums: [[__m512; V]; R],
+        value: impl Fn(__m512, usize, usize, __mmask16) -> __m512,
+    ) {
+        for (r, sums) in sums.into_iter().enumerate() {
+            for (v, sum) in sums.into_iter().enumerate() {
+                let mask = if v + 1 == V { self.last } else { !0 };
+                let sum = value(sum, r, v, mask);
+                // SAFETY: the caller's word.
+                unsafe { _mm512_mask_storeu_ps(self.c.add(r * self.stride + 16 * v), mask, sum) };
             }
         }
     }
