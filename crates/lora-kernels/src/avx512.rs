@@ -373,7 +373,18 @@ pub(crate) struct Operand<'a, T> {
     pub(crate) inner_stride: usize,
 }
 
-impl<T: Copy> Operand<'_, T> {
+impl<'a, T: Copy> Operand<'a, T> {
+    /// One whose rows (or columns) are stored one after the other.
+    pub(crate) fn dense(data: &'a [T], outer: usize, inner: usize) -> Self {
+        Self {
+            data,
+            outer,
+            inner,
+            outer_stride: inner,
+            inner_stride: 1,
+        }
+    }
+
     pub(crate) fn check(&self) {
         assert!(
             self.outer_stride == 1 || self.inner_stride == 1,
@@ -492,8 +503,10 @@ impl<T: Copy> Operand<'_, T> {
             return;
         }
         let mut words = [_mm512_setzero_si512(); 16];
-        for o in (from..to).step_by(16) {
-            for w in (0..self.words::<S>()).step_by(16) {
+        // What lies far apart is read once.
+        for w in (0..self.words::<S>()).step_by(16) {
+            self.fetch::<S>(from, to, w + 16);
+            for o in (from..to).step_by(16) {
                 // SAFETY: `o` and `w` are inside.
                 unsafe { self.block::<S>(o, w, false, &mut words) };
                 for (r, word) in words.iter().enumerate() {
@@ -521,14 +534,36 @@ impl<T: Copy> Operand<'_, T> {
     {
         let columns = PANEL.min(self.outer - column);
         let mut words = [_mm512_setzero_si512(); 16];
-        for o in (0..columns).step_by(16) {
-            for w in (0..depth).step_by(16) {
-                // SAFETY: column and word are inside.
-                unsafe { self.block::<S>(column + o, first + w, true, &mut words) };
-                for (r, word) in words.iter().enumerate() {
-                    let at = (w + r) * PANEL + o;
-                    store(&mut out[at..at + 16], *word);
-                }
+        let mut lay = |o: usize, w: usize| {
+            // SAFETY: column and word are inside.
+            unsafe { self.block::<S>(column + o, first + w, true, &mut words) };
+            for (r, word) in words.iter().enumerate() {
+                let at = (w + r) * PANEL + o;
+                store(&mut out[at..at + 16], *word);
+            }
+        };
+        if self.inner_stride == 1 {
+            for o in (0..columns).step_by(16) {
+                (0..depth).step_by(16).for_each(|w| lay(o, w));
+            }
+            return;
+        }
+        for w in (0..depth).step_by(16) {
+            self.fetch::<S>(column, column + columns, first + w + 16);
+            (0..columns).step_by(16).for_each(|o| lay(o, w));
+        }
+    }
+
+    /// Has the caches fetch 16 words from word `w` on of these rows (or columns), where values of a
+    /// word lie apart.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn fetch<S: Arithmetic>(&self, from: usize, to: usize, w: usize) {
+        let inner = (S::VALUES * w).min(self.inner)..(S::VALUES * (w + 16)).min(self.inner);
+        for i in inner {
+            let start = self.data.as_ptr().wrapping_add(i * self.inner_stride + from);
+            for byte in (0..(to - from) * size_of::<T>()).step_by(64) {
+                _mm_prefetch::<_MM_HINT_T0>(start.cast::<i8>().wrapping_add(byte));
             }
         }
     }
@@ -624,6 +659,15 @@ impl Begin {
         rows: std::ptr::null(),
     };
 
+    fn of(start: Start<'_>) -> Self {
+        let pointer = |values: Option<&[f32]>| values.map_or(std::ptr::null(), <[f32]>::as_ptr);
+        Self {
+            residual: pointer(start.residual),
+            columns: pointer(start.columns),
+            rows: pointer(start.rows),
+        }
+    }
+
     fn is_nothing(self) -> bool {
         self.residual.is_null() && self.columns.is_null() && self.rows.is_null()
     }
@@ -703,17 +747,12 @@ pub(crate) fn multiply_new<'d, S: Arithmetic, A: Element<S>, B: Element<S>>(
     }
     assert_eq!(m * n, dst.len(), "product of another size");
     start.check(m, n);
-    let pointer = |values: Option<&[f32]>| values.map_or(std::ptr::null(), <[f32]>::as_ptr);
     let out = Output {
         start: dst.as_mut_ptr().cast(),
         stride: n,
         columns: n,
         add: false,
-        begin: Begin {
-            residual: pointer(start.residual),
-            columns: pointer(start.columns),
-            rows: pointer(start.rows),
-        },
+        begin: Begin::of(start),
     };
     // SAFETY: sizes are those asserted and checked above; as nothing is added to what is there, the
     // product writes every value before any is read.
@@ -944,6 +983,7 @@ unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
 }
 
 /// A left operand, laid out; zeros after the last row and value.
+#[derive(Default)]
 pub(crate) struct Rows {
     words: Vec<u32>,
     stride: usize,
@@ -951,13 +991,18 @@ pub(crate) struct Rows {
 
 impl Rows {
     pub(crate) fn new<S: Arithmetic, T: Element<S>>(a: Operand<'_, T>) -> Self {
+        let mut rows = Self::default();
+        rows.lay::<S, T>(a);
+        rows
+    }
+
+    /// Takes another operand.
+    pub(crate) fn lay<S: Arithmetic, T: Element<S>>(&mut self, a: Operand<'_, T>) {
         check_processor();
         a.check();
-        let mut words = Vec::new();
         // SAFETY: the processor is able, the operand is checked.
-        unsafe { a.rows::<S>(0, a.outer, &mut words) };
-        let stride = a.words::<S>().next_multiple_of(16);
-        Self { words, stride }
+        unsafe { a.rows::<S>(0, a.outer, &mut self.words) };
+        self.stride = a.words::<S>().next_multiple_of(16);
     }
 
     /// From row `row` and word `word` on.
@@ -987,14 +1032,32 @@ impl<S: Arithmetic> Panels<S> {
         }
     }
 
-    /// Takes another operand.
-    pub(crate) fn lay<T: Element<S>>(&mut self, b: Operand<'_, T>) {
+    /// An operand, laid out by all threads.
+    pub(crate) fn of<T: Element<S>>(b: Operand<'_, T>) -> Self {
+        let mut panels = Self::new();
+        panels.take(&b);
+        let words = panels.words;
+        let parts = panels.values.par_chunks_mut(panels.length.max(1));
+        parts.enumerate().for_each(|(number, out)| {
+            // SAFETY: the processor is able, the operand is checked; columns are inside.
+            unsafe { b.panel::<S>(number * PANEL, 0, words, out) };
+        });
+        panels
+    }
+
+    /// Makes room for an operand.
+    fn take<T: Element<S>>(&mut self, b: &Operand<'_, T>) {
         check_processor();
         b.check();
         self.words = b.words::<S>();
         self.columns = b.outer;
         self.length = PANEL * self.words.next_multiple_of(16);
         grow(&mut self.values, b.outer.div_ceil(PANEL) * self.length);
+    }
+
+    /// Takes another operand.
+    pub(crate) fn lay<T: Element<S>>(&mut self, b: Operand<'_, T>) {
+        self.take(&b);
         let panels = self.values.chunks_mut(self.length.max(1));
         for (column, out) in (0..b.outer).step_by(PANEL).zip(panels) {
             // SAFETY: the processor is able, the operand is checked.
@@ -1005,6 +1068,34 @@ impl<S: Arithmetic> Panels<S> {
     /// Panel `number`, `[word][64]`.
     pub(crate) fn panel(&self, number: usize) -> &[u32] {
         &self.values[number * self.length..][..self.words * PANEL]
+    }
+
+    /// `dst = start + a b`, rows of as many columns as the panels have; sums are those of
+    /// [`multiply_new`] to the bit.
+    pub(crate) fn multiply_from(&self, dst: &mut [f32], start: Start<'_>, a: Left<'_>) {
+        if self.columns == 0 || dst.is_empty() || self.words == 0 {
+            return;
+        }
+        let rows = dst.len() / self.columns;
+        assert_eq!(rows * self.columns, dst.len());
+        start.check(rows, self.columns);
+        let out = Output {
+            start: dst.as_mut_ptr(),
+            stride: self.columns,
+            columns: self.columns,
+            add: false,
+            begin: Begin::of(start),
+        };
+        for (number, panel) in self.values.chunks(self.length).enumerate() {
+            if number * PANEL >= self.columns {
+                break;
+            }
+            for (first, depth) in parts(self.words) {
+                let (column, panel) = (number * PANEL, &panel[first * PANEL..]);
+                // SAFETY: `take` has looked at the processor; rows and columns are inside.
+                unsafe { block::<S>(out, 0, rows, column, a, 0, panel, first, depth) };
+            }
+        }
     }
 
     /// `dst = a b`, or `dst += a b` with `add`: `rows` rows, `stride` apart, of as many

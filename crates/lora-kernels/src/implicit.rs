@@ -54,7 +54,7 @@ struct Sixteen {
 impl Way for Implicit {
     /// The channels read have to be whole blocks, and there have to be instructions for it.
     fn pays(&self) -> bool {
-        let enough = self.0.transposed || self.0.images * self.0.area() >= MIN_PIXELS;
+        let enough = self.0.images * self.0.area() >= MIN_PIXELS;
         self.0.in_blocks() && (enough || self.in_registers())
     }
 

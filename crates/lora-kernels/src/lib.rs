@@ -67,6 +67,7 @@ mod composed;
 mod computed;
 mod conv2d;
 mod conv3x3;
+mod feed_forward;
 mod gradient;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
@@ -101,6 +102,7 @@ pub use channels::add_to_channels;
 pub use checkpoint::{after_geglu, checkpoint};
 pub use computed::{Product, with_computed_weight};
 pub use conv2d::{Conv2dParams, conv2d};
+pub use feed_forward::{FeedForward, feed_forward};
 pub use joined::{add, concat_channels, reshape};
 pub use linear::linear;
 pub use memory::{

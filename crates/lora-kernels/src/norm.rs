@@ -190,6 +190,24 @@ fn forward(y: &mut [f32], x: &[f32], rows: Rows, w: &[f32], b: &[f32], eps: f64,
     }
 }
 
+/// Layer norm of rows of as many values as there are scales.
+pub(crate) fn normalize(y: &mut [f32], x: &[f32], (w, b): (&[f32], &[f32]), eps: f64) {
+    let rows = Rows {
+        width: w.len(),
+        segment: 1,
+        period: 1,
+    };
+    vectorized(
+        #[inline(always)]
+        || {
+            let pairs = y.chunks_exact_mut(rows.width);
+            for (y, x) in pairs.zip(x.chunks_exact(rows.width)) {
+                forward(y, x, rows, w, b, eps, false);
+            }
+        },
+    );
+}
+
 /// One row backward: writes the gradient of the input to `dx`, or adds it. `normal` is memory for
 /// the gradient of the normalized values.
 #[inline(always)]

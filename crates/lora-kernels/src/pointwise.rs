@@ -86,6 +86,12 @@ fn halved(x: &Tensor) -> Result<(usize, Vec<usize>)> {
     }
 }
 
+/// A value times gelu of its gate.
+#[inline(always)]
+pub(crate) fn gate(value: f32, gate: f32) -> f32 {
+    value * gate * normal_cdf(gate)
+}
+
 /// Rows of `2c` values to rows of `c`.
 fn gated(x: &Tensor, c: usize) -> Result<Vec<f32>> {
     with(x, |x| {
@@ -98,8 +104,8 @@ fn gated(x: &Tensor, c: usize) -> Result<Vec<f32>> {
                 || {
                     for (y, x) in rows {
                         let (value, gate) = x.split_at(c);
-                        for ((y, value), gate) in y.iter_mut().zip(value).zip(gate) {
-                            *y = value * gate * normal_cdf(*gate);
+                        for ((y, value), g) in y.iter_mut().zip(value).zip(gate) {
+                            *y = self::gate(*value, *g);
                         }
                     }
                 },

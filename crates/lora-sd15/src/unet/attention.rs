@@ -1,13 +1,13 @@
 //! Transformers of the UNet: self-attention, cross-attention, gated feed-forward.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
-use lora_core::{Held, Layer};
+use lora_core::{Held, Layer, LayerOp};
 
 use super::memory::kept_for;
 use super::{POINT, outputs, repeated};
 use crate::UnetConfig;
-use lora_kernels::{attention, reshape, transpose};
+use lora_kernels::{FeedForward as Layers, attention, feed_forward, reshape, transpose};
 
 /// Group norm, 1x1 projection, one block over pixels as tokens, projection back.
 #[derive(Debug, Clone)]
@@ -136,7 +136,7 @@ impl Block {
         let normal = self.norm1.forward(x)?;
         let x = self.attn1.forward(&normal, &normal, x)?;
         let x = self.attn2.forward(&self.norm2.forward(&x)?, context, &x)?;
-        self.ff.forward(&self.norm3.forward(&x)?, &x)
+        self.ff.forward(&self.norm3, &x)
     }
 }
 
@@ -169,12 +169,41 @@ impl Attention {
 }
 
 impl FeedForward {
-    /// GEGLU: the first half of the projection times gelu (exact form) of the second. What it
-    /// gives is not kept for the backward pass but computed again.
-    fn forward(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+    /// Of `x` after `norm`, added to `x`. GEGLU: the first half of the projection times gelu (exact
+    /// form) of the second. What it gives is not kept for the backward pass but computed again.
+    fn forward(&self, norm: &Layer, x: &Tensor) -> Result<Tensor> {
+        if let Some(layers) = self.in_one_pass(norm, x) {
+            return feed_forward(x, &layers);
+        }
         let out = self.out.clone();
-        lora_kernels::after_geglu(&self.proj.forward(x)?, &[residual], move |t| {
+        let wide = self.proj.forward(&norm.forward(x)?)?;
+        lora_kernels::after_geglu(&wide, &[x], move |t| {
             out.forward_added(&t[0], None, Some(&t[1]))
+        })
+    }
+
+    /// The layers where nothing but their weights counts: no gradient is asked for, and no adapter
+    /// is attached.
+    fn in_one_pass<'a>(&'a self, norm: &'a Layer, x: &Tensor) -> Option<Layers<'a>> {
+        let layers = [norm, &self.proj, &self.out];
+        let plain = |layer: &&Layer| {
+            let base = layer.base();
+            let tracked = base.bias.as_ref().is_some_and(Tensor::track_op);
+            layer.attached() == 0 && !base.weight.track_op() && !tracked
+        };
+        let (LayerOp::LayerNorm { eps }, Some(shift)) = (norm.base().op, &norm.base().bias) else {
+            return None;
+        };
+        let elsewhere = !x.device().is_cpu() || x.dtype() != DType::F32;
+        if elsewhere || x.track_op() || !layers.iter().all(plain) || self.proj.compute() != self.out.compute() {
+            return None;
+        }
+        let of = |layer: &'a Layer| (&layer.base().weight, layer.base().bias.as_ref());
+        Some(Layers {
+            norm: (of(norm).0, shift, eps),
+            proj: of(&self.proj),
+            out: of(&self.out),
+            compute: self.proj.compute(),
         })
     }
 }
