@@ -35,7 +35,9 @@ const LARGEST_WEIGHT: f32 = 32_700.0;
 const PART: usize = 240;
 /// Most output channels per task.
 const TASK_OUTPUTS: usize = 48;
-/// Output channels whose weights are transformed at once, before they are scaled.
+/// Most words of weights that are transformed at once, before they are scaled (256 KB), and most
+/// output channels of these.
+const WIDE: usize = 64 << 10;
 const AT_ONCE: usize = 4;
 
 /// A convolution done this way.
@@ -256,8 +258,9 @@ impl Fixed {
     ) {
         u.words.resize(outputs * self.depth(), 0);
         u.steps.resize(POINTS * outputs, 0.0);
-        for output in (0..outputs).step_by(AT_ONCE) {
-            let now = AT_ONCE.min(outputs - output);
+        let at_once = (WIDE / (POINTS * self.conv.c)).clamp(1, AT_ONCE);
+        for output in (0..outputs).step_by(at_once) {
+            let now = at_once.min(outputs - output);
             u.wide.resize(now * POINTS * self.conv.c, 0);
             // SAFETY: the caller's word.
             unsafe { self.wide.transform_weights(w, first + output, &mut u.wide) };
