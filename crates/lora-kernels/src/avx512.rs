@@ -780,6 +780,10 @@ unsafe fn product<S: Arithmetic, A: Element<S>, B: Element<S>>(
         return;
     }
     let parallel = parallel && m * n * k >= PARALLEL_PRODUCTS;
+    if a.inner_stride != 1 && n <= PANEL && m >= 4 * n {
+        // SAFETY: the caller's word.
+        return unsafe { turned::<S, A, B>(out, a, b, parallel) };
+    }
     // SAFETY: the processor is able, both operands are checked, and the caller's word.
     unsafe {
         if let Some(panel) = panel_in_place::<S, B>(b) {
@@ -788,6 +792,54 @@ unsafe fn product<S: Arithmetic, A: Element<S>, B: Element<S>>(
             by_rows::<S, A, B>(out, a, b, parallel);
         } else {
             by_columns::<S, A, B>(out, a, b, parallel);
+        }
+    }
+}
+
+/// The product as columns, which become rows in the end: a large left operand whose values of a word
+/// lie apart is laid out in half the instructions as a right one.
+///
+/// # Safety
+/// As for [`product`].
+unsafe fn turned<S: Arithmetic, A: Element<S>, B: Element<S>>(
+    out: Output,
+    a: Operand<'_, A>,
+    b: Operand<'_, B>,
+    parallel: bool,
+) {
+    let (m, n) = (a.outer, b.outer);
+    let mut columns: Vec<f32> = zeros(m * n);
+    let sums = Output {
+        start: columns.as_mut_ptr(),
+        stride: m,
+        columns: m,
+        add: false,
+        begin: Begin::NOTHING,
+    };
+    // SAFETY: operands are checked, and there are as many sums.
+    unsafe { by_columns::<S, B, A>(sums, b, a, parallel) };
+    let sums = Operand {
+        data: columns.as_slice(),
+        outer: m,
+        inner: n,
+        outer_stride: 1,
+        inner_stride: m,
+    };
+    let mut block = [[0; 16]; 16];
+    for row in (0..m).step_by(16) {
+        for column in (0..n).step_by(16) {
+            sums.words_of::<F32>(row, column, &mut block);
+            for (row, values) in (row..m).zip(&block) {
+                let to = Target {
+                    c: out.start.wrapping_add(row * out.stride + column),
+                    stride: out.stride,
+                    last: mask16(n - column),
+                    add: out.add,
+                    begin: out.begin.from(row, column, out.stride),
+                };
+                // SAFETY: the processor is able; row and columns, under the mask, are inside.
+                unsafe { to.write([[_mm512_loadu_ps(values.as_ptr().cast())]]) };
+            }
         }
     }
 }
