@@ -108,30 +108,27 @@ pub fn linear_added(
         candle_core::bail!("linear: the bias does not fit weight [{o}, {i}]");
     }
     let narrow = reads_narrow(compute);
-    let mut y = maybe_with(added.residual, |residual| {
+    let y = maybe_with(added.residual, |residual| {
         maybe_with(bias, |columns| {
             let start = Start {
                 residual,
                 columns,
                 rows: None,
             };
-            with(x, |x| {
-                with_weight(weight, narrow, |w| {
-                    let (x, w) = (View::rows(x, rows, i, i), View::rows(w, o, i, i));
-                    written(rows * o, |y| multiply_new(compute, y, start, x, w.t()))
+            with_pairs(added.low_rank, |pairs| {
+                let product = |(m, u, r): &(_, _, usize)| {
+                    (View::rows(*m, rows, *r, *r), View::rows(*u, o, *r, *r).t())
+                };
+                let more: Vec<_> = pairs.iter().map(product).collect();
+                with(x, |x| {
+                    with_weight(weight, narrow, |w| {
+                        let own = (View::rows(x, rows, i, i), View::rows(w, o, i, i).t());
+                        written(rows * o, |y| multiply_new(compute, y, start, own, &more))
+                    })
                 })
             })
         })
-    })????;
-    for (middle, up) in added.low_rank {
-        let r = up.dim(1)?;
-        with(middle, |middle| {
-            with(up, |up| {
-                let (m, u) = (View::rows(middle, rows, r, r), View::rows(up, o, r, r));
-                multiply_in(compute, &mut y, o, true, m, u.t());
-            })
-        })??;
-    }
+    })?????;
     let (weight, wanted) = (weight.detach(), wanted(x, added));
     let pairs = detached(added);
     let residual = added.residual.is_some();
@@ -217,30 +214,22 @@ pub fn conv2d_added(
         candle_core::bail!("conv2d: bias or shift do not fit an output of {out:?}");
     }
     let constants = constants(n * o, bias, added.shift)?;
-    let mut y = maybe_with(added.residual, |residual| {
+    let y = maybe_with(added.residual, |residual| {
         let start = Start {
             residual,
             columns: None,
             rows: constants.as_deref(),
         };
-        with(x, |x| {
-            with_weight(weight, g.reads_narrow(compute, false), |w| {
-                written(n * o * plane, |y| g.forward_new(compute, y, start, x, w))
+        with_pairs(added.low_rank, |pairs| {
+            with(x, |x| {
+                with_weight(weight, g.reads_narrow(compute, false), |w| {
+                    written(n * o * plane, |y| {
+                        g.forward_new(compute, y, start, x, w, pairs)
+                    })
+                })
             })
         })
-    })???;
-    for (middle, up) in added.low_rank {
-        let r = up.dim(1)?;
-        with(middle, |middle| {
-            with(up, |up| {
-                for image in 0..n {
-                    let m = View::rows(&middle[image * r * plane..], r, plane, plane);
-                    let y = &mut y[image * o * plane..];
-                    multiply_in(compute, y, plane, true, View::rows(up, o, r, r), m);
-                }
-            })
-        })??;
-    }
+    })????;
     let (weight, wanted) = (weight.detach(), wanted(x, added));
     let pairs = detached(added);
     let (residual, shift) = (added.residual.is_some(), added.shift.is_some());
@@ -360,6 +349,30 @@ fn check_pairs(
         ),
         _ => Ok(()),
     }
+}
+
+/// Runs `body` on the values of low-rank pairs and their ranks.
+fn with_pairs<R>(
+    pairs: &[(Tensor, Tensor)],
+    body: impl FnOnce(&[(&[f32], &[f32], usize)]) -> R,
+) -> Result<R> {
+    /// The same, with pairs whose values are there already.
+    fn behind<R>(
+        there: &[(&[f32], &[f32], usize)],
+        pairs: &[(Tensor, Tensor)],
+        body: impl FnOnce(&[(&[f32], &[f32], usize)]) -> R,
+    ) -> Result<R> {
+        let Some(((middle, up), pairs)) = pairs.split_first() else {
+            return Ok(body(there));
+        };
+        let r = up.dim(1)?;
+        with_both(middle, up, |middle, up| {
+            let mut there = there.to_vec();
+            there.push((middle, up, r));
+            behind(&there, pairs, body)
+        })?
+    }
+    behind(&[], pairs, body)
 }
 
 /// What is added to all pixels of each of `planes` channels, sample by sample.

@@ -709,7 +709,9 @@ pub(crate) fn multiply<S: Arithmetic, A: Element<S>, B: Element<S>>(
     a: Operand<'_, A>,
     b: Operand<'_, B>,
     parallel: bool,
-) {
+) where
+    f32: Element<S>,
+{
     let (m, n) = (a.outer, b.outer);
     if m == 0 || n == 0 {
         return;
@@ -730,20 +732,29 @@ pub(crate) fn multiply<S: Arithmetic, A: Element<S>, B: Element<S>>(
         begin: Begin::NOTHING,
     };
     // SAFETY: the assertion above, and the values of `dst` are there.
-    unsafe { product(out, a, b, parallel) };
+    unsafe { product(out, a, b, &[], parallel) };
 }
 
-/// `dst = start + a b`, all of it, of as many rows and columns as the operands have.
+/// `dst = start + a b` and `more` products, all of it, of as many rows and columns as the operands
+/// have.
 pub(crate) fn multiply_new<'d, S: Arithmetic, A: Element<S>, B: Element<S>>(
     dst: &'d mut [MaybeUninit<f32>],
     start: Start<'_>,
     a: Operand<'_, A>,
     b: Operand<'_, B>,
+    more: More<'_>,
     parallel: bool,
-) -> &'d mut [f32] {
+) -> &'d mut [f32]
+where
+    f32: Element<S>,
+{
     let (m, n) = (a.outer, b.outer);
     if m == 0 || n == 0 || a.inner == 0 {
-        return start.written(dst, n);
+        let dst = start.written(dst, n);
+        for (a, b) in more {
+            multiply::<S, _, _>(dst, n, true, *a, *b, parallel);
+        }
+        return dst;
     }
     assert_eq!(m * n, dst.len(), "product of another size");
     start.check(m, n);
@@ -757,7 +768,7 @@ pub(crate) fn multiply_new<'d, S: Arithmetic, A: Element<S>, B: Element<S>>(
     // SAFETY: sizes are those asserted and checked above; as nothing is added to what is there, the
     // product writes every value before any is read.
     unsafe {
-        product(out, a, b, parallel);
+        product(out, a, b, more, parallel);
         dst.assume_init_mut()
     }
 }
@@ -769,32 +780,44 @@ unsafe fn product<S: Arithmetic, A: Element<S>, B: Element<S>>(
     out: Output,
     a: Operand<'_, A>,
     b: Operand<'_, B>,
+    more: More<'_>,
     parallel: bool,
-) {
+) where
+    f32: Element<S>,
+{
     let (m, n, k) = (a.outer, b.outer, a.inner);
     check_processor();
     assert_eq!(k, b.inner, "inner dimensions differ");
     a.check();
     b.check();
+    for (a, b) in more {
+        assert_eq!((a.outer, b.outer, a.inner), (m, n, b.inner), "sizes differ");
+        a.check();
+        b.check();
+    }
     if k == 0 {
         return;
     }
     let parallel = parallel && m * n * k >= PARALLEL_PRODUCTS;
-    if a.inner_stride != 1 && n <= PANEL && m >= 4 * n {
+    if more.is_empty() && a.inner_stride != 1 && n <= PANEL && m >= 4 * n {
         // SAFETY: the caller's word.
         return unsafe { turned::<S, A, B>(out, a, b, parallel) };
     }
     // SAFETY: the processor is able, both operands are checked, and the caller's word.
     unsafe {
-        if let Some(panel) = panel_in_place::<S, B>(b) {
-            by_panels::<S, A>(out, a, panel, panel.len(), parallel);
+        let in_place = panel_in_place::<S, B>(b).filter(|_| more.is_empty());
+        if let Some(panel) = in_place {
+            by_panels::<S, A>(out, a, panel, &[], parallel);
         } else if m >= n {
-            by_rows::<S, A, B>(out, a, b, parallel);
+            by_rows::<S, A, B>(out, a, b, more, parallel);
         } else {
-            by_columns::<S, A, B>(out, a, b, parallel);
+            by_columns::<S, A, B>(out, a, b, more, parallel);
         }
     }
 }
+
+/// Products that are added to another one of the same size.
+pub(crate) type More<'a> = &'a [(Operand<'a, f32>, Operand<'a, f32>)];
 
 /// The product as columns, which become rows in the end: a large left operand whose values of a word
 /// lie apart is laid out in half the instructions as a right one.
@@ -806,7 +829,9 @@ unsafe fn turned<S: Arithmetic, A: Element<S>, B: Element<S>>(
     a: Operand<'_, A>,
     b: Operand<'_, B>,
     parallel: bool,
-) {
+) where
+    f32: Element<S>,
+{
     let (m, n) = (a.outer, b.outer);
     let mut columns: Vec<f32> = zeros(m * n);
     let sums = Output {
@@ -817,7 +842,7 @@ unsafe fn turned<S: Arithmetic, A: Element<S>, B: Element<S>>(
         begin: Begin::NOTHING,
     };
     // SAFETY: operands are checked, and there are as many sums.
-    unsafe { by_columns::<S, B, A>(sums, b, a, parallel) };
+    unsafe { by_columns::<S, B, A>(sums, b, a, &[], parallel) };
     let sums = Operand {
         data: columns.as_slice(),
         outer: m,
@@ -908,16 +933,11 @@ fn panel_in_place<'a, S: Arithmetic, T: Element<S>>(b: Operand<'a, T>) -> Option
     Some(unsafe { std::slice::from_raw_parts(b.data.as_ptr().cast(), b.inner * PANEL) })
 }
 
-/// The right operand is laid out at once, rows of the left one are divided.
+/// A right operand in panels, `[panel][word][64]`, laid out by all threads if `parallel`.
 ///
 /// # Safety
-/// AVX-512 with BW, VL, BF16 and VNNI; operands are checked, `out` has their sizes.
-unsafe fn by_rows<S: Arithmetic, A: Element<S>, B: Element<S>>(
-    out: Output,
-    a: Operand<'_, A>,
-    b: Operand<'_, B>,
-    parallel: bool,
-) {
+/// AVX-512 with BW, VL, BF16 and VNNI; the operand is checked.
+unsafe fn panels_of<S: Arithmetic, B: Element<S>>(b: Operand<'_, B>, parallel: bool) -> Vec<u32> {
     let words = b.words::<S>();
     let length = PANEL * words.next_multiple_of(16);
     let mut panels: Vec<u32> = zeros(b.outer.div_ceil(PANEL) * length);
@@ -926,26 +946,53 @@ unsafe fn by_rows<S: Arithmetic, A: Element<S>, B: Element<S>>(
         b.panel::<S>(number * PANEL, 0, words, out);
     };
     match parallel {
-        true => panels.par_chunks_mut(length).enumerate().for_each(lay),
-        false => panels.chunks_mut(length).enumerate().for_each(lay),
+        true => panels.par_chunks_mut(length.max(1)).enumerate().for_each(lay),
+        false => panels.chunks_mut(length.max(1)).enumerate().for_each(lay),
     }
-    // SAFETY: the caller's word, and the panels are laid out.
-    unsafe { by_panels::<S, A>(out, a, &panels, length, parallel) };
+    panels
 }
 
-/// The right operand is laid out in panels of `length` words, rows of the left one are divided.
+/// The right operand is laid out at once, rows of the left one are divided.
 ///
 /// # Safety
-/// AVX-512 with BW, VL, BF16 and VNNI; the operand is checked, the panels have its words, `out` the
-/// sizes of both.
+/// AVX-512 with BW, VL, BF16 and VNNI; operands are checked, `out` has their sizes.
+unsafe fn by_rows<S: Arithmetic, A: Element<S>, B: Element<S>>(
+    out: Output,
+    a: Operand<'_, A>,
+    b: Operand<'_, B>,
+    more: More<'_>,
+    parallel: bool,
+) where
+    f32: Element<S>,
+{
+    // SAFETY: the caller's word, and what it says of panels.
+    unsafe {
+        let panels = panels_of::<S, B>(b, parallel);
+        let more: Vec<_> = more
+            .iter()
+            .map(|(a, b)| (*a, panels_of::<S, f32>(*b, parallel)))
+            .collect();
+        by_panels::<S, A>(out, a, &panels, &more, parallel);
+    }
+}
+
+/// The right operand is laid out in panels, rows of the left one are divided.
+///
+/// # Safety
+/// AVX-512 with BW, VL, BF16 and VNNI; operands are checked, the panels have their words and as many
+/// columns as `out`, which has as many rows.
 unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
     out: Output,
     a: Operand<'_, A>,
     panels: &[u32],
-    length: usize,
+    more: &[(Operand<'_, f32>, Vec<u32>)],
     parallel: bool,
-) {
+) where
+    f32: Element<S>,
+{
     let words = a.words::<S>();
+    let count = out.columns.div_ceil(PANEL);
+    let length = panels.len() / count;
     let own = in_place::<S, A>(a);
     each(a.outer.div_ceil(TASK_ROWS), parallel, |buffer, task| {
         let from = task * TASK_ROWS;
@@ -958,26 +1005,52 @@ unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
                 (packed(buffer, words), 0)
             }
         };
+        let lay = |(a, _): &(Operand<'_, f32>, _)| {
+            let mut laid = Vec::new();
+            // SAFETY: as above.
+            unsafe { a.rows::<S>(from, from + rows, &mut laid) };
+            laid
+        };
+        let added: Vec<_> = more.iter().map(lay).collect();
         for (number, panel) in panels.chunks(length).enumerate() {
+            let column = number * PANEL;
             for (first, depth) in parts(words) {
                 let panel = &panel[first * PANEL..];
                 // SAFETY: rows and columns are inside.
                 unsafe {
-                    block::<S>(
-                        out,
-                        from,
-                        rows,
-                        number * PANEL,
-                        left,
-                        skipped,
-                        panel,
-                        first,
-                        depth,
-                    );
+                    block::<S>(out, from, rows, column, left, skipped, panel, first, depth);
                 }
+            }
+            for ((a, panels), rows_of) in more.iter().zip(&added) {
+                let (length, left) = (panels.len() / count, packed(rows_of, a.words::<S>()));
+                let panel = &panels[number * length..];
+                // SAFETY: as above.
+                unsafe { add_block::<S>(out, (from, rows), column, (left, 0), panel, a.words::<S>()) };
             }
         }
     });
+}
+
+/// Adds the product of rows and a panel to the output's rows, of which there is the start and the
+/// number.
+///
+/// # Safety
+/// As for [`block`].
+unsafe fn add_block<S: Arithmetic>(
+    out: Output,
+    (row, rows): (usize, usize),
+    column: usize,
+    (left, left_row): (Left<'_>, usize),
+    panel: &[u32],
+    words: usize,
+) {
+    let out = Output {
+        add: true,
+        begin: Begin::NOTHING,
+        ..out
+    };
+    // SAFETY: the caller's word.
+    unsafe { block::<S>(out, row, rows, column, left, left_row, panel, 0, words) };
 }
 
 /// The left operand is laid out at once, columns of the right one are divided.
@@ -988,8 +1061,11 @@ unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
     out: Output,
     a: Operand<'_, A>,
     b: Operand<'_, B>,
+    more: More<'_>,
     parallel: bool,
-) {
+) where
+    f32: Element<S>,
+{
     let words = a.words::<S>();
     let mut rows = Vec::new();
     let left = match in_place::<S, A>(a) {
@@ -1000,10 +1076,27 @@ unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
             packed(&rows, words)
         }
     };
+    let lay = |(a, _): &(Operand<'_, f32>, _)| {
+        let mut rows = Vec::new();
+        // SAFETY: as above.
+        unsafe { a.rows::<S>(0, a.outer, &mut rows) };
+        rows
+    };
+    let added: Vec<_> = more.iter().map(lay).collect();
     let panels = b.outer.div_ceil(PANEL);
     let per_task = TASK_PANELS.min(panels.div_ceil(4)).max(1);
     each(panels.div_ceil(per_task), parallel, |buffer, task| {
         let numbers = task * per_task..((task + 1) * per_task).min(panels);
+        let laid = |(a, b): &(Operand<'_, f32>, Operand<'_, f32>)| {
+            let length = PANEL * a.words::<S>().next_multiple_of(16);
+            let mut laid = vec![0; numbers.len() * length];
+            for (number, out) in numbers.clone().zip(laid.chunks_mut(length.max(1))) {
+                // SAFETY: the caller's word, and columns are inside.
+                unsafe { b.panel::<S>(number * PANEL, 0, a.words::<S>(), out) };
+            }
+            (laid, length)
+        };
+        let more_panels: Vec<_> = more.iter().map(laid).collect();
         for (first, depth) in parts(words) {
             let length = PANEL * depth.next_multiple_of(16);
             grow(buffer, numbers.len() * length);
@@ -1011,22 +1104,23 @@ unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
                 // SAFETY: the caller's word, and columns are inside.
                 unsafe { b.panel::<S>(number * PANEL, first, depth, out) };
             }
+            let last = first + depth == words;
             for row in (0..a.outer).step_by(TASK_ROWS) {
                 let rows = TASK_ROWS.min(a.outer - row);
-                for (number, panel) in numbers.clone().zip(buffer.chunks(length)) {
+                for (at, panel) in buffer.chunks(length).enumerate().take(numbers.len()) {
+                    let column = (numbers.start + at) * PANEL;
                     // SAFETY: rows and columns are inside.
                     unsafe {
-                        block::<S>(
-                            out,
-                            row,
-                            rows,
-                            number * PANEL,
-                            left,
-                            row,
-                            panel,
-                            first,
-                            depth,
-                        );
+                        block::<S>(out, row, rows, column, left, row, panel, first, depth);
+                    }
+                    let added = more.iter().zip(&added).zip(&more_panels);
+                    for (((a, _), left), (panels, length)) in added.filter(|_| last) {
+                        let words = a.words::<S>();
+                        let (left, panel) = (packed(left, words), &panels[at * length..]);
+                        // SAFETY: as above.
+                        unsafe {
+                            add_block::<S>(out, (row, rows), column, (left, row), panel, words);
+                        }
                     }
                 }
             }

@@ -418,28 +418,43 @@ impl Geometry {
         reads_narrow(compute) || self.direct(compute, transposed).is_some()
     }
 
-    /// Writes `start`, whose rows are the output's planes, and the convolution to all of `y`.
-    pub(crate) fn forward_new<'d>(
+    /// Writes `start`, whose rows are the output's planes, the convolution, and products `up middle`
+    /// to all of `y`; `low_rank` has `middle` `[n, r, h', w']`, `up` `[o, r]`, and `r`.
+    pub(crate) fn forward_new<'p, 'd>(
         &self,
         compute: Compute,
         y: &'d mut [MaybeUninit<f32>],
         start: Start<'_>,
         x: &[f32],
         w: Values<'_>,
+        low_rank: &[(&'p [f32], &'p [f32], usize)],
     ) -> &'d mut [f32] {
-        if let Some(direct) = self.direct(compute, false) {
-            return direct.run_new(y, start, self.plane(), x, w);
-        }
         let plane = self.plane();
+        let pair = |(m, u, r): &(&'p [f32], &'p [f32], usize), image: usize| {
+            let m = View::rows(&m[image * r * plane..], *r, plane, plane);
+            (View::rows(*u, self.o, *r, *r), m)
+        };
         if self.pointwise() && self.p.groups == 1 && (self.n == 1 || plane > SMALL_PLANE) {
             return each_written(y, self.o * plane, |image, y| {
                 let x = View::rows(&x[self.input(image, 0)..], self.c, plane, plane);
                 let start = start.of_rows(image * self.o, self.o, plane);
-                multiply_new(compute, y, start, self.weight(w, 0), x)
+                let more: Vec<_> = low_rank.iter().map(|m| pair(m, image)).collect();
+                multiply_new(compute, y, start, (self.weight(w, 0), x), &more)
             });
         }
-        let y = start.written(y, plane);
-        self.forward(compute, y, true, x, w);
+        let y = match self.direct(compute, false) {
+            Some(direct) => direct.run_new(y, start, plane, x, w),
+            None => {
+                let y = start.written(y, plane);
+                self.forward(compute, y, true, x, w);
+                y
+            }
+        };
+        for (image, y) in y.chunks_mut((self.o * plane).max(1)).enumerate() {
+            for (up, middle) in low_rank.iter().map(|m| pair(m, image)) {
+                multiply_in(compute, y, plane, true, up, middle);
+            }
+        }
         y
     }
 

@@ -173,25 +173,27 @@ pub(crate) fn multiply_in(
     dispatch(compute, dst, dst_stride, accumulate, a, b, parallel);
 }
 
-/// `dst = start + a b`, all of it: `a.height` rows of `b.width` values. Under [`Compute::Bf16`] both
-/// operands are rounded to bf16 first.
+/// `dst = start + a b`, and `more` products of f32 operands, all of it: `a.height` rows of `b.width`
+/// values. Under [`Compute::Bf16`] all operands are rounded to bf16 first.
 pub(crate) fn multiply_new<'d>(
     compute: Compute,
     dst: &'d mut [MaybeUninit<f32>],
     start: Start<'_>,
-    a: View<'_>,
-    b: View<'_>,
+    (a, b): (View<'_>, View<'_>),
+    more: &[(View<'_>, View<'_>)],
 ) -> &'d mut [f32] {
     #[cfg(target_arch = "x86_64")]
     if native_products() {
         let parallel = a.height * a.width * b.width >= PARALLEL_PRODUCTS;
         return match compute {
-            Compute::F32 => native_new::<avx512::F32>(dst, start, a, b, parallel),
-            Compute::Bf16 => native_new::<avx512::Bf16>(dst, start, a, b, parallel),
+            Compute::F32 => native_new::<avx512::F32>(dst, start, (a, b), more, parallel),
+            Compute::Bf16 => native_new::<avx512::Bf16>(dst, start, (a, b), more, parallel),
         };
     }
     let dst = start.written(dst, b.width);
-    multiply_in(compute, dst, b.width, true, a, b);
+    for (a, b) in std::iter::once(&(a, b)).chain(more) {
+        multiply_in(compute, dst, b.width, true, *a, *b);
+    }
     dst
 }
 
@@ -269,11 +271,11 @@ fn right<'a, T>(data: &'a [T], b: View<'_>) -> avx512::Operand<'a, T> {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn native_new<'d, S: avx512::Arithmetic>(
+fn native_new<'a, 'd, S: avx512::Arithmetic>(
     dst: &'d mut [MaybeUninit<f32>],
     start: Start<'_>,
-    a: View<'_>,
-    b: View<'_>,
+    (a, b): (View<'_>, View<'_>),
+    more: &[(View<'a>, View<'a>)],
     parallel: bool,
 ) -> &'d mut [f32]
 where
@@ -281,18 +283,23 @@ where
     bf16: avx512::Element<S>,
 {
     use avx512::multiply_new;
+    let operands = |(a, b): &(View<'a>, View<'a>)| match (a.data, b.data) {
+        (Values::F32(x), Values::F32(y)) => (left(x, *a), right(y, *b)),
+        _ => panic!("products that are added have operands of f32"),
+    };
+    let more: Vec<_> = more.iter().map(operands).collect();
     match (a.data, b.data) {
         (Values::F32(x), Values::F32(y)) => {
-            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), parallel)
+            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), &more, parallel)
         }
         (Values::F32(x), Values::Bf16(y)) => {
-            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), parallel)
+            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), &more, parallel)
         }
         (Values::Bf16(x), Values::F32(y)) => {
-            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), parallel)
+            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), &more, parallel)
         }
         (Values::Bf16(x), Values::Bf16(y)) => {
-            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), parallel)
+            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), &more, parallel)
         }
     }
 }
