@@ -137,10 +137,10 @@ pub fn linear_added(
         let mut all = Vec::with_capacity(wanted.len() + 1);
         all.push(wanted[0].then(|| {
             let (dy, weight) = (dy.clone(), weight.clone());
-            Gradient::values(move |dx, add| {
-                let mut product = |dy: &[f32], w: Values<'_>| {
+            Gradient::made(move |dx| {
+                let product = |dy: &[f32], w: Values<'_>| {
                     let (dy, w) = (View::rows(dy, rows, o, o), View::rows(w, o, i, i));
-                    multiply_in(compute, dx, i, add, dy, w);
+                    added_or_new(compute, dx, (rows, i), (dy, w))
                 };
                 with(&dy, |dy| with_weight(&weight, narrow, |w| product(dy, w)))?
             })
@@ -149,10 +149,10 @@ pub fn linear_added(
             let r = up.dim(1)?;
             let to_middle = wanted[0].then(|| {
                 let (dy, up) = (dy.clone(), up.clone());
-                Gradient::values(move |dm, add| {
+                Gradient::made(move |dm| {
                     with_both(&dy, &up, |dy, up| {
                         let (dy, up) = (View::rows(dy, rows, o, o), View::rows(up, o, r, r));
-                        multiply_in(compute, dm, r, add, dy, up);
+                        added_or_new(compute, dm, (rows, r), (dy, up))
                     })
                 })
             });
@@ -238,11 +238,15 @@ pub fn conv2d_added(
         let mut all = Vec::with_capacity(wanted.len() + 2);
         all.push(wanted[0].then(|| {
             let (dy, weight) = (dy.clone(), weight.clone());
-            Gradient::values(move |dx, add| {
+            Gradient::made(move |dx| {
                 let narrow = g.reads_narrow(compute, true);
                 with(&dy, |dy| {
-                    with_weight(&weight, narrow, |w| {
-                        g.input_gradient(compute, dx, add, w, dy);
+                    with_weight(&weight, narrow, |w| match dx {
+                        Some(dx) => {
+                            g.input_gradient(compute, dx, true, w, dy);
+                            Vec::new()
+                        }
+                        None => g.new_input_gradient(compute, w, dy),
                     })
                 })?
             })
@@ -303,6 +307,24 @@ pub fn conv2d_added(
         Value::cpu(y, (n, o, g.oh, g.ow)),
         Box::new(gradients),
     )
+}
+
+/// Adds the product of a pair, rows by columns as given, to what is there, or returns it.
+fn added_or_new(
+    compute: Compute,
+    sum: Option<&mut [f32]>,
+    (rows, columns): (usize, usize),
+    pair: (View<'_>, View<'_>),
+) -> Vec<f32> {
+    match sum {
+        Some(sum) => {
+            multiply_in(compute, sum, columns, true, pair.0, pair.1);
+            Vec::new()
+        }
+        None => written(rows * columns, |new| {
+            multiply_new(compute, new, Start::default(), pair, &[])
+        }),
+    }
 }
 
 /// Whether neither weight nor bias is tracked.

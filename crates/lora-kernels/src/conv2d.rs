@@ -13,7 +13,9 @@ use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::added::{Added, conv2d_added, frozen};
-use crate::buffer::{Start, each_written, in_parts, maybe_with, with_both};
+use crate::buffer::{
+    Start, each_written, in_parts, maybe_with, with_both, written, zeros,
+};
 use crate::channels::{add_to_channels, plane_sums};
 use crate::conv3x3::{Conv3x3, Way};
 use crate::gradient::Gradient;
@@ -517,6 +519,28 @@ impl Geometry {
             multiply_in(compute, &mut col, pixels, false, weight, dy);
             self.fold(&col, strip, dx);
         });
+    }
+
+    /// The gradient to the input.
+    pub(crate) fn new_input_gradient(
+        &self,
+        compute: Compute,
+        w: Values<'_>,
+        dy: &[f32],
+    ) -> Vec<f32> {
+        let (start, area) = (Start::default(), self.h * self.w);
+        let n = self.n * self.c * area;
+        if let Some(direct) = self.direct(compute, true) {
+            return written(n, |dx| direct.run_new(dx, start, area, dy, w));
+        }
+        if self.pointwise() && (self.n, self.p.groups) == (1, 1) {
+            let dy = View::rows(dy, self.o, area, area);
+            let pair = (self.weight(w, 0).t(), dy);
+            return written(n, |dx| multiply_new(compute, dx, start, pair, &[]));
+        }
+        let mut dx = zeros(n);
+        self.input_gradient(compute, &mut dx, false, w, dy);
+        dx
     }
 
     /// Adds the gradient to the weight to `dw`.

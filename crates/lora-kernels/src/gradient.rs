@@ -17,14 +17,24 @@ pub(crate) enum Gradient {
     Shared(Tensor),
     /// f32 values on the CPU, of the target's size. They are all zeros where none are there yet.
     Values(Box<Write>),
+    /// The same, made where none are there yet.
+    Made(Box<Make>),
 }
 
 /// Writes values or, with `true`, adds them to what is there.
 type Write = dyn FnOnce(&mut [f32], bool) -> Result<()>;
 
+/// Adds to values, or, where there are none, returns them.
+type Make = dyn FnOnce(Option<&mut [f32]>) -> Result<Vec<f32>>;
+
 impl Gradient {
     pub(crate) fn values(write: impl FnOnce(&mut [f32], bool) -> Result<()> + 'static) -> Self {
         Self::Values(Box::new(write))
+    }
+
+    /// Values that `make` adds to those it gets, or else returns.
+    pub(crate) fn made(make: impl FnOnce(Option<&mut [f32]>) -> Result<Vec<f32>> + 'static) -> Self {
+        Self::Made(Box::new(make))
     }
 
     /// The tensor, made if need be, of this shape.
@@ -36,6 +46,7 @@ impl Gradient {
                 write(&mut values, false)?;
                 Tensor::from_vec(values, shape, &Device::Cpu)
             }
+            Self::Made(make) => Tensor::from_vec(make(None)?, shape, &Device::Cpu),
         }
     }
 
@@ -127,6 +138,7 @@ impl InplaceOp1 for AddGradient {
         let sum = &mut values[start..end];
         match gradient {
             Some(Gradient::Values(write)) => write(sum, true),
+            Some(Gradient::Made(make)) => make(Some(sum)).map(|_| ()),
             Some(Gradient::Tensor(t) | Gradient::Shared(t)) => with(&t, |t| add(sum, t)),
             None => Ok(()),
         }
