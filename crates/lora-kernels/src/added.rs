@@ -420,7 +420,11 @@ const WIDEN: usize = 1 << 16;
 
 /// Runs `body` on the values of a weight: of f32 or, with `narrow`, bf16 as they are stored,
 /// else widened to f32 in memory that lives for the call.
-pub(crate) fn with_weight<R>(weight: &Tensor, narrow: bool, body: impl FnOnce(Values<'_>) -> R) -> Result<R> {
+pub(crate) fn with_weight<R>(
+    weight: &Tensor,
+    narrow: bool,
+    body: impl FnOnce(Values<'_>) -> R,
+) -> Result<R> {
     let weight = weight.contiguous()?;
     let (storage, layout) = weight.storage_and_layout();
     let Some((start, end)) = layout.contiguous_offsets() else {

@@ -44,7 +44,10 @@ pub(crate) fn available() -> bool {
 }
 
 pub(crate) fn check_processor() {
-    assert!(available(), "the processor lacks AVX-512 with BF16 and VNNI");
+    assert!(
+        available(),
+        "the processor lacks AVX-512 with BF16 and VNNI"
+    );
 }
 
 /// How words are multiplied.
@@ -561,7 +564,10 @@ impl<'a, T: Copy> Operand<'a, T> {
     fn fetch<S: Arithmetic>(&self, from: usize, to: usize, w: usize) {
         let inner = (S::VALUES * w).min(self.inner)..(S::VALUES * (w + 16)).min(self.inner);
         for i in inner {
-            let start = self.data.as_ptr().wrapping_add(i * self.inner_stride + from);
+            let start = self
+                .data
+                .as_ptr()
+                .wrapping_add(i * self.inner_stride + from);
             for byte in (0..(to - from) * size_of::<T>()).step_by(64) {
                 _mm_prefetch::<_MM_HINT_T0>(start.cast::<i8>().wrapping_add(byte));
             }
@@ -946,7 +952,10 @@ unsafe fn panels_of<S: Arithmetic, B: Element<S>>(b: Operand<'_, B>, parallel: b
         b.panel::<S>(number * PANEL, 0, words, out);
     };
     match parallel {
-        true => panels.par_chunks_mut(length.max(1)).enumerate().for_each(lay),
+        true => panels
+            .par_chunks_mut(length.max(1))
+            .enumerate()
+            .for_each(lay),
         false => panels.chunks_mut(length.max(1)).enumerate().for_each(lay),
     }
     panels
@@ -1025,7 +1034,9 @@ unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
                 let (length, left) = (panels.len() / count, packed(rows_of, a.words::<S>()));
                 let panel = &panels[number * length..];
                 // SAFETY: as above.
-                unsafe { add_block::<S>(out, (from, rows), column, (left, 0), panel, a.words::<S>()) };
+                unsafe {
+                    add_block::<S>(out, (from, rows), column, (left, 0), panel, a.words::<S>())
+                };
             }
         }
     });
@@ -1713,7 +1724,11 @@ impl Target {
             // SAFETY: the caller's word, for what is not null.
             false => unsafe { _mm512_maskz_loadu_ps(mask, start.add(place)) },
         };
-        let there = if self.add { self.c } else { std::ptr::null_mut() };
+        let there = if self.add {
+            self.c
+        } else {
+            std::ptr::null_mut()
+        };
         // SAFETY: the caller's word.
         unsafe {
             self.write_with(*sums, |sum, r, v, mask| {

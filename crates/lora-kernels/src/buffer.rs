@@ -70,7 +70,10 @@ pub(crate) fn each_written<'d>(
     for (number, part) in values.chunks_mut(part.max(1)).enumerate() {
         let (start, n) = (part.as_ptr(), part.len());
         let made = write(number, part);
-        assert!(made.len() == n && made.as_ptr() == start.cast(), "another result");
+        assert!(
+            made.len() == n && made.as_ptr() == start.cast(),
+            "another result"
+        );
     }
     // SAFETY: all parts have been returned as values.
     unsafe { values.assume_init_mut() }
@@ -128,7 +131,9 @@ impl<'a> Start<'a> {
                 }
             }
         };
-        to.par_chunks_mut(rows_of(columns)).enumerate().for_each(fill);
+        to.par_chunks_mut(rows_of(columns))
+            .enumerate()
+            .for_each(fill);
         // SAFETY: all rows have been written, each to its end.
         #[allow(unsafe_code)]
         unsafe {

@@ -13,9 +13,7 @@ use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::added::{Added, conv2d_added, frozen};
-use crate::buffer::{
-    Start, each_written, in_parts, maybe_with, with_both, written, zeros,
-};
+use crate::buffer::{Start, each_written, in_parts, maybe_with, with_both, written, zeros};
 use crate::channels::{add_to_channels, plane_sums};
 use crate::conv3x3::{Conv3x3, Way};
 use crate::gradient::Gradient;

@@ -147,7 +147,11 @@ impl FeedForward<'_> {
         };
         let proj = panels(self.proj.0, 2 * hidden, c)?;
         let out = panels(self.out.0, c, hidden)?;
-        let task = |x: &[f32], y: &mut [f32], scales: (&[f32], &[f32]), to: [Option<&[f32]>; 2], work: &mut Work| {
+        let task = |x: &[f32],
+                    y: &mut [f32],
+                    scales: (&[f32], &[f32]),
+                    to: [Option<&[f32]>; 2],
+                    work: &mut Work| {
             let rows = x.len() / c;
             work.normal.resize(x.len(), 0.0);
             norm::normalize(&mut work.normal, x, scales, self.norm.2);

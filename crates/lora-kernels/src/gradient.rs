@@ -33,7 +33,9 @@ impl Gradient {
     }
 
     /// Values that `make` adds to those it gets, or else returns.
-    pub(crate) fn made(make: impl FnOnce(Option<&mut [f32]>) -> Result<Vec<f32>> + 'static) -> Self {
+    pub(crate) fn made(
+        make: impl FnOnce(Option<&mut [f32]>) -> Result<Vec<f32>> + 'static,
+    ) -> Self {
         Self::Made(Box::new(make))
     }
 

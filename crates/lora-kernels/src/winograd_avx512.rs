@@ -468,12 +468,7 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
     /// # Safety
     /// AVX-512 with BW, VL, BF16 and VNNI; the output channels exist.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
-    pub(crate) unsafe fn transform_weights<T: Taps>(
-        &self,
-        w: &[T],
-        first: usize,
-        u: &mut [u32],
-    ) {
+    pub(crate) unsafe fn transform_weights<T: Taps>(&self, w: &[T], first: usize, u: &mut [u32]) {
         let (c, depth) = (self.conv.c, self.depth());
         let outputs = u.len() / depth;
         let mut kernels = [[_mm512_setzero_ps(); TAPS]; 2];
@@ -650,10 +645,7 @@ fn together<A: Algorithm>([a, b, c, d, ..]: [__m512; MOST]) -> [__m512; 4] {
 /// AVX-512.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
-unsafe fn kernel_points<A: Algorithm>(
-    taps: &[__m512; TAPS],
-    points: &mut [__m512; MOST * MOST],
-) {
+unsafe fn kernel_points<A: Algorithm>(taps: &[__m512; TAPS], points: &mut [__m512; MOST * MOST]) {
     let mut lines = [[_mm512_setzero_ps(); MOST]; 3];
     for (line, taps) in lines.iter_mut().zip(taps.as_chunks::<3>().0) {
         // SAFETY: the caller's word.

@@ -161,7 +161,10 @@ impl Fixed {
                 }
             };
             // SAFETY: the caller's word.
-            unsafe { self.wide.multiply_panels(y, &task, panels, weights, multiply) };
+            unsafe {
+                self.wide
+                    .multiply_panels(y, &task, panels, weights, multiply)
+            };
         }
     }
 

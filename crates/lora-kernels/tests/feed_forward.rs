@@ -7,15 +7,19 @@ mod common;
 
 use candle_core::{DType, Tensor};
 use common::{flat, noise};
-use lora_kernels::{
-    Added, Compute, FeedForward, feed_forward, geglu, layer_norm, linear_added,
-};
+use lora_kernels::{Added, Compute, FeedForward, feed_forward, geglu, layer_norm, linear_added};
 
 #[test]
 fn one_pass_is_its_layers() {
     // Rows that fill tasks and rows that do not, sums in one part and in two, too few rows for one
     // pass, and channels that no panel is made of.
-    for (batch, rows, c) in [(2, 96, 16), (1, 197, 48), (1, 1300, 640), (1, 9, 32), (2, 50, 12)] {
+    for (batch, rows, c) in [
+        (2, 96, 16),
+        (1, 197, 48),
+        (1, 1300, 640),
+        (1, 9, 32),
+        (2, 50, 12),
+    ] {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             for compute in [Compute::F32, Compute::Bf16] {
                 for biased in [true, false] {
@@ -43,7 +47,10 @@ fn one_pass_is_its_layers() {
                     let gated = geglu(&linear(&normal, &proj, to_proj, None)).unwrap();
                     let want = linear(&gated, &out, to_out, Some(&x));
                     assert_eq!(got.dims(), want.dims());
-                    assert!(flat(&got) == flat(&want), "{batch}x{rows}x{c} {dtype:?} {compute:?}");
+                    assert!(
+                        flat(&got) == flat(&want),
+                        "{batch}x{rows}x{c} {dtype:?} {compute:?}"
+                    );
                 }
             }
         }

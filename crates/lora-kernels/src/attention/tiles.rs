@@ -31,7 +31,7 @@ impl Kernel for F32 {
 
 impl Kernel for Bf16 {
     /// Error below 1.1e-4, a twentieth of a rounding to bf16.
-    const POWERS: &'static [f32] = &[6.932_829_3e-1, 2.422_11e-1, 5.500_893e-2];
+    const POWERS: &'static [f32] = &[6.932_83e-1, 2.422_11e-1, 5.500_893e-2];
 }
 
 /// `2^x` where the mask is set, else 0; infinite above 128.

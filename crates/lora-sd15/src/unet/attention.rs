@@ -195,7 +195,11 @@ impl FeedForward {
             return None;
         };
         let elsewhere = !x.device().is_cpu() || x.dtype() != DType::F32;
-        if elsewhere || x.track_op() || !layers.iter().all(plain) || self.proj.compute() != self.out.compute() {
+        if elsewhere
+            || x.track_op()
+            || !layers.iter().all(plain)
+            || self.proj.compute() != self.out.compute()
+        {
             return None;
         }
         let of = |layer: &'a Layer| (&layer.base().weight, layer.base().bias.as_ref());
