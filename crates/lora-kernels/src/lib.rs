@@ -123,10 +123,11 @@ pub enum Compute {
     F32,
     /// Operands are rounded to bf16 once, sums and results are f32. Norms, activation functions
     /// and softmax are f32. Where there are many pixels, what 3x3 convolutions round are sums of
-    /// four inputs and of weights (Winograd's algorithm F(2x2, 3x3)), or nothing where channels
-    /// are no multiple of 32 (F(4x4, 3x3)). Low-rank branches are multiplied as under PyTorch's
-    /// autocast: their weights and gradients are f32, rounded as operands (on GPUs only `down`,
-    /// and where it is frozen). What other adapters compute is f32.
+    /// inputs and of weights (Winograd's algorithm): of 6x6 inputs, to whole numbers of 16 bits,
+    /// with about the error of bf16 inputs, or, between 128 and 1024 pixels, of four inputs, to
+    /// bf16; or nothing where channels are no multiple of 32. Low-rank branches are multiplied as
+    /// under PyTorch's autocast: their weights and gradients are f32, rounded as operands (on GPUs
+    /// only `down`, and where it is frozen). What other adapters compute is f32.
     Bf16,
 }
 

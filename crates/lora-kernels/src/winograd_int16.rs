@@ -121,8 +121,7 @@ impl Fixed {
     /// # Safety
     /// As for [`Winograd`]'s.
     unsafe fn convolve(&self, y: *mut f32, begin: Begin<'_>, x: &[f32], weight: Values<'_>) {
-        let fits = self.wide.fits() && self.conv.in_blocks();
-        assert!(fits && x.len() >= self.conv.images * self.conv.c * self.conv.area());
+        assert!(self.wide.fits() && x.len() >= self.conv.images * self.conv.c * self.conv.area());
         assert!(weight.len() >= self.conv.o * self.conv.c * TAPS);
         let runs = self.wide.runs();
         let y = Shared::new(y);
@@ -178,29 +177,36 @@ impl Fixed {
         steps: &mut Vec<f32>,
     ) {
         let (words, lines) = (panels.len() * self.panel(), panels.len() * POINTS * PANEL);
-        for panel in panels {
-            // Only the last panel is not full: what it had before is not to stay.
-            if panel.iter().map(|run| run.tiles).sum::<usize>() < PANEL {
-                v.clear();
-            }
-        }
-        v.resize(words, 0);
+        v.clear();
+        v.reserve(words);
         steps.clear();
         steps.resize(lines, 0.0);
-        let (v, steps) = (Shared::new(v.as_mut_ptr()), Shared::new(steps.as_mut_ptr()));
+        let (to, steps) = (Shared::new(v.as_mut_ptr()), Shared::new(steps.as_mut_ptr()));
         let numbered = panels.iter().enumerate();
         let runs: Vec<_> = numbered
+            .clone()
             .flat_map(|(panel, runs)| runs.iter().map(move |run| (panel, run)))
             .collect();
         runs.into_par_iter().for_each(|(panel, run)| {
             let lane = run.tile % PANEL;
             let steps = steps.at(panel * POINTS * PANEL + lane);
-            let v = v.at(panel * self.panel() + lane);
+            let to = to.at(panel * self.panel() + lane);
             // SAFETY: the processor is able (`fits`), the run is inside the pictures. Each point has
             // a line of each word in its panel, and one of steps, of which the run's lanes are
             // written, for this run only.
-            unsafe { self.transform_input(run, x, v, steps) };
+            unsafe { self.transform_input(run, x, to, steps) };
         });
+        for (panel, runs) in numbered {
+            let lanes: usize = runs.iter().map(|run| run.tiles).sum();
+            for line in (0..self.panel()).step_by(PANEL).filter(|_| lanes < PANEL) {
+                let behind = to.at(panel * self.panel() + line + lanes);
+                // SAFETY: the lanes behind the last tile are inside the line.
+                unsafe { behind.write_bytes(0, PANEL - lanes) };
+            }
+        }
+        // SAFETY: there is room for so many words; of every panel all lines have been written, the
+        // lanes of tiles and those behind them.
+        unsafe { v.set_len(words) };
     }
 
     /// # Safety
