@@ -1,7 +1,7 @@
 //! A transformer's feed-forward part in one pass over its rows, where no gradient is asked for: what
 //! lies between its layers, eight times as wide as its input, never leaves the caches.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use crate::{Added, Compute, layer_norm, linear_added};
 #[cfg(target_arch = "x86_64")]
@@ -13,7 +13,7 @@ use {
     crate::matrix::{PANEL, Values, native_products},
     crate::pointwise::gate,
     crate::{fast, norm},
-    candle_core::Device,
+    candle_core::{DType, Device},
     half::bf16,
     std::sync::Mutex,
 };

@@ -191,6 +191,7 @@ fn forward(y: &mut [f32], x: &[f32], rows: Rows, w: &[f32], b: &[f32], eps: f64,
 }
 
 /// Layer norm of rows of as many values as there are scales.
+#[cfg(target_arch = "x86_64")]
 pub(crate) fn normalize(y: &mut [f32], x: &[f32], (w, b): (&[f32], &[f32]), eps: f64) {
     let rows = Rows {
         width: w.len(),

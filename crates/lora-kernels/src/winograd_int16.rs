@@ -4,11 +4,12 @@
 //!
 //! In bf16 the transformed values of 4x4 tiles would round some six times worse than inputs
 //! themselves. They are of one size, though, as they are sums over a tile: those of a tile's point
-//! over all channels are rounded to multiples of a 8191st of the largest, those of an output
-//! channel's point to multiples of about as fine a step. So the error is that of bf16 inputs and
-//! weights (measured in `tests/bf16.rs`). Sums are exact, in 32 bits: weights are scaled so that
-//! their sizes, added up, times 8191 cannot leave these, whatever the inputs; sums over more than
-//! 480 channels are made in parts.
+//! over all channels are rounded to multiples of an 8191st of the largest, those of an output
+//! channel's point to multiples of about as fine a step. So the error is below that of bf16 inputs
+//! and weights (`tests/bf16.rs`), unless channels differ much in size (`docs/performance.md` of the
+//! repository has figures). Sums are exact, in 32 bits: weights are scaled so that their sizes, added
+//! up, times 8191 cannot leave these, whatever the inputs; sums over more than 480 channels are made
+//! in parts.
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;

@@ -179,10 +179,10 @@ fn transformed_operands_are_rounded_once() {
             for (what, (ours, plain)) in ["y", "dx"].iter().zip(ours.iter().zip(&plain)) {
                 let error = distance(ours, plain);
                 // Of rounded operands it is 1.2; with tiles of 2x2 outputs 1.7 times that, with 64
-                // tiles of 4x4 or more about the same.
+                // tiles of 4x4 or more below 0.9, and 1.2 with weights that are bf16 themselves.
                 let most = match n * h.div_ceil(4) * w.div_ceil(4) {
                     ..64 => 2.4,
-                    _ => 1.5,
+                    _ => 1.3,
                 };
                 assert!(
                     error < most * ROUNDING,
