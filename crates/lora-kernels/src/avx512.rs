@@ -692,6 +692,17 @@ impl Begin {
     }
 }
 
+impl Output {
+    /// The same, to be added to once more.
+    fn adding(self) -> Self {
+        Self {
+            add: true,
+            begin: Begin::NOTHING,
+            ..self
+        }
+    }
+}
+
 // SAFETY: tasks write disjoint elements.
 unsafe impl Send for Output {}
 // SAFETY: as above.
@@ -805,6 +816,8 @@ unsafe fn product<S: Arithmetic, A: Element<S>, B: Element<S>>(
         return;
     }
     let parallel = parallel && m * n * k >= PARALLEL_PRODUCTS;
+    let laid = |(a, b): &(_, _)| (Rows::new::<S, f32>(*a), Panels::of(*b, parallel));
+    let more: Vec<_> = more.iter().filter(|(a, _)| a.inner > 0).map(laid).collect();
     if more.is_empty() && a.inner_stride != 1 && n <= PANEL && m >= 4 * n {
         // SAFETY: the caller's word.
         return unsafe { turned::<S, A, B>(out, a, b, parallel) };
@@ -813,11 +826,11 @@ unsafe fn product<S: Arithmetic, A: Element<S>, B: Element<S>>(
     unsafe {
         let in_place = panel_in_place::<S, B>(b).filter(|_| more.is_empty());
         if let Some(panel) = in_place {
-            by_panels::<S, A>(out, a, panel, &[], parallel);
+            by_panels::<S, A>(out, a, panel, panel.len(), &[], parallel);
         } else if m >= n {
-            by_rows::<S, A, B>(out, a, b, more, parallel);
+            by_rows::<S, A, B>(out, a, b, &more, parallel);
         } else {
-            by_columns::<S, A, B>(out, a, b, more, parallel);
+            by_columns::<S, A, B>(out, a, b, &more, parallel);
         }
     }
 }
@@ -835,9 +848,7 @@ unsafe fn turned<S: Arithmetic, A: Element<S>, B: Element<S>>(
     a: Operand<'_, A>,
     b: Operand<'_, B>,
     parallel: bool,
-) where
-    f32: Element<S>,
-{
+) {
     let (m, n) = (a.outer, b.outer);
     let mut columns: Vec<f32> = zeros(m * n);
     let sums = Output {
@@ -939,28 +950,6 @@ fn panel_in_place<'a, S: Arithmetic, T: Element<S>>(b: Operand<'a, T>) -> Option
     Some(unsafe { std::slice::from_raw_parts(b.data.as_ptr().cast(), b.inner * PANEL) })
 }
 
-/// A right operand in panels, `[panel][word][64]`, laid out by all threads if `parallel`.
-///
-/// # Safety
-/// AVX-512 with BW, VL, BF16 and VNNI; the operand is checked.
-unsafe fn panels_of<S: Arithmetic, B: Element<S>>(b: Operand<'_, B>, parallel: bool) -> Vec<u32> {
-    let words = b.words::<S>();
-    let length = PANEL * words.next_multiple_of(16);
-    let mut panels: Vec<u32> = zeros(b.outer.div_ceil(PANEL) * length);
-    // SAFETY: the caller's word, and columns are inside.
-    let lay = |(number, out): (usize, &mut [u32])| unsafe {
-        b.panel::<S>(number * PANEL, 0, words, out);
-    };
-    match parallel {
-        true => panels
-            .par_chunks_mut(length.max(1))
-            .enumerate()
-            .for_each(lay),
-        false => panels.chunks_mut(length.max(1)).enumerate().for_each(lay),
-    }
-    panels
-}
-
 /// The right operand is laid out at once, rows of the left one are divided.
 ///
 /// # Safety
@@ -969,85 +958,61 @@ unsafe fn by_rows<S: Arithmetic, A: Element<S>, B: Element<S>>(
     out: Output,
     a: Operand<'_, A>,
     b: Operand<'_, B>,
-    more: More<'_>,
+    more: &[(Rows, Panels<S>)],
     parallel: bool,
-) where
-    f32: Element<S>,
-{
-    // SAFETY: the caller's word, and what it says of panels.
-    unsafe {
-        let panels = panels_of::<S, B>(b, parallel);
-        let more: Vec<_> = more
-            .iter()
-            .map(|(a, b)| (*a, panels_of::<S, f32>(*b, parallel)))
-            .collect();
-        by_panels::<S, A>(out, a, &panels, &more, parallel);
-    }
+) {
+    let panels = Panels::<S>::of(b, parallel);
+    // SAFETY: the caller's word, and the panels are laid out.
+    unsafe { by_panels::<S, A>(out, a, &panels.values, panels.length, more, parallel) };
 }
 
-/// The right operand is laid out in panels, rows of the left one are divided.
+/// The right operand is laid out in panels of `length` words, rows of the left one are divided.
 ///
 /// # Safety
-/// AVX-512 with BW, VL, BF16 and VNNI; operands are checked, the panels have their words and as many
-/// columns as `out`, which has as many rows.
+/// AVX-512 with BW, VL, BF16 and VNNI; the operand is checked, the panels have its words, `out` the
+/// sizes of both, and so have `more` products.
 unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
     out: Output,
     a: Operand<'_, A>,
     panels: &[u32],
-    more: &[(Operand<'_, f32>, Vec<u32>)],
+    length: usize,
+    more: &[(Rows, Panels<S>)],
     parallel: bool,
-) where
-    f32: Element<S>,
-{
+) {
     let words = a.words::<S>();
-    let count = out.columns.div_ceil(PANEL);
-    let length = panels.len() / count;
     let own = in_place::<S, A>(a);
     each(a.outer.div_ceil(TASK_ROWS), parallel, |buffer, task| {
         let from = task * TASK_ROWS;
-        let rows = TASK_ROWS.min(a.outer - from);
+        let rows = (from, TASK_ROWS.min(a.outer - from));
         let (left, skipped) = match own {
             Some(left) => (left, from),
             None => {
                 // SAFETY: the caller's word, and rows are inside.
-                unsafe { a.rows::<S>(from, from + rows, buffer) };
+                unsafe { a.rows::<S>(from, from + rows.1, buffer) };
                 (packed(buffer, words), 0)
             }
         };
-        let lay = |(a, _): &(Operand<'_, f32>, _)| {
-            let mut laid = Vec::new();
-            // SAFETY: as above.
-            unsafe { a.rows::<S>(from, from + rows, &mut laid) };
-            laid
-        };
-        let added: Vec<_> = more.iter().map(lay).collect();
         for (number, panel) in panels.chunks(length).enumerate() {
             let column = number * PANEL;
-            for (first, depth) in parts(words) {
-                let panel = &panel[first * PANEL..];
-                // SAFETY: rows and columns are inside.
-                unsafe {
-                    block::<S>(out, from, rows, column, left, skipped, panel, first, depth);
+            // SAFETY: rows and columns are inside.
+            unsafe {
+                whole_panel::<S>(out, rows, column, (left, skipped), panel, words);
+                for (left, panels) in more {
+                    let left = (left.at(0, 0), from);
+                    let panel = panels.panel(number);
+                    whole_panel::<S>(out.adding(), rows, column, left, panel, panels.words);
                 }
-            }
-            for ((a, panels), rows_of) in more.iter().zip(&added) {
-                let (length, left) = (panels.len() / count, packed(rows_of, a.words::<S>()));
-                let panel = &panels[number * length..];
-                // SAFETY: as above.
-                unsafe {
-                    add_block::<S>(out, (from, rows), column, (left, 0), panel, a.words::<S>())
-                };
             }
         }
     });
 }
 
-/// Adds the product of rows and a panel to the output's rows, of which there is the start and the
-/// number.
+/// The output's rows, from the first one on as many, by one panel: all parts of the inner dimension,
+/// of the left operand's rows from the given one on.
 ///
 /// # Safety
 /// As for [`block`].
-unsafe fn add_block<S: Arithmetic>(
+unsafe fn whole_panel<S: Arithmetic>(
     out: Output,
     (row, rows): (usize, usize),
     column: usize,
@@ -1055,28 +1020,24 @@ unsafe fn add_block<S: Arithmetic>(
     panel: &[u32],
     words: usize,
 ) {
-    let out = Output {
-        add: true,
-        begin: Begin::NOTHING,
-        ..out
-    };
-    // SAFETY: the caller's word.
-    unsafe { block::<S>(out, row, rows, column, left, left_row, panel, 0, words) };
+    for (first, depth) in parts(words) {
+        let panel = &panel[first * PANEL..];
+        // SAFETY: the caller's word.
+        unsafe { block::<S>(out, row, rows, column, left, left_row, panel, first, depth) };
+    }
 }
 
 /// The left operand is laid out at once, columns of the right one are divided.
 ///
 /// # Safety
-/// AVX-512 with BW, VL, BF16 and VNNI; operands are checked, `out` has their sizes.
+/// As for [`by_rows`].
 unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
     out: Output,
     a: Operand<'_, A>,
     b: Operand<'_, B>,
-    more: More<'_>,
+    more: &[(Rows, Panels<S>)],
     parallel: bool,
-) where
-    f32: Element<S>,
-{
+) {
     let words = a.words::<S>();
     let mut rows = Vec::new();
     let left = match in_place::<S, A>(a) {
@@ -1087,27 +1048,10 @@ unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
             packed(&rows, words)
         }
     };
-    let lay = |(a, _): &(Operand<'_, f32>, _)| {
-        let mut rows = Vec::new();
-        // SAFETY: as above.
-        unsafe { a.rows::<S>(0, a.outer, &mut rows) };
-        rows
-    };
-    let added: Vec<_> = more.iter().map(lay).collect();
     let panels = b.outer.div_ceil(PANEL);
     let per_task = TASK_PANELS.min(panels.div_ceil(4)).max(1);
     each(panels.div_ceil(per_task), parallel, |buffer, task| {
         let numbers = task * per_task..((task + 1) * per_task).min(panels);
-        let laid = |(a, b): &(Operand<'_, f32>, Operand<'_, f32>)| {
-            let length = PANEL * a.words::<S>().next_multiple_of(16);
-            let mut laid = vec![0; numbers.len() * length];
-            for (number, out) in numbers.clone().zip(laid.chunks_mut(length.max(1))) {
-                // SAFETY: the caller's word, and columns are inside.
-                unsafe { b.panel::<S>(number * PANEL, 0, a.words::<S>(), out) };
-            }
-            (laid, length)
-        };
-        let more_panels: Vec<_> = more.iter().map(laid).collect();
         for (first, depth) in parts(words) {
             let length = PANEL * depth.next_multiple_of(16);
             grow(buffer, numbers.len() * length);
@@ -1115,22 +1059,19 @@ unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
                 // SAFETY: the caller's word, and columns are inside.
                 unsafe { b.panel::<S>(number * PANEL, first, depth, out) };
             }
-            let last = first + depth == words;
+            // They are added to blocks that are in the cache.
+            let more = if first + depth == words { more } else { &[] };
             for row in (0..a.outer).step_by(TASK_ROWS) {
                 let rows = TASK_ROWS.min(a.outer - row);
-                for (at, panel) in buffer.chunks(length).enumerate().take(numbers.len()) {
-                    let column = (numbers.start + at) * PANEL;
+                for (number, panel) in numbers.clone().zip(buffer.chunks(length)) {
+                    let column = number * PANEL;
                     // SAFETY: rows and columns are inside.
                     unsafe {
                         block::<S>(out, row, rows, column, left, row, panel, first, depth);
-                    }
-                    let added = more.iter().zip(&added).zip(&more_panels);
-                    for (((a, _), left), (panels, length)) in added.filter(|_| last) {
-                        let words = a.words::<S>();
-                        let (left, panel) = (packed(left, words), &panels[at * length..]);
-                        // SAFETY: as above.
-                        unsafe {
-                            add_block::<S>(out, (row, rows), column, (left, row), panel, words);
+                        for (left, panels) in more {
+                            let (rows, left) = ((row, rows), (left.at(0, 0), row));
+                            let panel = panels.panel(number);
+                            whole_panel::<S>(out.adding(), rows, column, left, panel, panels.words);
                         }
                     }
                 }
@@ -1189,32 +1130,38 @@ impl<S: Arithmetic> Panels<S> {
         }
     }
 
-    /// An operand, laid out by all threads.
-    pub(crate) fn of<T: Element<S>>(b: Operand<'_, T>) -> Self {
-        let mut panels = Self::new();
-        panels.take(&b);
-        let words = panels.words;
-        let parts = panels.values.par_chunks_mut(panels.length.max(1));
-        parts.enumerate().for_each(|(number, out)| {
-            // SAFETY: the processor is able, the operand is checked; columns are inside.
-            unsafe { b.panel::<S>(number * PANEL, 0, words, out) };
-        });
-        panels
+    /// An operand, laid out by all threads if `parallel`.
+    pub(crate) fn of<T: Element<S>>(b: Operand<'_, T>, parallel: bool) -> Self {
+        check_processor();
+        b.check();
+        let words = b.words::<S>();
+        let length = PANEL * words.next_multiple_of(16).max(16);
+        let mut values: Vec<u32> = zeros(b.outer.div_ceil(PANEL) * length);
+        // SAFETY: the processor is able, the operand is checked; columns are inside.
+        let lay = |(number, out): (usize, &mut [u32])| unsafe {
+            b.panel::<S>(number * PANEL, 0, words, out);
+        };
+        match parallel {
+            true => values.par_chunks_mut(length).enumerate().for_each(lay),
+            false => values.chunks_mut(length).enumerate().for_each(lay),
+        }
+        Self {
+            values,
+            words,
+            columns: b.outer,
+            length,
+            arithmetic: PhantomData,
+        }
     }
 
-    /// Makes room for an operand.
-    fn take<T: Element<S>>(&mut self, b: &Operand<'_, T>) {
+    /// Takes another operand.
+    pub(crate) fn lay<T: Element<S>>(&mut self, b: Operand<'_, T>) {
         check_processor();
         b.check();
         self.words = b.words::<S>();
         self.columns = b.outer;
         self.length = PANEL * self.words.next_multiple_of(16);
         grow(&mut self.values, b.outer.div_ceil(PANEL) * self.length);
-    }
-
-    /// Takes another operand.
-    pub(crate) fn lay<T: Element<S>>(&mut self, b: Operand<'_, T>) {
-        self.take(&b);
         let panels = self.values.chunks_mut(self.length.max(1));
         for (column, out) in (0..b.outer).step_by(PANEL).zip(panels) {
             // SAFETY: the processor is able, the operand is checked.
@@ -1243,15 +1190,11 @@ impl<S: Arithmetic> Panels<S> {
             add: false,
             begin: Begin::of(start),
         };
-        for (number, panel) in self.values.chunks(self.length).enumerate() {
-            if number * PANEL >= self.columns {
-                break;
-            }
-            for (first, depth) in parts(self.words) {
-                let (column, panel) = (number * PANEL, &panel[first * PANEL..]);
-                // SAFETY: `take` has looked at the processor; rows and columns are inside.
-                unsafe { block::<S>(out, 0, rows, column, a, 0, panel, first, depth) };
-            }
+        for number in 0..self.columns.div_ceil(PANEL) {
+            let (column, panel) = (number * PANEL, self.panel(number));
+            // SAFETY: who laid out the panels has looked at the processor; rows and columns are
+            // inside.
+            unsafe { whole_panel::<S>(out, (0, rows), column, (a, 0), panel, self.words) };
         }
     }
 

@@ -208,6 +208,12 @@ impl Geometry {
         (self.kh, self.kw, self.p.stride, self.p.padding) == (1, 1, 1, 0)
     }
 
+    /// Whether a product for each image is all there is to do.
+    fn product_per_image(&self) -> bool {
+        let large = self.n == 1 || self.plane() > SMALL_PLANE;
+        self.pointwise() && self.p.groups == 1 && large
+    }
+
     /// Output pixels of a channel.
     fn plane(&self) -> usize {
         self.oh * self.ow
@@ -434,7 +440,7 @@ impl Geometry {
             let m = View::rows(&m[image * r * plane..], *r, plane, plane);
             (View::rows(*u, self.o, *r, *r), m)
         };
-        if self.pointwise() && self.p.groups == 1 && (self.n == 1 || plane > SMALL_PLANE) {
+        if self.product_per_image() {
             return each_written(y, self.o * plane, |image, y| {
                 let x = View::rows(&x[self.input(image, 0)..], self.c, plane, plane);
                 let start = start.of_rows(image * self.o, self.o, plane);
@@ -443,7 +449,7 @@ impl Geometry {
             });
         }
         let y = match self.direct(compute, false) {
-            Some(direct) => direct.run_new(y, start, plane, x, w),
+            Some(direct) => direct.run_new(y, start, x, w),
             None => {
                 let y = start.written(y, plane);
                 self.forward(compute, y, true, x, w);
@@ -529,12 +535,15 @@ impl Geometry {
         let (start, area) = (Start::default(), self.h * self.w);
         let n = self.n * self.c * area;
         if let Some(direct) = self.direct(compute, true) {
-            return written(n, |dx| direct.run_new(dx, start, area, dy, w));
+            return written(n, |dx| direct.run_new(dx, start, dy, w));
         }
-        if self.pointwise() && (self.n, self.p.groups) == (1, 1) {
-            let dy = View::rows(dy, self.o, area, area);
-            let pair = (self.weight(w, 0).t(), dy);
-            return written(n, |dx| multiply_new(compute, dx, start, pair, &[]));
+        if self.product_per_image() {
+            return written(n, |dx| {
+                each_written(dx, self.c * area, |image, dx| {
+                    let dy = View::rows(&dy[image * self.o * area..], self.o, area, area);
+                    multiply_new(compute, dx, start, (self.weight(w, 0).t(), dy), &[])
+                })
+            });
         }
         let mut dx = zeros(n);
         self.input_gradient(compute, &mut dx, false, w, dy);

@@ -33,6 +33,8 @@ impl Conv3x3 {
 
 /// A way to compute it without a matrix of patches.
 pub(crate) trait Way {
+    fn conv(&self) -> &Conv3x3;
+
     /// Whether this is the faster way.
     fn pays(&self) -> bool;
 
@@ -40,17 +42,15 @@ pub(crate) trait Way {
     /// `[o, c, 3, 3]`, or `[c, o, 3, 3]` if transposed.
     fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>);
 
-    /// Writes all of `y`: `start`, whose rows are the planes of `area` pixels of the output, and the
-    /// convolution.
+    /// Writes all of `y`: `start`, whose rows are the planes of the output, and the convolution.
     fn run_new<'d>(
         &self,
         y: &'d mut [MaybeUninit<f32>],
         start: Start<'_>,
-        area: usize,
         x: &[f32],
         weight: Values<'_>,
     ) -> &'d mut [f32] {
-        let y = start.written(y, area);
+        let y = start.written(y, self.conv().area());
         self.run(y, true, x, weight);
         y
     }

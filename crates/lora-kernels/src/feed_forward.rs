@@ -141,8 +141,8 @@ impl FeedForward<'_> {
         let (c, hidden) = (self.norm.0.elem_count(), self.proj.0.dim(0)? / 2);
         let panels = |weight: &Tensor, o: usize, i: usize| {
             with_weight(weight, true, |w| match w {
-                Values::F32(w) => Panels::<S>::of(Operand::dense(w, o, i)),
-                Values::Bf16(w) => Panels::<S>::of(Operand::dense(w, o, i)),
+                Values::F32(w) => Panels::<S>::of(Operand::dense(w, o, i), true),
+                Values::Bf16(w) => Panels::<S>::of(Operand::dense(w, o, i), true),
             })
         };
         let proj = panels(self.proj.0, 2 * hidden, c)?;
@@ -191,7 +191,8 @@ impl FeedForward<'_> {
                 maybe_with(self.proj.1, |to_proj| {
                     maybe_with(self.out.1, |to_out| {
                         in_parts(x.len(), ROWS * c, |first, y: &mut [f32]| {
-                            let mut work: Work = take(&spare).unwrap_or_default();
+                            let again = spare.lock().ok().and_then(|mut all| all.pop());
+                            let mut work: Work = again.unwrap_or_default();
                             let x = &x[first..first + y.len()];
                             task(x, y, (w, b), [to_proj, to_out], &mut work);
                             if let Ok(mut all) = spare.lock() {
@@ -203,11 +204,6 @@ impl FeedForward<'_> {
             })
         })???
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn take<W>(spare: &Mutex<Vec<W>>) -> Option<W> {
-    spare.lock().ok()?.pop()
 }
 
 /// Of 64 values and gates a row, without their biases, what GEGLU makes: rows of `hidden` values from

@@ -33,7 +33,7 @@ const VECTORS: usize = 4;
 /// first-level cache for all output channels of a task.
 const PART: usize = 2;
 /// Fewer pixels than this do not pay for laying out the weights, which for patches are read where
-/// they lie; transposed ones are not.
+/// they lie; transposed ones are laid out there, too, but not value by value.
 const MIN_PIXELS: usize = 512;
 /// Most output channels and vectors per task.
 const TASK_CHANNELS: usize = 16 * TILE;
@@ -52,6 +52,10 @@ struct Sixteen {
 }
 
 impl Way for Implicit {
+    fn conv(&self) -> &Conv3x3 {
+        &self.0
+    }
+
     /// The channels read have to be whole blocks, and there have to be instructions for it.
     fn pays(&self) -> bool {
         let enough = self.0.images * self.0.area() >= MIN_PIXELS;
@@ -315,7 +319,7 @@ struct Tile<'a> {
 
 impl Tile<'_> {
     /// # Safety
-    /// AVX-512 with BW, VL and BF16. There are weights of that many channels and blocks; all
+    /// AVX-512 with BW, VL, BF16 and VNNI. There are weights of that many channels and blocks; all
     /// vectors, moved by any tap, are inside the planes of these blocks; their sums are inside the
     /// output, and nothing else uses them.
     unsafe fn run(&self, channels: usize, vectors: &[Sixteen]) {

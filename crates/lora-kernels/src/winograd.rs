@@ -29,6 +29,10 @@ const WEIGHTS: usize = 8;
 pub(crate) struct Winograd(pub(crate) Conv3x3);
 
 impl Way for Winograd {
+    fn conv(&self) -> &Conv3x3 {
+        &self.0
+    }
+
     fn pays(&self) -> bool {
         self.tiles() >= MIN_TILES && self.0.c >= MIN_CHANNELS && self.0.o >= MIN_CHANNELS
     }

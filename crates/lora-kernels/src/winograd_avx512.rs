@@ -11,7 +11,7 @@
 //! In bf16, what is rounded are sums of four inputs and of up to nine weights. Against inputs and
 //! weights rounded themselves the error is 1.7 times as large for values that are independent of
 //! one another: 25 instead of 9 products add their errors to an output. F(4x4, 3x3) would round
-//! some ten times worse, and is for f32 only, where the result differs from direct summation by
+//! some six times worse, and is for f32 here (`winograd_int16.rs` has it for less), where the result differs from direct summation by
 //! a few 1e-6 of the output's size.
 
 use std::arch::x86_64::*;
@@ -66,7 +66,7 @@ pub(crate) trait Algorithm: Copy + Send + Sync + 'static {
 }
 
 /// Most inputs of a tile in one dimension.
-pub(crate) const MOST: usize = 6;
+const MOST: usize = 6;
 
 /// F(2x2, 3x3).
 #[derive(Clone, Copy)]
@@ -101,10 +101,6 @@ pub(crate) struct Begin<'a> {
 }
 
 impl<'a> Begin<'a> {
-    pub(crate) fn of(accumulate: bool, start: Start<'a>) -> Self {
-        Self { accumulate, start }
-    }
-
     /// That of one plane.
     fn plane(&self, number: usize, area: usize) -> Self {
         let start = self.start.of_rows(number, 1, area);
@@ -136,29 +132,62 @@ impl<S: Arithmetic, A: Algorithm> Way for Winograd<S, A> {
         self.fits() && self.tiles() >= A::MIN_TILES && self.conv.o >= MIN_OUTPUTS
     }
 
+    fn conv(&self) -> &Conv3x3 {
+        &self.conv
+    }
+
     fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
-        let begin = Begin::of(accumulate, Start::default());
-        let y = y.as_mut_ptr();
-        // SAFETY: a slice is good for reading and writing as many values as it has.
-        unsafe { self.convolve(y, begin, x, weight) };
+        // SAFETY: what is handed out is what `convolve` asks for.
+        into_sum(&self.conv, y, accumulate, |y, begin| unsafe {
+            self.convolve(y, begin, x, weight);
+        });
     }
 
     fn run_new<'d>(
         &self,
         y: &'d mut [MaybeUninit<f32>],
         start: Start<'_>,
-        area: usize,
         x: &[f32],
         weight: Values<'_>,
     ) -> &'d mut [f32] {
-        start.check(self.conv.images * self.conv.o, area);
-        assert_eq!(y.len(), self.conv.images * self.conv.o * area);
-        // SAFETY: sizes are those of the output, which is not read, and written to its end.
-        unsafe {
-            self.convolve(y.as_mut_ptr().cast(), Begin::of(false, start), x, weight);
-            y.assume_init_mut()
-        }
+        let convolve = |y: *mut f32, begin: Begin<'_>| {
+            // SAFETY: what is handed out is what `convolve` asks for.
+            unsafe { self.convolve(y, begin, x, weight) };
+        };
+        // SAFETY: `convolve` writes all planes.
+        unsafe { into_new(&self.conv, y, start, convolve) }
     }
+}
+
+/// Has `convolve` write the output's planes, or add to them: they are good for reading and writing.
+pub(crate) fn into_sum(
+    conv: &Conv3x3,
+    y: &mut [f32],
+    accumulate: bool,
+    convolve: impl FnOnce(*mut f32, Begin<'_>),
+) {
+    assert!(y.len() >= conv.images * conv.o * conv.area());
+    let start = Start::default();
+    convolve(y.as_mut_ptr(), Begin { accumulate, start });
+}
+
+/// Has `convolve` write the output's planes, which begin with `start`: they are good for writing, and
+/// what they begin with is of their size.
+///
+/// # Safety
+/// `convolve` writes all planes, and reads none.
+pub(crate) unsafe fn into_new<'d>(
+    conv: &Conv3x3,
+    y: &'d mut [MaybeUninit<f32>],
+    start: Start<'_>,
+    convolve: impl FnOnce(*mut f32, Begin<'_>),
+) -> &'d mut [f32] {
+    start.check(conv.images * conv.o, conv.area());
+    assert_eq!(y.len(), conv.images * conv.o * conv.area());
+    let accumulate = false;
+    convolve(y.as_mut_ptr().cast(), Begin { accumulate, start });
+    // SAFETY: the caller's word.
+    unsafe { y.assume_init_mut() }
 }
 
 impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
@@ -182,7 +211,7 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
     }
 
     /// Tiles of all images.
-    pub(crate) fn tiles(&self) -> usize {
+    fn tiles(&self) -> usize {
         self.conv.images * self.rows() * self.columns()
     }
 

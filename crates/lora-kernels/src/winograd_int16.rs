@@ -21,7 +21,9 @@ use crate::avx512::{self, Arithmetic, F32, Finish, Int16, Shared, Taps, VECTORS}
 use crate::buffer::Start;
 use crate::conv3x3::{Conv3x3, TAPS, Way};
 use crate::matrix::{PANEL, Values};
-use crate::winograd_avx512::{Algorithm, Begin, Four, Run, Task, Winograd, panels};
+use crate::winograd_avx512::{
+    Algorithm, Begin, Four, Run, Task, Winograd, into_new, into_sum, panels,
+};
 
 const POINTS: usize = Four::POINTS;
 /// Lanes of a vector, and words that are laid out at once.
@@ -64,28 +66,30 @@ impl Way for Fixed {
         self.wide.pays() && !crate::matrix_registers()
     }
 
+    fn conv(&self) -> &Conv3x3 {
+        &self.conv
+    }
+
     fn run(&self, y: &mut [f32], accumulate: bool, x: &[f32], weight: Values<'_>) {
-        assert!(y.len() >= self.conv.images * self.conv.o * self.conv.area());
-        let begin = Begin::of(accumulate, Start::default());
-        // SAFETY: a slice is good for reading and writing as many values as it has.
-        unsafe { self.convolve(y.as_mut_ptr(), begin, x, weight) };
+        // SAFETY: what is handed out is what `convolve` asks for.
+        into_sum(&self.conv, y, accumulate, |y, begin| unsafe {
+            self.convolve(y, begin, x, weight);
+        });
     }
 
     fn run_new<'d>(
         &self,
         y: &'d mut [MaybeUninit<f32>],
         start: Start<'_>,
-        area: usize,
         x: &[f32],
         weight: Values<'_>,
     ) -> &'d mut [f32] {
-        start.check(self.conv.images * self.conv.o, area);
-        assert_eq!(y.len(), self.conv.images * self.conv.o * area);
-        // SAFETY: sizes are those of the output, which is not read, and written to its end.
-        unsafe {
-            self.convolve(y.as_mut_ptr().cast(), Begin::of(false, start), x, weight);
-            y.assume_init_mut()
-        }
+        let convolve = |y: *mut f32, begin: Begin<'_>| {
+            // SAFETY: what is handed out is what `convolve` asks for.
+            unsafe { self.convolve(y, begin, x, weight) };
+        };
+        // SAFETY: `convolve` writes all planes.
+        unsafe { into_new(&self.conv, y, start, convolve) }
     }
 }
 
@@ -291,7 +295,7 @@ impl Fixed {
     /// AVX-512 with BW, VL, BF16 and VNNI.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn scale(&self, line: &[u32], words: &mut [u32]) -> f32 {
-        let (mut largest, mut sum) = (0f32, 0f32);
+        let (mut largest, mut sum, mut all) = (0f32, 0f32, 0f32);
         for (first, words) in self.parts() {
             let part = &line[first * Int16::VALUES..][..words * Int16::VALUES];
             let (mut most, mut total) = (_mm512_setzero_ps(), _mm512_setzero_ps());
@@ -303,7 +307,14 @@ impl Fixed {
                 total = _mm512_add_ps(total, size);
             }
             largest = largest.max(_mm512_reduce_max_ps(most));
-            sum = sum.max(_mm512_reduce_add_ps(total));
+            let total = _mm512_reduce_add_ps(total);
+            sum = sum.max(total);
+            all += total;
+        }
+        if !all.is_finite() {
+            // A weight is no number, and so is what is summed with it.
+            words.fill(0);
+            return f32::NAN;
         }
         let step = (sum / LARGEST_SUM).max(largest / LARGEST_WEIGHT);
         let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };

@@ -66,7 +66,7 @@ fn linear_of_exact_operands() {
 
 #[test]
 fn convolution_of_exact_operands() {
-    // From the eighth on without a matrix of patches, forward where there are 512 pixels or more:
+    // From the eighth on without a matrix of patches where there are 512 pixels or more:
     // rows of whole vectors and others, output channels of whole tiles and others. The
     // one of 33 channels is done by Winograd's algorithm in f32.
     for (n, i, o, k, stride, groups, h, w) in [
@@ -242,6 +242,14 @@ fn what_is_no_number_stays_so_in_whole_numbers() {
         }
         // Tiles that do not read it are what they would be.
         assert!(y[0].is_finite() && y[31 * 32 + 31].is_finite());
+        let mut weights = flat(&weight);
+        weights[3 * 32 * 9 + 40] = bad;
+        let weight = Tensor::from_vec(weights, weight.shape(), &Device::Cpu).unwrap();
+        let x = noise(&[1, 32, 32, 32], 2);
+        let y = flat(&conv2d_added(&x, &weight, None, p, Compute::Bf16, &none).unwrap());
+        let planes: Vec<&[f32]> = y.chunks(32 * 32).collect();
+        assert!(planes[3].iter().all(|y| !y.is_finite()), "{bad}");
+        assert!(planes[2].iter().all(|y| y.is_finite()), "{bad}");
     }
 }
 

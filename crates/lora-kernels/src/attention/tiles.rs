@@ -43,14 +43,11 @@ impl Kernel for Bf16 {
 unsafe fn exp2<S: Kernel>(mask: __mmask16, x: __m512) -> __m512 {
     let whole = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
     let r = _mm512_sub_ps(x, whole);
-    let [first @ .., last] = S::POWERS else {
-        return _mm512_maskz_mov_ps(mask, _mm512_set1_ps(1.0));
-    };
-    let mut power = _mm512_set1_ps(*last);
-    for coefficient in first.iter().rev() {
-        power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(*coefficient));
-    }
-    power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(1.0));
+    let coefficients = S::POWERS.iter().rev().chain(&[1.0]);
+    let power = coefficients
+        .map(|coefficient| _mm512_set1_ps(*coefficient))
+        .reduce(|power, coefficient| _mm512_fmadd_ps(power, r, coefficient))
+        .unwrap_or_else(|| _mm512_setzero_ps());
     _mm512_maskz_scalef_ps(mask, power, whole)
 }
 
@@ -201,7 +198,7 @@ impl Context {
     /// Largest scores of a panel of queries against the first `keys` keys, in powers of two.
     ///
     /// # Safety
-    /// AVX-512 with BW, VL and BF16.
+    /// AVX-512 with BW, VL, BF16 and VNNI.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn largest<S: Kernel>(
         &self,
@@ -222,7 +219,7 @@ impl Context {
     /// weights.
     ///
     /// # Safety
-    /// AVX-512 with BW, VL and BF16.
+    /// AVX-512 with BW, VL, BF16 and VNNI.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn sum<S: Kernel>(
         &self,
@@ -259,7 +256,7 @@ impl Context {
     /// Results and logarithms of denominators of the queries of one panel.
     ///
     /// # Safety
-    /// AVX-512 with BW, VL and BF16.
+    /// AVX-512 with BW, VL, BF16 and VNNI.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn attend<S: Kernel>(
         &self,
@@ -436,7 +433,7 @@ impl<S: Kernel> Finish for ScoreGradients<'_, S> {
 /// Writes rows to a panel, `[word of rows][64]`, from an even row on; zeros behind an odd one.
 ///
 /// # Safety
-/// AVX-512 with BW, VL and BF16.
+/// AVX-512 with BW, VL, BF16 and VNNI.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
 unsafe fn store_panel<S: Kernel, const R: usize>(
@@ -476,7 +473,7 @@ where
 }
 
 /// # Safety
-/// AVX-512 with BW, VL and BF16.
+/// AVX-512 with BW, VL, BF16 and VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
 unsafe fn gradients<S: Kernel>(
     sizes: &Sizes,
