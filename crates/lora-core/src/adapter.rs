@@ -4,6 +4,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
+use lora_kernels::{Added, Compute};
 
 use crate::control::Pass;
 use crate::held::Held;
@@ -317,8 +318,8 @@ pub trait Adapter: Debug + Send + Sync {
 /// A branch as a product: what [`Adapter::low_rank`] returns.
 #[derive(Debug, Clone)]
 pub struct LowRank {
-    /// `[.., r]`, of a convolution `[n, r, h', w']`.
-    pub middle: Tensor,
+    /// What `up` multiplies.
+    pub middle: Middle,
     /// `[o, r]`.
     pub up: Tensor,
     /// `[o]`, of DoRA: the layer's product with its weight and this branch are multiplied by
@@ -326,17 +327,51 @@ pub struct LowRank {
     pub outputs: Option<Tensor>,
 }
 
-impl LowRank {
-    /// `up middle` as an output of the layer; without [`outputs`](Self::outputs).
-    pub(crate) fn apply(&self, op: &LayerOp) -> Result<Tensor> {
-        match op {
-            LayerOp::Conv2d(_) => {
-                let (o, r) = self.up.dims2()?;
-                let up = self.up.reshape((o, r, 1, 1))?;
-                lora_kernels::conv2d(&self.middle, &up, None, Default::default())
+/// The first half of a [`LowRank`] branch.
+#[derive(Debug, Clone)]
+pub enum Middle {
+    /// What `down` `[r, i]` of a linear layer makes of the input, computed together with the layer.
+    Down(Tensor),
+    /// `[.., r]`, of a convolution `[n, r, h', w']`.
+    Values(Tensor),
+}
+
+impl Middle {
+    /// The values, for the input `x` of a layer that computes like this.
+    pub(crate) fn values(self, x: &Tensor, compute: Compute) -> Result<Tensor> {
+        match self {
+            Self::Values(values) => Ok(values),
+            Self::Down(down) => {
+                lora_kernels::linear_added(x, &down, None, compute, &Added::default())
             }
-            _ => lora_kernels::linear(&self.middle, &self.up, None),
         }
+    }
+}
+
+impl LowRank {
+    /// `up middle` as an output of the layer for the input `x`; without [`outputs`](Self::outputs).
+    pub(crate) fn apply(self, x: &Tensor, layer: &BaseLayer) -> Result<Tensor> {
+        let (middle, up) = (self.middle.values(x, layer.compute)?, self.up);
+        match layer.op {
+            LayerOp::Conv2d(_) => {
+                let (o, r) = up.dims2()?;
+                let up = up.reshape((o, r, 1, 1))?;
+                lora_kernels::conv2d(&middle, &up, None, Default::default())
+            }
+            _ => lora_kernels::linear(&middle, &up, None),
+        }
+    }
+
+    /// Sorts branches into what a layer's product takes: pairs of middle and up, and factors.
+    pub(crate) fn sorted(all: Vec<Self>) -> [Vec<(Tensor, Tensor)>; 2] {
+        let (mut pairs, mut factors) = (Vec::new(), Vec::new());
+        for Self { middle, up, .. } in all {
+            match middle {
+                Middle::Values(values) => pairs.push((values, up)),
+                Middle::Down(down) => factors.push((down, up)),
+            }
+        }
+        [pairs, factors]
     }
 }
 

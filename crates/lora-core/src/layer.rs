@@ -309,28 +309,29 @@ impl Layer {
                 Ok::<(), candle_core::Error>(())
             })?;
         }
-        if let Some(product) = &multiplied
-            && let Some(outputs) = &product.outputs
+        if let Some(product) = multiplied
+            && let Some(outputs) = product.outputs.clone()
         {
             for other in low_rank {
-                branches.push(other.apply(&self.base.op)?);
+                branches.push(other.apply(x, &self.base)?);
             }
             branches.extend(residual.cloned());
-            return self.forward_multiplied(x, product, outputs, &branches, shift);
+            return self.forward_multiplied(x, product, &outputs, &branches, shift);
         }
         branches.extend(residual.cloned());
         // One is added in the same pass.
         let (first, others) = branches.split_first().unzip();
-        let low_rank: Vec<_> = low_rank.into_iter().map(|p| (p.middle, p.up)).collect();
+        let [low_rank, factors] = LowRank::sorted(low_rank);
         let added = Added {
             low_rank: &low_rank,
+            factors: &factors,
             residual: first,
             shift,
         };
         let BaseLayer { bias, op, .. } = &self.base;
         let mut y = match *op {
             LayerOp::Linear | LayerOp::Conv2d(_) => self.product(x, bias.as_ref(), &added)?,
-            _ if shift.is_some() || !low_rank.is_empty() => {
+            _ if shift.is_some() || !(low_rank.is_empty() && factors.is_empty()) => {
                 candle_core::bail!("{}: norms take neither shift nor low rank", self.path)
             }
             _ => {
@@ -363,14 +364,15 @@ impl Layer {
     fn forward_multiplied(
         &self,
         x: &Tensor,
-        product: &LowRank,
+        product: LowRank,
         outputs: &Tensor,
         branches: &[Tensor],
         shift: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let low_rank = [(product.middle.clone(), product.up.clone())];
+        let [low_rank, factors] = LowRank::sorted(vec![product]);
         let added = Added {
             low_rank: &low_rank,
+            factors: &factors,
             ..Added::default()
         };
         let y = self.product(x, None, &added)?;

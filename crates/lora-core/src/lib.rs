@@ -50,7 +50,7 @@ pub mod merge;
 mod set;
 mod targets;
 
-pub use adapter::{Adapter, DoraMultiplier, Family, LowRank, Reading};
+pub use adapter::{Adapter, DoraMultiplier, Family, LowRank, Middle, Reading};
 pub use blocks::{Block, BlockValues};
 pub use component::Component;
 pub use config::{AdapterConfig, Override};

@@ -2,17 +2,19 @@
 //! next: low-rank branches, a residual, a shift per sample. One result instead of a chain of
 //! sums, of which candle's graph would keep every step.
 
-use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
+use std::sync::{Arc, Mutex};
+
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use crate::buffer::{Start, maybe_with, with, with_both, written};
+use crate::buffer::{Onto, Start, maybe_with, with, with_both, written, zeros};
 use crate::channels::plane_sums;
 use crate::conv2d::Geometry;
 use crate::gradient::Gradient;
 use crate::joined::add;
-use crate::matrix::{Values, View, multiply_in, multiply_new, reads_narrow};
-use crate::node::{Value, node};
+use crate::matrix::{Chain, Values, View, multiply_in, multiply_onto, reads_narrow};
+use crate::node::{Saved, Value, node};
 use crate::{Compute, Conv2dParams, as_nodes, composed, fast, plain};
 
 /// What [`linear_added`] and [`conv2d_added`] add to the layer's own output.
@@ -21,6 +23,9 @@ pub struct Added<'a> {
     /// Products `up middle`: for a linear layer `middle` `[.., r]`, for a convolution
     /// `[n, r, h', w']`; `up` `[o, r]`.
     pub low_rank: &'a [(Tensor, Tensor)],
+    /// Products `up down x`, of a linear layer's input: `down` `[r, i]`, `up` `[o, r]`. What is read once
+    /// for the layer serves them, too.
+    pub factors: &'a [(Tensor, Tensor)],
     /// In the shape of the output.
     pub residual: Option<&'a Tensor>,
     /// `[n, o]`, the same for all pixels of a sample; for convolutions only.
@@ -30,8 +35,13 @@ pub struct Added<'a> {
 impl Added<'_> {
     /// All tensors, in the order that gradients are returned in behind that of x.
     pub(crate) fn tensors(&self) -> Vec<&Tensor> {
-        let pairs = self.low_rank.iter().flat_map(|(middle, up)| [middle, up]);
+        let pairs = self.pairs().flat_map(|(middle, up)| [middle, up]);
         pairs.chain(self.residual).chain(self.shift).collect()
+    }
+
+    /// Low-rank pairs, then factors.
+    fn pairs(&self) -> impl Iterator<Item = &(Tensor, Tensor)> {
+        self.low_rank.iter().chain(self.factors)
     }
 
     /// Whether a layer with these operands takes the fast path.
@@ -83,8 +93,18 @@ pub fn linear_added(
         candle_core::bail!("linear: a shift per sample is for convolutions");
     }
     if !added.fast(x, weight, bias) {
+        let mut low_rank = added.low_rank.to_vec();
+        for (down, up) in added.factors {
+            let middle = linear_added(x, down, None, compute, &Added::default())?;
+            low_rank.push((middle, up.clone()));
+        }
+        let added = Added {
+            low_rank: &low_rank,
+            factors: &[],
+            ..*added
+        };
         if as_nodes() && frozen(weight, bias) {
-            return composed::linear_added(x, weight, bias, compute, added);
+            return composed::linear_added(x, weight, bias, compute, &added);
         }
         let y = match weight.dtype() == x.dtype() && !frozen(weight, bias) {
             true => crate::linear::trained(x, weight, bias, compute)?,
@@ -104,10 +124,19 @@ pub fn linear_added(
     check_pairs(added, &out, o, |middle, r| {
         middle.elem_count() == rows * r && middle.dims().last() == Some(&r)
     })?;
+    for (down, up) in added.factors {
+        match (down.dims(), up.dims()) {
+            ([r, inputs], [outputs, s]) if r == s && *inputs == i && *outputs == o => {}
+            (down, up) => {
+                candle_core::bail!("factors {down:?}, {up:?} do not fit weight [{o}, {i}]")
+            }
+        }
+    }
     if bias.is_some_and(|b| b.dims() != [o]) {
         candle_core::bail!("linear: the bias does not fit weight [{o}, {i}]");
     }
     let narrow = reads_narrow(compute);
+    let mut middles = middles(rows, added.factors)?;
     let y = maybe_with(added.residual, |residual| {
         maybe_with(bias, |columns| {
             let start = Start {
@@ -120,39 +149,54 @@ pub fn linear_added(
                     (View::rows(*m, rows, *r, *r), View::rows(*u, o, *r, *r).t())
                 };
                 let more: Vec<_> = pairs.iter().map(product).collect();
-                with(x, |x| {
-                    with_weight(weight, narrow, |w| {
-                        let own = (View::rows(x, rows, i, i), View::rows(w, o, i, i).t());
-                        written(rows * o, |y| multiply_new(compute, y, start, own, &more))
+                with_pairs(added.factors, |factors| {
+                    let chains = factors.iter().zip(&mut middles);
+                    let mut chains: Vec<_> = chains
+                        .map(|((down, up, r), middle)| Chain {
+                            p: View::rows(*down, *r, i, i).t(),
+                            q: View::rows(*up, o, *r, *r).t(),
+                            middle,
+                        })
+                        .collect();
+                    with(x, |x| {
+                        with_weight(weight, narrow, |w| {
+                            let own = (View::rows(x, rows, i, i), View::rows(w, o, i, i).t());
+                            written(rows * o, |y| {
+                                let onto = Onto::New(y, start);
+                                multiply_onto(compute, onto, own, &more, &mut chains)
+                            })
+                        })
                     })
                 })
             })
         })
-    })?????;
-    let (weight, wanted) = (weight.detach(), wanted(x, added));
-    let pairs = detached(added);
+    })??????;
+    let back = Arc::new(LinearGradients {
+        compute,
+        sizes: (rows, o, i),
+        weight: weight.detach(),
+        factors: Factors::new(x, added.factors, middles)?,
+    });
+    let wanted = wanted(x, added);
+    let pairs = detached(added.low_rank);
     let residual = added.residual.is_some();
     let gradients = move |dy: &Tensor| {
         let dy = dy.contiguous()?;
         let mut all = Vec::with_capacity(wanted.len() + 1);
+        let now = Arc::new(Mutex::default());
         all.push(wanted[0].then(|| {
-            let (dy, weight) = (dy.clone(), weight.clone());
-            Gradient::made(move |dx| {
-                let product = |dy: &[f32], w: Values<'_>| {
-                    let (dy, w) = (View::rows(dy, rows, o, o), View::rows(w, o, i, i));
-                    added_or_new(compute, dx, (rows, i), (dy, w))
-                };
-                with(&dy, |dy| with_weight(&weight, narrow, |w| product(dy, w)))?
-            })
+            let (back, dy, now) = (back.clone(), dy.clone(), now.clone());
+            Gradient::made(move |dx| back.to_input(&dy, dx, &now))
         }));
-        for ((middle, up), wanted) in pairs.iter().zip(wanted[1..].chunks(2)) {
+        let mut wanted = wanted[1..].chunks(2);
+        for ((middle, up), wanted) in pairs.iter().zip(&mut wanted) {
             let r = up.dim(1)?;
             let to_middle = wanted[0].then(|| {
                 let (dy, up) = (dy.clone(), up.clone());
                 Gradient::made(move |dm| {
                     with_both(&dy, &up, |dy, up| {
                         let (dy, up) = (View::rows(dy, rows, o, o), View::rows(up, o, r, r));
-                        added_or_new(compute, dm, (rows, r), (dy, up))
+                        added_or_new(compute, dm, (rows, r), (dy, up), &mut [])
                     })
                 })
             });
@@ -167,6 +211,23 @@ pub fn linear_added(
             });
             all.extend([to_middle, to_up]);
         }
+        for (number, wanted) in wanted.enumerate() {
+            for (which, wanted) in wanted.iter().enumerate() {
+                all.push(wanted.then(|| {
+                    let (back, dy, now) = (back.clone(), dy.clone(), now.clone());
+                    Gradient::made(move |sum| {
+                        let values = back.to_factor(&dy, &now, number, which)?;
+                        Ok(match sum {
+                            Some(sum) => {
+                                sum.iter_mut().zip(values).for_each(|(sum, v)| *sum += v);
+                                Vec::new()
+                            }
+                            None => values,
+                        })
+                    })
+                }));
+            }
+        }
         if residual {
             all.push(Some(dy.into()));
         }
@@ -174,6 +235,175 @@ pub fn linear_added(
     };
     let args: Vec<&Tensor> = std::iter::once(x).chain(added.tensors()).collect();
     node("linear", &args, Value::cpu(y, out), Box::new(gradients))
+}
+
+/// Room for what the first factor of each pair makes of `rows` rows.
+fn middles(rows: usize, factors: &[(Tensor, Tensor)]) -> Result<Vec<Vec<f32>>> {
+    let middle = |(_, up): &(Tensor, Tensor)| Ok(zeros(rows * up.dim(1)?));
+    factors.iter().map(middle).collect()
+}
+
+/// What the gradients of a linear layer's input and factors are made of.
+struct LinearGradients {
+    compute: Compute,
+    /// Rows of the input, outputs and inputs.
+    sizes: (usize, usize, usize),
+    weight: Tensor,
+    factors: Factors,
+}
+
+/// Pairs of down and up, and what their gradients take.
+struct Factors {
+    pairs: Vec<(Tensor, Tensor)>,
+    /// What down made of the input.
+    middles: Vec<Tensor>,
+    /// Whether gradients to down and up are asked for.
+    wanted: Vec<[bool; 2]>,
+    /// The input, if one of the downs is trained.
+    input: Option<Arc<Saved>>,
+}
+
+impl Factors {
+    fn new(x: &Tensor, pairs: &[(Tensor, Tensor)], middles: Vec<Vec<f32>>) -> Result<Self> {
+        let tracked = |(down, up): &(Tensor, Tensor)| [down.track_op(), up.track_op()];
+        let wanted: Vec<_> = pairs.iter().map(tracked).collect();
+        let input = match wanted.iter().any(|[down, _]| *down) {
+            true => Some(Saved::of(x)?),
+            false => None,
+        };
+        let middles = middles.into_iter();
+        Ok(Self {
+            pairs: detached(pairs),
+            middles: middles
+                .map(|middle| {
+                    let n = middle.len();
+                    Tensor::from_vec(middle, n, &Device::Cpu)
+                })
+                .collect::<Result<_>>()?,
+            wanted,
+            input,
+        })
+    }
+}
+
+/// What has been computed of one gradient to a linear layer's result.
+#[derive(Default)]
+struct Progress {
+    /// Gradients to the middles, made with that to the input.
+    middles: Option<Vec<Vec<f32>>>,
+    /// Those to the factors.
+    factors: Option<Vec<[Option<Vec<f32>>; 2]>>,
+}
+
+impl LinearGradients {
+    /// The gradient to the input, added or new, by the weight and by the factors.
+    fn to_input(
+        &self,
+        dy: &Tensor,
+        dx: Option<&mut [f32]>,
+        progress: &Mutex<Progress>,
+    ) -> Result<Vec<f32>> {
+        let (compute, (rows, o, i)) = (self.compute, self.sizes);
+        let mut middles = middles(rows, &self.factors.pairs)?;
+        let made = with_pairs(&self.factors.pairs, |factors| {
+            let chains = factors.iter().zip(&mut middles);
+            let mut chains: Vec<_> = chains
+                .map(|((down, up, r), middle)| Chain {
+                    p: View::rows(*up, o, *r, *r),
+                    q: View::rows(*down, *r, i, i),
+                    middle,
+                })
+                .collect();
+            with(dy, |dy| {
+                with_weight(&self.weight, reads_narrow(compute), |w| {
+                    let own = (View::rows(dy, rows, o, o), View::rows(w, o, i, i));
+                    added_or_new(compute, dx, (rows, i), own, &mut chains)
+                })
+            })
+        })???;
+        progress.lock().unwrap_or_else(|e| e.into_inner()).middles = Some(middles);
+        Ok(made)
+    }
+
+    /// The gradient to a pair's down (0) or up (1); all are computed when the first is asked for.
+    fn to_factor(
+        &self,
+        dy: &Tensor,
+        progress: &Mutex<Progress>,
+        number: usize,
+        which: usize,
+    ) -> Result<Vec<f32>> {
+        let mut progress = progress.lock().unwrap_or_else(|e| e.into_inner());
+        if progress.factors.is_none() {
+            let middles = progress.middles.take();
+            progress.factors = Some(self.of_factors(dy, middles)?);
+        }
+        let all = progress.factors.iter_mut().flatten();
+        match all.flatten().nth(2 * number + which).and_then(Option::take) {
+            Some(values) => Ok(values),
+            None => candle_core::bail!("linear: a factor's gradient is asked for twice"),
+        }
+    }
+
+    fn of_factors(
+        &self,
+        dy: &Tensor,
+        made: Option<Vec<Vec<f32>>>,
+    ) -> Result<Vec<[Option<Vec<f32>>; 2]>> {
+        let (compute, (rows, o, i)) = (self.compute, self.sizes);
+        let Factors {
+            pairs,
+            middles,
+            wanted,
+            input,
+        } = &self.factors;
+        let input = input.as_ref().map(|saved| saved.value()).transpose()?;
+        let mut all = Vec::with_capacity(pairs.len());
+        for (number, (((_, up), middle), wanted)) in
+            pairs.iter().zip(middles).zip(wanted).enumerate()
+        {
+            let r = up.dim(1)?;
+            let of_middle = made.as_ref().and_then(|made| made.get(number));
+            let to_down = || {
+                let input = input.as_ref().filter(|_| wanted[0]);
+                let Some(input) = input else {
+                    return Ok(None);
+                };
+                let own;
+                let of_middle = match of_middle {
+                    Some(there) => there,
+                    None => {
+                        own = with_both(dy, up, |dy, up| {
+                            let (dy, up) = (View::rows(dy, rows, o, o), View::rows(up, o, r, r));
+                            added_or_new(compute, None, (rows, r), (dy, up), &mut [])
+                        })?;
+                        &own
+                    }
+                };
+                let mut sums = zeros(r * i);
+                with(input, |x| {
+                    let dm = View::rows(of_middle.as_slice(), rows, r, r).t();
+                    multiply_in(compute, &mut sums, i, false, dm, View::rows(x, rows, i, i));
+                })?;
+                Ok::<_, candle_core::Error>(Some(sums))
+            };
+            let to_up = || {
+                if !wanted[1] {
+                    return Ok(None);
+                }
+                let mut sums = zeros(o * r);
+                with_both(dy, middle, |dy, middle| {
+                    let (dy, m) = (View::rows(dy, rows, o, o), View::rows(middle, rows, r, r));
+                    multiply_in(compute, &mut sums, r, false, dy.t(), m);
+                })?;
+                Ok::<_, candle_core::Error>(Some(sums))
+            };
+            // Each has few panels: together they keep more threads busy.
+            let (down, up) = rayon::join(to_down, to_up);
+            all.push([down?, up?]);
+        }
+        Ok(all)
+    }
 }
 
 /// A convolution of `x` `[n, i, h, w]` with `weight` `[o, i / groups, kh, kw]` and `bias`
@@ -189,6 +419,9 @@ pub fn conv2d_added(
     compute: Compute,
     added: &Added<'_>,
 ) -> Result<Tensor> {
+    if !added.factors.is_empty() {
+        candle_core::bail!("conv2d: factors are for linear layers");
+    }
     if !added.fast(x, weight, bias) {
         if as_nodes() && frozen(weight, bias) {
             return composed::conv2d_added(x, weight, bias, params, compute, added);
@@ -231,7 +464,7 @@ pub fn conv2d_added(
         })
     })????;
     let (weight, wanted) = (weight.detach(), wanted(x, added));
-    let pairs = detached(added);
+    let pairs = detached(added.low_rank);
     let (residual, shift) = (added.residual.is_some(), added.shift.is_some());
     let gradients = move |dy: &Tensor| {
         let dy = dy.contiguous()?;
@@ -315,14 +548,17 @@ fn added_or_new(
     sum: Option<&mut [f32]>,
     (rows, columns): (usize, usize),
     pair: (View<'_>, View<'_>),
+    chains: &mut [Chain<'_, '_>],
 ) -> Vec<f32> {
     match sum {
         Some(sum) => {
-            multiply_in(compute, sum, columns, true, pair.0, pair.1);
+            let onto = Onto::Sum(&mut sum[..rows * columns]);
+            multiply_onto(compute, onto, pair, &[], chains);
             Vec::new()
         }
         None => written(rows * columns, |new| {
-            multiply_new(compute, new, Start::default(), pair, &[])
+            let onto = Onto::New(new, Start::default());
+            multiply_onto(compute, onto, pair, &[], chains)
         }),
     }
 }
@@ -334,17 +570,17 @@ pub(crate) fn frozen(weight: &Tensor, bias: Option<&Tensor>) -> bool {
 
 /// Whether the gradient of each argument is asked for: x, then pair by pair.
 fn wanted(x: &Tensor, added: &Added<'_>) -> Vec<bool> {
-    let pairs = added.low_rank.iter().flat_map(|(middle, up)| [middle, up]);
+    let pairs = added.pairs().flat_map(|(middle, up)| [middle, up]);
     std::iter::once(x)
         .chain(pairs)
         .map(|t| t.track_op())
         .collect()
 }
 
-/// The low-rank pairs without their place in the graph.
-pub(crate) fn detached(added: &Added<'_>) -> Vec<(Tensor, Tensor)> {
-    let pairs = added.low_rank.iter();
+/// Pairs without their place in the graph.
+pub(crate) fn detached(pairs: &[(Tensor, Tensor)]) -> Vec<(Tensor, Tensor)> {
     pairs
+        .iter()
         .map(|(middle, up)| (middle.detach(), up.detach()))
         .collect()
 }

@@ -10,13 +10,12 @@
 
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
-use std::mem::MaybeUninit;
 
 use half::bf16;
 use rayon::prelude::*;
 
 use crate::amx;
-use crate::buffer::{Start, zeros};
+use crate::buffer::{Onto, Start, zeros};
 use crate::conv3x3::TAPS;
 use crate::matrix::{PANEL, PARALLEL_PRODUCTS};
 
@@ -29,6 +28,8 @@ pub(crate) const VECTORS: usize = PANEL / 16;
 /// Most words multiplied before sums are written: a panel's part (160 KB) stays in the
 /// second-level cache.
 const DEPTH: usize = 640;
+/// From how many words on what a tile writes to is fetched before it is summed.
+const LONG: usize = 64;
 /// Rows, or panels, per task.
 const TASK_ROWS: usize = 16 * TILE;
 const TASK_PANELS: usize = 2;
@@ -749,44 +750,53 @@ pub(crate) fn multiply<S: Arithmetic, A: Element<S>, B: Element<S>>(
         begin: Begin::NOTHING,
     };
     // SAFETY: the assertion above, and the values of `dst` are there.
-    unsafe { product(out, a, b, &[], parallel) };
+    unsafe { product(out, a, b, &[], &mut [], parallel) };
 }
 
-/// `dst = start + a b` and `more` products, all of it, of as many rows and columns as the operands
+/// `onto = a b` with `more` products and `chains`, all of it, of as many rows and columns as the operands
 /// have.
-pub(crate) fn multiply_new<'d, S: Arithmetic, A: Element<S>, B: Element<S>>(
-    dst: &'d mut [MaybeUninit<f32>],
-    start: Start<'_>,
+pub(crate) fn multiply_onto<'d, S: Arithmetic, A: Element<S>, B: Element<S>>(
+    mut onto: Onto<'d, '_>,
     a: Operand<'_, A>,
     b: Operand<'_, B>,
     more: More<'_>,
+    chains: &mut [Chain<'_, '_>],
     parallel: bool,
 ) -> &'d mut [f32]
 where
     f32: Element<S>,
 {
     let (m, n) = (a.outer, b.outer);
+    assert_eq!(m * n, onto.len(), "product of another size");
     if m == 0 || n == 0 || a.inner == 0 {
-        let dst = start.written(dst, n);
+        let dst = onto.begun(n);
         for (a, b) in more {
             multiply::<S, _, _>(dst, n, true, *a, *b, parallel);
         }
+        chains.iter_mut().for_each(|chain| chain.middle.fill(0.0));
         return dst;
     }
-    assert_eq!(m * n, dst.len(), "product of another size");
-    start.check(m, n);
+    let (start, add, begin) = match &mut onto {
+        Onto::New(dst, start) => {
+            start.check(m, n);
+            (dst.as_mut_ptr().cast(), false, Begin::of(*start))
+        }
+        Onto::Sum(dst) => (dst.as_mut_ptr(), true, Begin::NOTHING),
+    };
     let out = Output {
-        start: dst.as_mut_ptr().cast(),
+        start,
         stride: n,
         columns: n,
-        add: false,
-        begin: Begin::of(start),
+        add,
+        begin,
     };
-    // SAFETY: sizes are those asserted and checked above; as nothing is added to what is there, the
-    // product writes every value before any is read.
-    unsafe {
-        product(out, a, b, more, parallel);
-        dst.assume_init_mut()
+    // SAFETY: sizes are those asserted and checked above; values are there if they are added to.
+    unsafe { product(out, a, b, more, chains, parallel) };
+    match onto {
+        // SAFETY: as nothing is added to what is there, the product writes every value before any is
+        // read.
+        Onto::New(dst, _) => unsafe { dst.assume_init_mut() },
+        Onto::Sum(dst) => dst,
     }
 }
 
@@ -798,6 +808,7 @@ unsafe fn product<S: Arithmetic, A: Element<S>, B: Element<S>>(
     a: Operand<'_, A>,
     b: Operand<'_, B>,
     more: More<'_>,
+    chains: &mut [Chain<'_, '_>],
     parallel: bool,
 ) where
     f32: Element<S>,
@@ -812,27 +823,61 @@ unsafe fn product<S: Arithmetic, A: Element<S>, B: Element<S>>(
         a.check();
         b.check();
     }
+    for Chain { p, q, middle } in &*chains {
+        assert_eq!((p.inner, q.outer, q.inner), (k, n, p.outer), "sizes differ");
+        assert_eq!(middle.len(), m * p.outer, "middle of another size");
+        p.check();
+        q.check();
+    }
     if k == 0 {
         return;
     }
     let parallel = parallel && m * n * k >= PARALLEL_PRODUCTS;
     let laid = |(a, b): &(_, _)| (Rows::new::<S, f32>(*a), Panels::of(*b, parallel));
-    let more: Vec<_> = more.iter().filter(|(a, _)| a.inner > 0).map(laid).collect();
-    if more.is_empty() && a.inner_stride != 1 && n <= PANEL && m >= 4 * n {
+    let mut more: Vec<_> = more.iter().filter(|(a, _)| a.inner > 0).map(laid).collect();
+    if more.is_empty() && chains.is_empty() && a.inner_stride != 1 && n <= PANEL && m >= 4 * n {
         // SAFETY: the caller's word.
         return unsafe { turned::<S, A, B>(out, a, b, parallel) };
     }
+    let chains = chains.iter_mut().filter(|chain| chain.p.outer > 0);
     // SAFETY: the processor is able, both operands are checked, and the caller's word.
     unsafe {
-        let in_place = panel_in_place::<S, B>(b).filter(|_| more.is_empty());
-        if let Some(panel) = in_place {
-            by_panels::<S, A>(out, a, panel, panel.len(), &[], parallel);
+        let alone = more.is_empty() && chains.size_hint().1 == Some(0);
+        if let Some(panel) = panel_in_place::<S, B>(b).filter(|_| alone) {
+            by_panels::<S, A>(out, a, panel, panel.len(), &[], &[], parallel);
         } else if m >= n {
-            by_rows::<S, A, B>(out, a, b, &more, parallel);
+            let chains: Vec<_> = chains
+                .map(|chain| Links {
+                    p: Panels::of(chain.p, parallel),
+                    q: Panels::of(chain.q, parallel),
+                    middle: Shared::new(chain.middle.as_mut_ptr()),
+                })
+                .collect();
+            by_rows::<S, A, B>(out, a, b, &more, &chains, parallel);
         } else {
+            for Chain { p, q, middle } in chains {
+                multiply::<S, _, _>(middle, p.outer, false, a, *p, parallel);
+                let middle = Operand::dense(middle, m, p.outer);
+                more.push((Rows::new::<S, f32>(middle), Panels::of(*q, parallel)));
+            }
             by_columns::<S, A, B>(out, a, b, &more, parallel);
         }
     }
+}
+
+/// A product `a p q` that is added to a product `a b`, and where `a p` is left.
+pub(crate) struct Chain<'a, 'm> {
+    pub(crate) p: Operand<'a, f32>,
+    pub(crate) q: Operand<'a, f32>,
+    /// As many rows as `a` has, of as many values as `p` has columns.
+    pub(crate) middle: &'m mut [f32],
+}
+
+/// A [`Chain`] whose right operands are laid out.
+struct Links<S> {
+    p: Panels<S>,
+    q: Panels<S>,
+    middle: Shared<f32>,
 }
 
 /// Products that are added to another one of the same size.
@@ -887,12 +932,12 @@ unsafe fn turned<S: Arithmetic, A: Element<S>, B: Element<S>>(
 }
 
 /// Calls `body` with a buffer for each number below `n`.
-fn each(n: usize, parallel: bool, body: impl Fn(&mut Vec<u32>, usize) + Sync) {
+fn each<B: Default>(n: usize, parallel: bool, body: impl Fn(&mut B, usize) + Sync) {
     if parallel && n > 1 {
         let numbers = (0..n).into_par_iter().with_max_len(1);
-        numbers.for_each_init(Vec::new, |buffer, i| body(buffer, i));
+        numbers.for_each_init(B::default, |buffer, i| body(buffer, i));
     } else {
-        let mut buffer = Vec::new();
+        let mut buffer = B::default();
         (0..n).for_each(|i| body(&mut buffer, i));
     }
 }
@@ -959,32 +1004,39 @@ unsafe fn by_rows<S: Arithmetic, A: Element<S>, B: Element<S>>(
     a: Operand<'_, A>,
     b: Operand<'_, B>,
     more: &[(Rows, Panels<S>)],
+    chains: &[Links<S>],
     parallel: bool,
-) {
+) where
+    f32: Element<S>,
+{
     let panels = Panels::<S>::of(b, parallel);
+    let (values, length) = (&panels.values, panels.length);
     // SAFETY: the caller's word, and the panels are laid out.
-    unsafe { by_panels::<S, A>(out, a, &panels.values, panels.length, more, parallel) };
+    unsafe { by_panels::<S, A>(out, a, values, length, more, chains, parallel) };
 }
 
 /// The right operand is laid out in panels of `length` words, rows of the left one are divided.
 ///
 /// # Safety
 /// AVX-512 with BW, VL, BF16 and VNNI; the operand is checked, the panels have its words, `out` the
-/// sizes of both, and so have `more` products.
+/// sizes of both, and so have `more` products and `chains`.
 unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
     out: Output,
     a: Operand<'_, A>,
     panels: &[u32],
     length: usize,
     more: &[(Rows, Panels<S>)],
+    chains: &[Links<S>],
     parallel: bool,
-) {
+) where
+    f32: Element<S>,
+{
     let words = a.words::<S>();
     let own = in_place::<S, A>(a);
-    each(a.outer.div_ceil(TASK_ROWS), parallel, |buffer, task| {
+    let task = |(buffer, middles): &mut (Vec<u32>, Vec<Rows>), task: usize| {
         let from = task * TASK_ROWS;
         let rows = (from, TASK_ROWS.min(a.outer - from));
-        let (left, skipped) = match own {
+        let left = match own {
             Some(left) => (left, from),
             None => {
                 // SAFETY: the caller's word, and rows are inside.
@@ -992,19 +1044,43 @@ unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
                 (packed(buffer, words), 0)
             }
         };
+        middles.resize_with(chains.len(), Rows::default);
+        for (Links { p, middle, .. }, own) in chains.iter().zip(&mut *middles) {
+            let start = middle.at(from * p.columns);
+            let out = Output {
+                start,
+                stride: p.columns,
+                columns: p.columns,
+                add: false,
+                begin: Begin::NOTHING,
+            };
+            for number in 0..p.columns.div_ceil(PANEL) {
+                let (rows, column) = ((0, rows.1), number * PANEL);
+                // SAFETY: rows and columns are inside, and these rows are this task's.
+                unsafe { whole_panel::<S>(out, rows, column, left, p.panel(number), words) };
+            }
+            // SAFETY: all of them have just been written, by this task.
+            let middle = unsafe { std::slice::from_raw_parts(start, rows.1 * p.columns) };
+            own.lay::<S, f32>(Operand::dense(middle, rows.1, p.columns));
+        }
         for (number, panel) in panels.chunks(length).enumerate() {
             let column = number * PANEL;
             // SAFETY: rows and columns are inside.
             unsafe {
-                whole_panel::<S>(out, rows, column, (left, skipped), panel, words);
+                whole_panel::<S>(out, rows, column, left, panel, words);
                 for (left, panels) in more {
                     let left = (left.at(0, 0), from);
                     let panel = panels.panel(number);
                     whole_panel::<S>(out.adding(), rows, column, left, panel, panels.words);
                 }
+                for (Links { q, .. }, middle) in chains.iter().zip(&*middles) {
+                    let left = (middle.at(0, 0), 0);
+                    whole_panel::<S>(out.adding(), rows, column, left, q.panel(number), q.words);
+                }
             }
         }
-    });
+    };
+    each(a.outer.div_ceil(TASK_ROWS), parallel, task);
 }
 
 /// The output's rows, from the first one on as many, by one panel: all parts of the inner dimension,
@@ -1050,34 +1126,45 @@ unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
     };
     let panels = b.outer.div_ceil(PANEL);
     let per_task = TASK_PANELS.min(panels.div_ceil(4)).max(1);
-    each(panels.div_ceil(per_task), parallel, |buffer, task| {
-        let numbers = task * per_task..((task + 1) * per_task).min(panels);
-        for (first, depth) in parts(words) {
-            let length = PANEL * depth.next_multiple_of(16);
-            grow(buffer, numbers.len() * length);
-            for (number, out) in numbers.clone().zip(buffer.chunks_mut(length)) {
-                // SAFETY: the caller's word, and columns are inside.
-                unsafe { b.panel::<S>(number * PANEL, first, depth, out) };
-            }
-            // They are added to blocks that are in the cache.
-            let more = if first + depth == words { more } else { &[] };
-            for row in (0..a.outer).step_by(TASK_ROWS) {
-                let rows = TASK_ROWS.min(a.outer - row);
-                for (number, panel) in numbers.clone().zip(buffer.chunks(length)) {
-                    let column = number * PANEL;
-                    // SAFETY: rows and columns are inside.
-                    unsafe {
-                        block::<S>(out, row, rows, column, left, row, panel, first, depth);
-                        for (left, panels) in more {
-                            let (rows, left) = ((row, rows), (left.at(0, 0), row));
-                            let panel = panels.panel(number);
-                            whole_panel::<S>(out.adding(), rows, column, left, panel, panels.words);
+    each(
+        panels.div_ceil(per_task),
+        parallel,
+        |buffer: &mut Vec<u32>, task| {
+            let numbers = task * per_task..((task + 1) * per_task).min(panels);
+            for (first, depth) in parts(words) {
+                let length = PANEL * depth.next_multiple_of(16);
+                grow(buffer, numbers.len() * length);
+                for (number, out) in numbers.clone().zip(buffer.chunks_mut(length)) {
+                    // SAFETY: the caller's word, and columns are inside.
+                    unsafe { b.panel::<S>(number * PANEL, first, depth, out) };
+                }
+                // They are added to blocks that are in the cache.
+                let more = if first + depth == words { more } else { &[] };
+                for row in (0..a.outer).step_by(TASK_ROWS) {
+                    let rows = TASK_ROWS.min(a.outer - row);
+                    for (number, panel) in numbers.clone().zip(buffer.chunks(length)) {
+                        let column = number * PANEL;
+                        // SAFETY: rows and columns are inside.
+                        unsafe {
+                            block::<S>(out, row, rows, column, left, row, panel, first, depth);
+                            for (left, panels) in more {
+                                let (rows, left) = ((row, rows), (left.at(0, 0), row));
+                                let panel = panels.panel(number);
+                                whole_panel::<S>(
+                                    out.adding(),
+                                    rows,
+                                    column,
+                                    left,
+                                    panel,
+                                    panels.words,
+                                );
+                            }
                         }
                     }
                 }
             }
-        }
-    });
+        },
+    );
 }
 
 /// A left operand, laid out; zeros after the last row and value.
@@ -1175,7 +1262,7 @@ impl<S: Arithmetic> Panels<S> {
     }
 
     /// `dst = start + a b`, rows of as many columns as the panels have; sums are those of
-    /// [`multiply_new`] to the bit.
+    /// [`multiply_onto`] to the bit.
     pub(crate) fn multiply_from(&self, dst: &mut [f32], start: Start<'_>, a: Left<'_>) {
         if self.columns == 0 || dst.is_empty() || self.words == 0 {
             return;
@@ -1578,6 +1665,9 @@ impl Tile {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")]
     unsafe fn run<S: Arithmetic>(self, rows: usize, vectors: usize, to: Target) {
+        if self.depth >= LONG {
+            to.fetch(rows, vectors);
+        }
         // SAFETY: the caller's word.
         unsafe {
             match vectors {
@@ -1639,6 +1729,23 @@ impl Tile {
 }
 
 impl Target {
+    /// Has the first-level cache fetch what sums are going to be written to, and added to.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn fetch(self, rows: usize, vectors: usize) {
+        for r in 0..rows {
+            for v in 0..vectors {
+                let place = r * self.stride + 16 * v;
+                // What is not there is not fetched.
+                _mm_prefetch::<_MM_HINT_ET0>(self.c.wrapping_add(place).cast());
+                if !self.begin.residual.is_null() {
+                    let from = self.begin.residual.wrapping_add(place);
+                    _mm_prefetch::<_MM_HINT_T0>(from.cast());
+                }
+            }
+        }
+    }
+
     /// # Safety
     /// AVX-512; the target and what it begins with have so many rows, and columns under the mask.
     #[inline]

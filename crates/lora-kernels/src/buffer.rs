@@ -142,6 +142,31 @@ impl<'a> Start<'a> {
     }
 }
 
+/// Where a product goes.
+pub(crate) enum Onto<'d, 's> {
+    /// To memory that has no values yet, with what they begin with.
+    New(&'d mut [MaybeUninit<f32>], Start<'s>),
+    /// To values that it is added to.
+    Sum(&'d mut [f32]),
+}
+
+impl<'d> Onto<'d, '_> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::New(dst, _) => dst.len(),
+            Self::Sum(dst) => dst.len(),
+        }
+    }
+
+    /// The values, of rows of `columns`, that products are to be added to.
+    pub(crate) fn begun(self, columns: usize) -> &'d mut [f32] {
+        match self {
+            Self::New(dst, start) => start.written(dst, columns),
+            Self::Sum(dst) => dst,
+        }
+    }
+}
+
 /// `n` zeros.
 pub(crate) fn zeros<T: Copy + Default + Send>(n: usize) -> Vec<T> {
     in_parts(n, PART, |_, _| {})

@@ -5,7 +5,6 @@ use candle_core::{Result, Tensor};
 
 use crate::gradient::Gradient;
 use crate::node::{Leaf, Value, backward_from, node};
-use crate::pointwise::{geglu, geglu_gradient, geglu_var};
 
 /// Runs `f` on `inputs` and keeps only these and the result; the backward pass runs `f`
 /// again. Gradients, of `inputs` and of every variable that `f` uses, are those of
@@ -34,52 +33,9 @@ pub fn checkpoint(
     inputs: &[&Tensor],
     f: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    recomputed(
-        "checkpoint",
-        inputs.iter().map(|x| Input::new(x)),
-        inputs,
-        f,
-    )
-}
-
-/// [`checkpoint`] of `f(geglu(x), inputs..)` that keeps `x` instead of its [`geglu`](crate::geglu).
-///
-/// ```
-/// use candle_core::{Device, Var};
-/// let x = Var::new(&[[2f32, 0.]], &Device::Cpu)?;
-/// let y = lora_kernels::after_geglu(&x, &[], |t| &t[0] + 1.0)?;
-/// assert_eq!(y.to_vec2::<f32>()?, [[1.0]]);
-/// assert_eq!(y.backward()?.get(&x).unwrap().to_vec2::<f32>()?, [[0.0, 1.0]]);
-/// # Ok::<(), candle_core::Error>(())
-/// ```
-///
-/// # Errors
-/// When the last axis is odd, and those of `f`.
-pub fn after_geglu(
-    x: &Tensor,
-    inputs: &[&Tensor],
-    f: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
-) -> Result<Tensor> {
-    let gated = Input {
-        gated: true,
-        ..Input::new(x)
-    };
-    let all: Vec<&Tensor> = std::iter::once(x).chain(inputs.iter().copied()).collect();
-    let others = inputs.iter().map(|x| Input::new(x));
-    recomputed("after_geglu", std::iter::once(gated).chain(others), &all, f)
-}
-
-fn recomputed(
-    name: &'static str,
-    inputs: impl Iterator<Item = Input>,
-    args: &[&Tensor],
-    f: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
-) -> Result<Tensor> {
-    let inputs: Vec<Input> = inputs.collect();
-    let values = inputs
-        .iter()
-        .map(Input::value)
-        .collect::<Result<Vec<_>>>()?;
+    let args = inputs;
+    let inputs: Vec<Input> = inputs.iter().map(|x| Input::new(x)).collect();
+    let values: Vec<Tensor> = inputs.iter().map(|input| input.kept.clone()).collect();
     let y = f(&values)?;
     // The graph of this run is only good for finding the variables.
     let nodes = y.sorted_nodes().into_iter();
@@ -94,27 +50,25 @@ fn recomputed(
         let mut store = backward_from(&y, dy.clone())?;
         drop(y);
         let mut all = Vec::with_capacity(inputs.len() + trained.len());
-        for (input, again) in inputs.iter().zip(again) {
-            let gradient = again.gradient(&mut store)?;
-            drop(again);
-            all.push(match gradient {
-                Some(gradient) => input.gradient(gradient)?,
-                None => None,
-            });
+        for input in again {
+            all.push(input.gradient(&mut store)?);
         }
         let trained = trained.iter().map(|variable| store.remove(variable));
         all.extend(trained.map(|gradient| gradient.map(Gradient::Tensor)));
         Ok(all)
     };
-    node(name, &args, Value::Tensor(value), Box::new(gradients))
+    node(
+        "checkpoint",
+        &args,
+        Value::Tensor(value),
+        Box::new(gradients),
+    )
 }
 
 /// What a checkpoint keeps.
 pub(crate) struct Input {
     pub(crate) kept: Tensor,
     tracked: bool,
-    /// The function takes [`geglu`](crate::geglu) of it.
-    gated: bool,
 }
 
 impl Input {
@@ -122,32 +76,14 @@ impl Input {
         Self {
             kept: x.detach(),
             tracked: x.track_op(),
-            gated: false,
-        }
-    }
-
-    /// What the function takes.
-    fn value(&self) -> Result<Tensor> {
-        match self.gated {
-            true => geglu(&self.kept),
-            false => Ok(self.kept.clone()),
         }
     }
 
     /// The same for the backward pass.
     pub(crate) fn again(&self) -> Result<Again> {
-        match (self.tracked, self.gated) {
-            (false, _) => self.value().map(Again::Constant),
-            (true, true) => Leaf::of(geglu_var(&self.kept)?).map(Again::Leaf),
-            (true, false) => Leaf::new(&self.kept).map(Again::Leaf),
-        }
-    }
-
-    /// Its gradient from that of what the function took.
-    fn gradient(&self, of_value: Gradient) -> Result<Option<Gradient>> {
-        match self.gated {
-            true => geglu_gradient(&self.kept, of_value),
-            false => Ok(Some(of_value)),
+        match self.tracked {
+            true => Leaf::new(&self.kept).map(Again::Leaf),
+            false => Ok(Again::Constant(self.kept.clone())),
         }
     }
 }

@@ -7,7 +7,7 @@ use candle_nn::ops::softmax_last_dim;
 
 use crate::added::{Added, detached};
 use crate::gradient::Gradient;
-use crate::node::{Gradients, Value, node};
+use crate::node::{Gradients, Saved, Value, node};
 use crate::{Compute, Conv2dParams, plain};
 
 /// The dtype in which operands are multiplied. On a CPU candle has no products in bf16 worth
@@ -49,7 +49,7 @@ fn added(
     for constant in bias.into_iter().chain(added.shift) {
         y = y.broadcast_add(&layer.channels(&constant.detach())?)?;
     }
-    let pairs = detached(added);
+    let pairs = detached(added.low_rank);
     for (middle, up) in &pairs {
         y = (y + layer.branch(middle, up)?)?;
     }
@@ -155,13 +155,13 @@ impl Layer for Linear {
 
 /// See [`linear`](crate::linear); weight or bias are trained.
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let (input, w) = (x.detach(), weight.detach());
-    let y = plain::linear(&input, &w, bias.map(Tensor::detach).as_ref())?;
+    let (saved, w) = (Saved::of(x)?, weight.detach());
+    let y = plain::linear(&x.detach(), &w, bias.map(Tensor::detach).as_ref())?;
     let wanted = [x, weight].map(Tensor::track_op);
     let with_bias = bias.is_some();
     let gradients: Gradients = Box::new(move |dy| {
         let dy = dy.contiguous()?;
-        let mut all = Vec::from(linear_gradients(&input, &w, &dy, wanted)?);
+        let mut all = Vec::from(linear_gradients(&saved.value()?, &w, &dy, wanted)?);
         if with_bias {
             all.push(Some(rows(&dy)?.sum(0)?.into()));
         }

@@ -1,10 +1,12 @@
 //! Products with a weight that is computed from trained factors.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 
 use crate::checkpoint::{Again, Input, tensors_of};
 use crate::gradient::Gradient;
-use crate::node::{Value, backward_from, node};
+use crate::node::{Saved, Value, backward_from, node};
 use crate::{Compute, Conv2dParams, as_nodes, composed, conv2d, fast, linear};
 
 /// How a computed weight is multiplied.
@@ -27,22 +29,20 @@ impl Product {
     /// The gradients to x, if wanted, and to the weight.
     fn gradients(
         self,
-        x: &Tensor,
+        x: &Arc<Saved>,
         weight: &Tensor,
         dy: &Tensor,
         to_x: bool,
     ) -> Result<(Option<Gradient>, Tensor)> {
-        let kernels = fast(&[x, weight, dy]);
-        let (x, weight) = (x.contiguous()?, weight.contiguous()?);
+        let kernels = fast(&[weight, dy]);
+        let (weight, wanted) = (&weight.contiguous()?, [to_x, true]);
         let [dx, dw] = match self {
-            Self::Linear if kernels => {
-                linear::gradients(&x, &weight, dy, Compute::F32, [to_x, true])?
-            }
-            Self::Linear => composed::linear_gradients(&x, &weight, dy, [to_x, true])?,
+            Self::Linear if kernels => linear::gradients(x, weight, dy, Compute::F32, wanted)?,
+            Self::Linear => composed::linear_gradients(&x.value()?, weight, dy, wanted)?,
             Self::Conv2d(p) if kernels => {
-                conv2d::gradients(p, &x, &weight, dy, Compute::F32, [to_x, true])?
+                conv2d::gradients(p, &x.value()?, weight, dy, Compute::F32, wanted)?
             }
-            Self::Conv2d(p) => composed::conv2d_gradients(p, &x, &weight, dy, [to_x, true])?,
+            Self::Conv2d(p) => composed::conv2d_gradients(p, &x.value()?, weight, dy, wanted)?,
         };
         match dw {
             Some(dw) => Ok((dx, dw.into_tensor(weight.shape())?)),
@@ -83,13 +83,13 @@ pub fn with_computed_weight(
     }
     let inputs: Vec<Input> = factors.iter().map(|t| Input::new(t)).collect();
     let detached: Vec<Tensor> = inputs.iter().map(|input| input.kept.clone()).collect();
-    let (input, to_x) = (x.detach(), x.track_op());
-    let y = product.apply(&input, &f(&detached)?)?;
+    let (saved, to_x) = (Saved::of(x)?, x.track_op());
+    let y = product.apply(&x.detach(), &f(&detached)?)?;
     let gradients = move |dy: &Tensor| {
         let leaves: Vec<Again> = inputs.iter().map(Input::again).collect::<Result<_>>()?;
         let weight = f(&tensors_of(&leaves))?;
         let dy = dy.contiguous()?;
-        let (dx, dw) = product.gradients(&input, &weight.detach(), &dy, to_x)?;
+        let (dx, dw) = product.gradients(&saved, &weight.detach(), &dy, to_x)?;
         let mut all = vec![dx];
         let mut store = backward_from(&weight, dw)?;
         for leaf in &leaves {

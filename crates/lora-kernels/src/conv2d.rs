@@ -13,11 +13,11 @@ use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::added::{Added, conv2d_added, frozen};
-use crate::buffer::{Start, each_written, in_parts, maybe_with, with_both, written, zeros};
+use crate::buffer::{Onto, Start, each_written, in_parts, maybe_with, with_both, written, zeros};
 use crate::channels::{add_to_channels, plane_sums};
 use crate::conv3x3::{Conv3x3, Way};
 use crate::gradient::Gradient;
-use crate::matrix::{Values, View, multiply_in, multiply_new, reads_narrow};
+use crate::matrix::{Values, View, multiply_in, multiply_onto, reads_narrow};
 use crate::node::{Value, node};
 use crate::winograd;
 use crate::{Compute, as_nodes, composed, fast, plain};
@@ -445,7 +445,8 @@ impl Geometry {
                 let x = View::rows(&x[self.input(image, 0)..], self.c, plane, plane);
                 let start = start.of_rows(image * self.o, self.o, plane);
                 let more: Vec<_> = low_rank.iter().map(|m| pair(m, image)).collect();
-                multiply_new(compute, y, start, (self.weight(w, 0), x), &more)
+                let onto = Onto::New(y, start);
+                multiply_onto(compute, onto, (self.weight(w, 0), x), &more, &mut [])
             });
         }
         let y = match self.direct(compute, false) {
@@ -541,7 +542,8 @@ impl Geometry {
             return written(n, |dx| {
                 each_written(dx, self.c * area, |image, dx| {
                     let dy = View::rows(&dy[image * self.o * area..], self.o, area, area);
-                    multiply_new(compute, dx, start, (self.weight(w, 0).t(), dy), &[])
+                    let onto = Onto::New(dx, start);
+                    multiply_onto(compute, onto, (self.weight(w, 0).t(), dy), &[], &mut [])
                 })
             });
         }

@@ -20,7 +20,7 @@
 //!   DoRA do beside products
 //! * [`with_computed_weight`]: a layer whose weight is computed from trained factors
 //! * [`on_worker`]: runs many operations with less waiting
-//! * [`checkpoint`]: gradient checkpointing around any function, on any device; [`after_geglu`]
+//! * [`checkpoint`]: gradient checkpointing around any function, on any device
 //!
 //! Each takes and returns ordinary candle tensors. On a CPU with f32 tensors the
 //! kernels run; for every other device or dtype the same function is composed of candle's
@@ -99,7 +99,7 @@ use candle_core::{DType, Tensor};
 pub use added::{Added, conv2d_added, linear_added};
 pub use attention::attention;
 pub use channels::add_to_channels;
-pub use checkpoint::{after_geglu, checkpoint};
+pub use checkpoint::checkpoint;
 pub use computed::{Product, with_computed_weight};
 pub use conv2d::{Conv2dParams, conv2d};
 pub use feed_forward::{FeedForward, feed_forward};

@@ -1,12 +1,14 @@
 //! `y = x W^T + b` with gradients for tracked operands only.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 
 use crate::added::{Added, frozen, linear_added};
 use crate::buffer::{in_parts, maybe_with, rows_of, with, with_both};
 use crate::gradient::Gradient;
 use crate::matrix::{View, fill_rows, multiply, multiply_in};
-use crate::node::{Value, node};
+use crate::node::{Saved, Value, node};
 use crate::{Compute, as_nodes, composed, fast, plain};
 
 /// Linear layer: `x` `[.., i]`, `weight` `[o, i]`, `bias` `[o]`; returns `[.., o]`.
@@ -42,6 +44,7 @@ pub(crate) fn trained(
         _ => candle_core::bail!("linear: input {dims:?} and bias do not fit weight [{o}, {i}]"),
     }
     let (input, w) = (x.detach().contiguous()?, weight.detach().contiguous()?);
+    let saved = Saved::of(x)?;
     let rows = x.elem_count() / i.max(1);
     let mut y = maybe_with(bias, |bias| {
         in_parts(rows * o, rows_of(o), |_, y: &mut [f32]| {
@@ -58,7 +61,7 @@ pub(crate) fn trained(
     let to_bias = bias.is_some_and(Tensor::track_op);
     let backward = move |dy: &Tensor| {
         let dy = dy.contiguous()?;
-        let mut all = Vec::from(gradients(&input, &w, &dy, compute, wanted)?);
+        let mut all = Vec::from(gradients(&saved, &w, &dy, compute, wanted)?);
         // The sum over rows as a product with ones.
         all.push(to_bias.then(|| {
             Gradient::values(move |db, add| {
@@ -77,14 +80,14 @@ pub(crate) fn trained(
 
 /// The gradients to x and weight that are wanted; all contiguous.
 pub(crate) fn gradients(
-    x: &Tensor,
+    x: &Arc<Saved>,
     w: &Tensor,
     dy: &Tensor,
     compute: Compute,
     wanted: [bool; 2],
 ) -> Result<[Option<Gradient>; 2]> {
     let (o, i) = w.dims2()?;
-    let rows = x.elem_count() / i.max(1);
+    let rows = dy.elem_count() / o.max(1);
     let to_x = wanted[0].then(|| {
         let (dy, w) = (dy.clone(), w.clone());
         Gradient::values(move |dx, add| {
@@ -97,7 +100,7 @@ pub(crate) fn gradients(
     let to_w = wanted[1].then(|| {
         let (dy, x) = (dy.clone(), x.clone());
         Gradient::values(move |dw, add| {
-            with_both(&dy, &x, |dy, x| {
+            with_both(&dy, &x.value()?, |dy, x| {
                 let (dy, x) = (View::rows(dy, rows, o, o), View::rows(x, rows, i, i));
                 multiply_in(compute, dw, i, add, dy.t(), x);
             })

@@ -1,14 +1,13 @@
 //! Strided matrix views and their product: the safe face of the matrix kernels.
 
 use std::borrow::Cow;
-use std::mem::MaybeUninit;
 
 use gemm::Parallelism;
 use half::bf16;
 use rayon::prelude::*;
 
 use crate::Compute;
-use crate::buffer::Start;
+use crate::buffer::Onto;
 #[cfg(target_arch = "x86_64")]
 use crate::{Path, avx512, path};
 
@@ -173,28 +172,41 @@ pub(crate) fn multiply_in(
     dispatch(compute, dst, dst_stride, accumulate, a, b, parallel);
 }
 
-/// `dst = start + a b`, and `more` products of f32 operands, all of it: `a.height` rows of `b.width`
+/// `onto = a b`, with `more` products of f32 operands and `chains`, all of it: `a.height` rows of `b.width`
 /// values. Under [`Compute::Bf16`] all operands are rounded to bf16 first.
-pub(crate) fn multiply_new<'d>(
+pub(crate) fn multiply_onto<'d>(
     compute: Compute,
-    dst: &'d mut [MaybeUninit<f32>],
-    start: Start<'_>,
+    onto: Onto<'d, '_>,
     (a, b): (View<'_>, View<'_>),
     more: &[(View<'_>, View<'_>)],
+    chains: &mut [Chain<'_, '_>],
 ) -> &'d mut [f32] {
     #[cfg(target_arch = "x86_64")]
     if native_products() {
         let parallel = a.height * a.width * b.width >= PARALLEL_PRODUCTS;
         return match compute {
-            Compute::F32 => native_new::<avx512::F32>(dst, start, (a, b), more, parallel),
-            Compute::Bf16 => native_new::<avx512::Bf16>(dst, start, (a, b), more, parallel),
+            Compute::F32 => native_onto::<avx512::F32>(onto, (a, b), more, chains, parallel),
+            Compute::Bf16 => native_onto::<avx512::Bf16>(onto, (a, b), more, chains, parallel),
         };
     }
-    let dst = start.written(dst, b.width);
+    let dst = onto.begun(b.width);
     for (a, b) in std::iter::once(&(a, b)).chain(more) {
         multiply_in(compute, dst, b.width, true, *a, *b);
     }
+    for Chain { p, q, middle } in chains {
+        multiply_in(compute, middle, p.width, false, a, *p);
+        let middle = View::rows(&**middle, a.height, p.width, p.width);
+        multiply_in(compute, dst, b.width, true, middle, *q);
+    }
     dst
+}
+
+/// A product `a p q` of f32 operands that is added to a product `a b`, and where `a p` is left.
+pub(crate) struct Chain<'a, 'm> {
+    pub(crate) p: View<'a>,
+    pub(crate) q: View<'a>,
+    /// As many rows as `a` has, of as many values as `p` has columns.
+    pub(crate) middle: &'m mut [f32],
 }
 
 /// [`multiply_in`] on the calling thread, for callers that divide the work themselves.
@@ -270,36 +282,52 @@ fn right<'a, T>(data: &'a [T], b: View<'_>) -> avx512::Operand<'a, T> {
     left(data, b.t())
 }
 
+/// # Panics
+/// When an operand of `more` or `chains` is not f32.
 #[cfg(target_arch = "x86_64")]
-fn native_new<'a, 'd, S: avx512::Arithmetic>(
-    dst: &'d mut [MaybeUninit<f32>],
-    start: Start<'_>,
+fn native_onto<'d, S: avx512::Arithmetic>(
+    onto: Onto<'d, '_>,
     (a, b): (View<'_>, View<'_>),
-    more: &[(View<'a>, View<'a>)],
+    more: &[(View<'_>, View<'_>)],
+    chains: &mut [Chain<'_, '_>],
     parallel: bool,
 ) -> &'d mut [f32]
 where
     f32: avx512::Element<S>,
     bf16: avx512::Element<S>,
 {
-    use avx512::multiply_new;
-    let operands = |(a, b): &(View<'a>, View<'a>)| match (a.data, b.data) {
-        (Values::F32(x), Values::F32(y)) => (left(x, *a), right(y, *b)),
-        _ => panic!("products that are added have operands of f32"),
-    };
-    let more: Vec<_> = more.iter().map(operands).collect();
+    use avx512::multiply_onto;
+    fn wide<'a>(view: View<'a>) -> &'a [f32] {
+        match view.data {
+            Values::F32(values) => values,
+            Values::Bf16(_) => panic!("products that are added have operands of f32"),
+        }
+    }
+    let more = more.iter();
+    let more: Vec<_> = more
+        .map(|(a, b)| (left(wide(*a), *a), right(wide(*b), *b)))
+        .collect();
+    let chains = chains.iter_mut();
+    let mut chains: Vec<_> = chains
+        .map(|Chain { p, q, middle }| avx512::Chain {
+            p: right(wide(*p), *p),
+            q: right(wide(*q), *q),
+            middle,
+        })
+        .collect();
+    let chains = &mut chains;
     match (a.data, b.data) {
         (Values::F32(x), Values::F32(y)) => {
-            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), &more, parallel)
+            multiply_onto::<S, _, _>(onto, left(x, a), right(y, b), &more, chains, parallel)
         }
         (Values::F32(x), Values::Bf16(y)) => {
-            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), &more, parallel)
+            multiply_onto::<S, _, _>(onto, left(x, a), right(y, b), &more, chains, parallel)
         }
         (Values::Bf16(x), Values::F32(y)) => {
-            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), &more, parallel)
+            multiply_onto::<S, _, _>(onto, left(x, a), right(y, b), &more, chains, parallel)
         }
         (Values::Bf16(x), Values::Bf16(y)) => {
-            multiply_new::<S, _, _>(dst, start, left(x, a), right(y, b), &more, parallel)
+            multiply_onto::<S, _, _>(onto, left(x, a), right(y, b), &more, chains, parallel)
         }
     }
 }

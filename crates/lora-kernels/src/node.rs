@@ -70,6 +70,20 @@ pub(crate) fn node(
     value: Value,
     gradients: Gradients,
 ) -> Result<Tensor> {
+    repeatable(name, args, value, gradients, None)
+}
+
+/// Computes a value once more.
+pub(crate) type Again = Arc<dyn Fn() -> Result<Tensor> + Send + Sync>;
+
+/// A [`node`] whose value is made again where the backward pass needs it, instead of being kept.
+pub(crate) fn repeatable(
+    name: &'static str,
+    args: &[&Tensor],
+    value: Value,
+    gradients: Gradients,
+    again: Option<Again>,
+) -> Result<Tensor> {
     let value = match value {
         Value::Tensor(t) if args.iter().any(|arg| arg.track_op()) => Value::Tensor(compact(&t)?),
         other => other,
@@ -85,21 +99,34 @@ pub(crate) fn node(
         sum: sum.clone(),
         names: names.clone(),
     })?;
-    register(&value, Place { token, sum, names });
+    let place = Place {
+        token,
+        sum,
+        names,
+        again,
+    };
+    register(&value, place);
     Ok(value)
 }
 
 /// The same values in another shape. A use of the result is summed with other uses of the result,
 /// before the sum joins those of other uses of `x`.
 pub(crate) fn view(x: &Tensor, shape: Shape) -> Result<Tensor> {
-    let y = x.reshape(shape)?;
-    let Some(Place { names, .. }) = place(x) else {
+    let y = x.reshape(&shape)?;
+    let Some(Place { names, again, .. }) = place(x) else {
         return Ok(y);
     };
+    let again = again.map(|again| Arc::new(move || again()?.reshape(&shape)) as Again);
     let (sum, before) = (Sum::new(y.shape()), x.shape().clone());
     let back = move |dy: &Tensor| Ok(vec![Some(dy.reshape(&before)?.into())]);
     if let Some(token) = joint("view", &[x], &sum, Box::new(back))? {
-        register(&y, Place { token, sum, names });
+        let place = Place {
+            token,
+            sum,
+            names,
+            again,
+        };
+        register(&y, place);
     }
     Ok(y)
 }
@@ -125,6 +152,7 @@ impl Leaf {
             token,
             sum: sum.clone(),
             names: names.clone(),
+            again: None,
         };
         register(&tensor, place);
         Ok(Self { tensor, sum, names })
@@ -165,6 +193,34 @@ struct Place {
     token: Tensor,
     sum: Sum,
     names: Names,
+    again: Option<Again>,
+}
+
+/// What the backward pass needs of a value: the value, or how to make it again.
+pub(crate) struct Saved(Source);
+
+enum Source {
+    Value(Tensor),
+    Again(Again),
+}
+
+impl Saved {
+    pub(crate) fn of(x: &Tensor) -> Result<Arc<Self>> {
+        Ok(Arc::new(Self(
+            match place(x).and_then(|place| place.again) {
+                Some(again) => Source::Again(again),
+                None => Source::Value(x.detach().contiguous()?),
+            },
+        )))
+    }
+
+    /// The value, contiguous.
+    pub(crate) fn value(&self) -> Result<Tensor> {
+        match &self.0 {
+            Source::Value(x) => Ok(x.clone()),
+            Source::Again(again) => again()?.contiguous(),
+        }
+    }
 }
 
 /// Under which ids a value and its views are registered.

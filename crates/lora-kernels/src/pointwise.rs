@@ -1,13 +1,15 @@
 //! SiLU and GEGLU with gradients in one pass over the data.
 
-use candle_core::{Device, Result, Tensor, Var};
+use std::sync::Arc;
+
+use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::buffer::{in_parts, rows_of, with, with_both};
 use crate::gradient::Gradient;
 use crate::math::{normal_cdf, normal_pdf, sigmoid, vectorized};
-use crate::node::{Leaf, Value, backward_from, node};
-use crate::{as_nodes, checkpoint, fast, plain};
+use crate::node::{Leaf, Value, backward_from, node, repeatable};
+use crate::{as_nodes, fast, plain};
 
 /// Values per task.
 const BLOCK: usize = 1 << 14;
@@ -21,7 +23,8 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
 }
 
 /// The gated unit of transformers: `x` `[.., 2c]` is split in two; returns the first
-/// half times gelu (exact form) of the second, `[.., c]`.
+/// half times gelu (exact form) of the second, `[.., c]`. Layers behind it do not keep what it gives for
+/// their gradients: it is computed again from `x`.
 ///
 /// # Errors
 /// When the last axis is odd.
@@ -29,7 +32,7 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
     if fast(&[x]) {
         geglu_node(x)
     } else if as_nodes() {
-        checkpoint(&[x], |t| plain::geglu(&t[0]))
+        composed_geglu(x)
     } else {
         plain::geglu(x)
     }
@@ -142,30 +145,27 @@ fn gated_gradient(x: &Tensor, dy: &Tensor, c: usize) -> Result<Gradient> {
 fn geglu_node(x: &Tensor) -> Result<Tensor> {
     let (c, dims) = halved(x)?;
     let kept = x.detach().contiguous()?;
-    let value = Value::cpu(gated(&kept, c)?, dims);
+    let value = Value::cpu(gated(&kept, c)?, dims.as_slice());
+    let input = kept.clone();
+    let again = move || Tensor::from_vec(gated(&input, c)?, dims.as_slice(), &Device::Cpu);
     let gradients = move |dy: &Tensor| Ok(vec![Some(gated_gradient(&kept, dy, c)?)]);
-    node("geglu", &[x], value, Box::new(gradients))
+    let (gradients, again) = (Box::new(gradients), Arc::new(again));
+    repeatable("geglu", &[x], value, gradients, Some(again))
 }
 
-/// [`geglu`] of `x` as a variable.
-pub(crate) fn geglu_var(x: &Tensor) -> Result<Var> {
-    if !fast(&[x]) {
-        return Var::from_tensor(&geglu(x)?);
-    }
-    let (c, dims) = halved(x)?;
-    Var::from_vec(gated(x, c)?, dims, &Device::Cpu)
-}
-
-/// The gradient to `x` from that to [`geglu`] of it.
-pub(crate) fn geglu_gradient(x: &Tensor, dy: Gradient) -> Result<Option<Gradient>> {
-    let (c, dims) = halved(x)?;
-    let dy = dy.into_tensor(&dims.into())?;
-    if fast(&[x, &dy]) {
-        return gated_gradient(x, &dy, c).map(Some);
-    }
-    let leaf = Leaf::new(x)?;
-    let mut store = backward_from(&plain::geglu(&leaf.tensor)?, dy)?;
-    leaf.gradient(&mut store)
+/// [`geglu`] of candle's operations.
+fn composed_geglu(x: &Tensor) -> Result<Tensor> {
+    let kept = x.detach();
+    let value = Value::Tensor(plain::geglu(&kept)?);
+    let input = kept.clone();
+    let again = move || plain::geglu(&input);
+    let gradients = move |dy: &Tensor| {
+        let leaf = Leaf::new(&kept)?;
+        let mut store = backward_from(&plain::geglu(&leaf.tensor)?, dy.clone())?;
+        Ok(vec![leaf.gradient(&mut store)?])
+    };
+    let (gradients, again) = (Box::new(gradients), Arc::new(again));
+    repeatable("geglu", &[x], value, gradients, Some(again))
 }
 
 /// Calls `body` with each row of `out` and the rows of `a` and `b` that belong to it; their widths

@@ -9,7 +9,7 @@ use crate::buffer::{copied, in_parts, with, with_both, zeros};
 use crate::fast;
 use crate::gradient::Gradient;
 use crate::math::{sum2, vectorized};
-use crate::node::{Value, node};
+use crate::node::{Saved, Value, node};
 
 /// The elementwise products of every row of `a` `[r, n]` with every row of `b` `[s, n]`:
 /// `[r s, n]`, row `p s + q` being `a_p b_q`.
@@ -281,19 +281,20 @@ pub fn mix_groups(mixing: &Tensor, x: &Tensor) -> Result<Tensor> {
         return mixed.reshape((rows, b, a))?.transpose(1, 2)?.contiguous();
     }
     let args = [mixing, x];
-    let [mixing, x] = [mixing.detach().contiguous()?, x.detach().contiguous()?];
-    let mixed = with_both(&mixing, &x, |mixing, x| mix(mixing, x, c, b))?;
+    let (mixing, saved) = (mixing.detach().contiguous()?, Saved::of(x)?);
+    let mixed = with_both(&mixing, &x.detach(), |mixing, x| mix(mixing, x, c, b))?;
     let wanted = args.map(Tensor::track_op);
     let gradients = move |dy: &Tensor| {
         let dy = dy.contiguous()?;
         let to_mixing = || {
+            let x = saved.value()?;
             let sums = with_both(&x, &dy, |x, dy| mixing_gradient(x, dy, a, c, b))?;
             Ok::<_, candle_core::Error>(Tensor::from_vec(sums, (a, c), &Device::Cpu)?.into())
         };
         let to_x = || {
             let back = mixing.t()?.contiguous()?;
             let dx = with_both(&back, &dy, |back, dy| mix(back, dy, a, b))?;
-            Ok::<_, candle_core::Error>(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?.into())
+            Ok::<_, candle_core::Error>(Tensor::from_vec(dx, (rows, c, b), &Device::Cpu)?.into())
         };
         Ok(vec![
             wanted[0].then(to_mixing).transpose()?,

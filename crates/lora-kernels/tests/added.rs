@@ -17,8 +17,15 @@ fn halves(weight: &Tensor) -> Vec<(DType, Tensor)> {
 
 #[test]
 fn linear_sums() {
-    for (rows, i, o, r) in [(7, 5, 9, 2), (33, 40, 48, 3), (154, 65, 31, 8)] {
+    // Rows are divided where they are more than outputs, else outputs.
+    for (rows, i, o, r) in [
+        (7, 5, 9, 2),
+        (33, 40, 48, 3),
+        (154, 65, 31, 8),
+        (9, 70, 150, 66),
+    ] {
         let (x, m) = (var(&[2, rows, i], 1), var(&[2, rows, r], 2));
+        let (down, up3) = (var(&[r, i], 10), var(&[o, r], 11));
         let (up, res) = (var(&[o, r], 3), var(&[2, rows, o], 4));
         let (m2, up2) = (var(&[2, rows, 1], 5), var(&[o, 1], 6));
         let bias = noise(&[o], 7);
@@ -30,6 +37,7 @@ fn linear_sums() {
             ];
             let added = Added {
                 low_rank: &low_rank,
+                factors: &[(down.as_tensor().clone(), up3.as_tensor().clone())],
                 residual: Some(&res),
                 shift: None,
             };
@@ -40,6 +48,8 @@ fn linear_sums() {
                 m2.clone(),
                 up2.clone(),
                 res.clone(),
+                down.clone(),
+                up3.clone(),
             ];
             compare(
                 &format!("linear {dtype:?} {rows}x{i}x{o}"),
@@ -48,6 +58,7 @@ fn linear_sums() {
                 &|| {
                     let y = plain::linear(&x, &wide, Some(&bias))?;
                     let y = (y + plain::linear(&m, &up, None)?)?;
+                    let y = (y + plain::linear(&plain::linear(&x, &down, None)?, &up3, None)?)?;
                     (y + plain::linear(&m2, &up2, None)?)? + res.as_tensor()
                 },
             );
@@ -96,6 +107,7 @@ fn convolution_sums() {
                 low_rank: &low_rank,
                 residual: Some(&res),
                 shift: Some(&shift),
+                ..Added::default()
             };
             compare(
                 &format!("conv {dtype:?} {n} {i} {o} {k} {stride}"),

@@ -39,7 +39,7 @@ fn linear_of_exact_operands() {
             let added = Added {
                 low_rank: &low_rank,
                 residual: Some(&res),
-                shift: None,
+                ..Added::default()
             };
             compare(
                 &format!("linear {batch}x{rows}x{i}x{o}"),
@@ -342,4 +342,44 @@ fn infinities_and_empty_operands() {
 #[test]
 fn other_path_generic() {
     common::again_with("generic");
+}
+
+#[test]
+fn factors_are_a_middle_computed_apart() -> Result<()> {
+    // Rows divided, and outputs.
+    for (rows, i, o, r) in [(150, 70, 90, 5), (40, 64, 200, 66)] {
+        let (x, weight) = (var(&[rows, i], 1), noise(&[o, i], 2));
+        let (down, up) = (var(&[r, i], 3), var(&[o, r], 4));
+        let weigh = noise(&[rows, o], 5);
+        for compute in [Compute::F32, Compute::Bf16] {
+            let run = |apart: bool| {
+                let factor = |t: &Var| t.as_tensor().clone();
+                let middle = linear_added(&x, &down, None, compute, &Added::default())?;
+                let pair = [(if apart { middle } else { factor(&down) }, factor(&up))];
+                let none = Vec::new();
+                let [low_rank, factors] = match apart {
+                    true => [pair.as_slice(), &none],
+                    false => [&none, pair.as_slice()],
+                };
+                let added = Added {
+                    low_rank,
+                    factors,
+                    ..Added::default()
+                };
+                let y = linear_added(&x, &weight, None, compute, &added)?;
+                let store = (&y * &weigh)?.sum_all()?.backward()?;
+                let of = |var: &Var| store.get(var).map(flat).unwrap();
+                Ok::<_, candle_core::Error>([flat(&y), of(&x), of(&down), of(&up)])
+            };
+            let ([y, dx, dd, du], [want, dx2, dd2, du2]) = (run(false)?, run(true)?);
+            assert_eq!(y, want, "{compute:?} {rows} {o}");
+            for (what, got, want) in [("x", dx, dx2), ("down", dd, dd2), ("up", du, du2)] {
+                let size = want.iter().fold(0f32, |m, v| m.max(v.abs()));
+                for (got, want) in got.iter().zip(&want) {
+                    assert!((got - want).abs() <= 1e-6 * size, "{what}: {got} {want}");
+                }
+            }
+        }
+    }
+    Ok(())
 }

@@ -8,10 +8,10 @@ mod common;
 use candle_core::{Result, Tensor};
 use common::{flat, noise, var};
 use lora_kernels::{
-    Added, Compute, Conv2dParams, Product, add, add_to_channels, after_geglu, attention,
-    checkpoint, concat_channels, conv2d, conv2d_added, geglu, group_norm, layer_norm, linear,
-    linear_added, mix_groups, reshape, row_products, scale_channels, silu, transpose,
-    upsample_nearest2x, with_computed_weight,
+    Added, Compute, Conv2dParams, Product, add, add_to_channels, attention, checkpoint,
+    concat_channels, conv2d, conv2d_added, geglu, group_norm, layer_norm, linear, linear_added,
+    mix_groups, reshape, row_products, scale_channels, silu, transpose, upsample_nearest2x,
+    with_computed_weight,
 };
 
 type Use<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;
@@ -151,11 +151,16 @@ fn the_rest() {
     add_up("silu", &[3, 5], &silu);
     add_up("geglu", &[3, 10], &geglu);
     let weight = noise(&[6, 5], 2);
-    add_up("after geglu", &[3, 10], &|x| {
-        let (weight, residual) = (weight.clone(), x.narrow(1, 0, 6)?);
-        after_geglu(x, &[&residual], move |t| {
-            linear(&t[0], &weight, None)? + &t[1]
-        })
+    let factors = [(var(&[2, 5], 3), var(&[6, 2], 4))]
+        .map(|(down, up)| (down.as_tensor().clone(), up.as_tensor().clone()));
+    add_up("layer behind geglu", &[3, 10], &|x| {
+        let residual = x.narrow(1, 0, 6)?;
+        let added = Added {
+            factors: &factors,
+            residual: Some(&residual),
+            ..Added::default()
+        };
+        linear_added(&geglu(x)?, &weight, None, Compute::F32, &added)
     });
     add_up("checkpoint that hands on", &[3, 4], &|x| {
         checkpoint(&[x, x], |t| {

@@ -21,7 +21,7 @@ use lora_kernels::Conv2dParams;
 use rand::RngCore;
 
 use super::{Entry, Fresh, Parts, core_times, fold, middle, precision, scaled_like};
-use crate::adapter::{Adapter, Family, LowRank, multiply};
+use crate::adapter::{Adapter, Family, LowRank, Middle, multiply};
 use crate::control::{DropoutKind, Pass};
 use crate::held::Held;
 use crate::layer::{BaseLayer, LayerOp};
@@ -249,7 +249,7 @@ impl Adapter for Lora {
         pass: Option<&Pass<'_>>,
     ) -> Result<Tensor> {
         match self.low_rank(x, layer, multiplier, pass)? {
-            Some(product) => product.apply(&layer.op),
+            Some(product) => product.apply(x, layer),
             None => {
                 let delta = self.delta(&layer.weight_in(x.dtype())?, multiplier)?;
                 layer.op.apply(x, &delta, None)
@@ -269,14 +269,21 @@ impl Adapter for Lora {
             (LayerOp::Conv2d(params), Some(mid)) if params.groups == 1 => {
                 let down = self.down.to_dtype(dtype)?.reshape((self.rank, (), 1, 1))?;
                 let middle = lora_kernels::conv2d(x, &down, None, Conv2dParams::default())?;
-                lora_kernels::conv2d(&middle, &mid.to_dtype(dtype)?, None, params)?
+                let mid = mid.to_dtype(dtype)?;
+                Middle::Values(lora_kernels::conv2d(&middle, &mid, None, params)?)
             }
             _ => match middle(x, &self.down_matrix(dtype)?, layer)? {
                 Some(middle) => middle,
                 None => return Ok(None),
             },
         };
-        let middle = drop_out(middle, layer.op.output_axis(x.rank()), pass)?;
+        let middle = match pass.filter(|pass| drops(pass)) {
+            Some(pass) => {
+                let middle = middle.values(x, layer.compute)?;
+                Middle::Values(drop_out(middle, layer.op.output_axis(x.rank()), pass)?)
+            }
+            None => middle,
+        };
         let mut up = self.up_matrix(dtype)?;
         let scale = self.scale() * multiplier;
         if scale != 1.0 {
@@ -330,10 +337,14 @@ impl Adapter for Lora {
     }
 }
 
+/// Whether [`drop_out`] does anything.
+fn drops(pass: &Pass<'_>) -> bool {
+    pass.dropout.neuron > 0.0 || pass.dropout.rank > 0.0
+}
+
 /// Neuron and rank dropout on the middle of the branch, as sd-scripts applies them:
 /// a value or a (sample, rank) pair stays when its draw exceeds the probability.
-fn drop_out(middle: Tensor, rank_axis: usize, pass: Option<&Pass<'_>>) -> Result<Tensor> {
-    let Some(pass) = pass else { return Ok(middle) };
+fn drop_out(middle: Tensor, rank_axis: usize, pass: &Pass<'_>) -> Result<Tensor> {
     let mut per_rank = vec![1; middle.rank()];
     for axis in [0, rank_axis] {
         per_rank[axis] = middle.dim(axis)?;

@@ -23,7 +23,7 @@ use candle_core::{DType, Tensor};
 use lora_kernels::{Added, Product, with_computed_weight};
 use rand::RngCore;
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Middle};
 use crate::control::{DropoutKind, Pass};
 use crate::held::Held;
 use crate::layer::{BaseLayer, LayerOp};
@@ -226,17 +226,16 @@ pub(crate) fn middle(
     x: &Tensor,
     down: &Tensor,
     layer: &BaseLayer,
-) -> candle_core::Result<Option<Tensor>> {
+) -> candle_core::Result<Option<Middle>> {
     let down = down.to_dtype(x.dtype())?;
     match layer.op {
-        LayerOp::Linear => {
-            lora_kernels::linear_added(x, &down, None, layer.compute, &Added::default()).map(Some)
-        }
+        LayerOp::Linear => Ok(Some(Middle::Down(down))),
         LayerOp::Conv2d(params) if params.groups == 1 => {
             let (_, i, kh, kw) = layer.weight.dims4()?;
             let down = down.reshape(((), i, kh, kw))?;
             let added = Added::default();
-            lora_kernels::conv2d_added(x, &down, None, params, layer.compute, &added).map(Some)
+            let middle = lora_kernels::conv2d_added(x, &down, None, params, layer.compute, &added)?;
+            Ok(Some(Middle::Values(middle)))
         }
         // Grouped convolutions and norms have no low-rank shortcut.
         _ => Ok(None),

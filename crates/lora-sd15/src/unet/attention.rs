@@ -7,7 +7,7 @@ use lora_core::{Held, Layer, LayerOp};
 use super::memory::kept_for;
 use super::{POINT, outputs, repeated};
 use crate::UnetConfig;
-use lora_kernels::{FeedForward as Layers, attention, feed_forward, reshape, transpose};
+use lora_kernels::{FeedForward as Layers, attention, feed_forward, geglu, reshape, transpose};
 
 /// Group norm, 1x1 projection, one block over pixels as tokens, projection back.
 #[derive(Debug, Clone)]
@@ -170,16 +170,13 @@ impl Attention {
 
 impl FeedForward {
     /// Of `x` after `norm`, added to `x`. GEGLU: the first half of the projection times gelu (exact
-    /// form) of the second. What it gives is not kept for the backward pass but computed again.
+    /// form) of the second.
     fn forward(&self, norm: &Layer, x: &Tensor) -> Result<Tensor> {
         if let Some(layers) = self.in_one_pass(norm, x) {
             return feed_forward(x, &layers);
         }
-        let out = self.out.clone();
         let wide = self.proj.forward(&norm.forward(x)?)?;
-        lora_kernels::after_geglu(&wide, &[x], move |t| {
-            out.forward_added(&t[0], None, Some(&t[1]))
-        })
+        self.out.forward_added(&geglu(&wide)?, None, Some(x))
     }
 
     /// The layers where nothing but their weights counts: no gradient is asked for, and no adapter
