@@ -562,7 +562,7 @@ impl<'a, T: Copy> Operand<'a, T> {
     /// word lie apart.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn fetch<S: Arithmetic>(&self, from: usize, to: usize, w: usize) {
+    pub(crate) fn fetch<S: Arithmetic>(&self, from: usize, to: usize, w: usize) {
         let inner = (S::VALUES * w).min(self.inner)..(S::VALUES * (w + 16)).min(self.inner);
         for i in inner {
             let start = self

@@ -39,6 +39,27 @@ pub(crate) fn in_parts<T: Copy + Default + Send>(
     values
 }
 
+/// [`in_parts`], or, where there are values, their parts with `write` adding to them.
+pub(crate) fn added_in_parts(
+    sum: Option<&mut [f32]>,
+    n: usize,
+    part: usize,
+    write: impl Fn(usize, &mut [f32]) + Sync,
+) -> Vec<f32> {
+    let Some(sum) = sum else {
+        return in_parts(n, part, write);
+    };
+    let part = part.max(1);
+    match &mut sum[..n] {
+        sum if n <= part => write(0, sum),
+        sum => {
+            let parts = sum.par_chunks_mut(part).enumerate();
+            parts.for_each(|(number, out)| write(number * part, out));
+        }
+    }
+    Vec::new()
+}
+
 /// `n` values that `write` makes in memory that has none yet; it returns all of it.
 ///
 /// # Panics

@@ -1,9 +1,8 @@
 //! Tensors side by side and in other shapes, whose gradients do not go through candle's store.
 
 use candle_core::{Result, Shape, Tensor};
-use rayon::prelude::*;
 
-use crate::buffer::{in_parts, with, with_both};
+use crate::buffer::{added_in_parts, in_parts, with, with_both};
 use crate::gradient::Gradient;
 use crate::node::{Value, node, view};
 use crate::{as_nodes, fast};
@@ -64,14 +63,14 @@ pub fn concat_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         // Channels from `skip` on go to one of both.
         let part = |channels: usize, skip: usize| {
             let dy = dy.clone();
-            Gradient::values(move |dx, _| {
+            Gradient::made(move |dx| {
                 with(&dy, |dy| {
-                    let planes = dx.par_chunks_mut(plane).enumerate();
-                    planes.for_each(|(number, dx)| {
+                    added_in_parts(dx, n * channels * h * w, plane, |first, dx| {
+                        let number = first / plane;
                         let (sample, channel) = (number / channels, number % channels);
                         let dy = &dy[(sample * (i + j) + skip + channel) * plane..];
                         dx.iter_mut().zip(dy).for_each(|(dx, dy)| *dx += dy);
-                    });
+                    })
                 })
             })
         };

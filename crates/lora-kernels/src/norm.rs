@@ -4,7 +4,7 @@
 use candle_core::{Device, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::buffer::{in_parts, with, with_both};
+use crate::buffer::{added_in_parts, in_parts, with, with_both};
 use crate::gradient::Gradient;
 use crate::math::{sigmoid, sum, sum2, vectorized};
 use crate::node::{Value, node};
@@ -376,11 +376,9 @@ impl Norm {
             let [x, w, b] = [&x, &w, &b].map(Tensor::clone);
             let shape = w.shape().clone();
             let to_x = wanted[0].then(|| {
-                Gradient::values(move |dx, add| {
+                Gradient::made(move |dx| {
                     with_both(&x, &dy, |x, dy| {
-                        with_both(&w, &b, |w, b| {
-                            self.backward(rows, (dx, add), (x, dy), (w, b));
-                        })
+                        with_both(&w, &b, |w, b| self.backward(rows, dx, (x, dy), (w, b)))
                     })?
                 })
             });
@@ -416,32 +414,27 @@ impl Norm {
     fn backward(
         self,
         rows: Rows,
-        (dx, add): (&mut [f32], bool),
+        dx: Option<&mut [f32]>,
         (x, dy): (&[f32], &[f32]),
         (w, b): (&[f32], &[f32]),
-    ) {
-        let width = rows.width;
+    ) -> Vec<f32> {
+        let (width, add) = (rows.width, dx.is_some());
         let part = width * (TASK / width).max(1);
-        let run = |task: usize, dx: &mut [f32], x: &[f32], dy: &[f32]| {
+        added_in_parts(dx, x.len(), part, |first, dx| {
             let mut normal = vec![0f32; width];
             vectorized(
                 #[inline(always)]
                 || {
-                    let values = x.chunks_exact(width).zip(dy.chunks_exact(width));
+                    let values = x[first..]
+                        .chunks_exact(width)
+                        .zip(dy[first..].chunks_exact(width));
                     let lines = dx.chunks_exact_mut(width).zip(values);
-                    for (row, (dx, pair)) in (task * part / width..).zip(lines) {
+                    for (row, (dx, pair)) in (first / width..).zip(lines) {
                         let scales = (rows.scales(w, row), rows.scales(b, row));
                         backward((dx, add), &mut normal, pair, rows, scales, self);
                     }
                 },
             );
-        };
-        if dx.len() <= part {
-            return run(0, dx, x, dy);
-        }
-        dx.par_chunks_mut(part)
-            .zip(x.par_chunks(part).zip(dy.par_chunks(part)))
-            .enumerate()
-            .for_each(|(task, (dx, (x, dy)))| run(task, dx, x, dy));
+        })
     }
 }

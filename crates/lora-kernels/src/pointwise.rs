@@ -3,9 +3,8 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor};
-use rayon::prelude::*;
 
-use crate::buffer::{in_parts, rows_of, with, with_both};
+use crate::buffer::{added_in_parts, in_parts, rows_of, with, with_both};
 use crate::gradient::Gradient;
 use crate::math::{normal_cdf, normal_pdf, sigmoid, vectorized};
 use crate::node::{Leaf, Value, backward_from, node, repeatable};
@@ -54,21 +53,20 @@ fn silu_node(x: &Tensor) -> Result<Tensor> {
     })?;
     let gradients = move |dy: &Tensor| {
         let (x, dy) = (input.clone(), dy.contiguous()?);
-        let to_x = Gradient::values(move |dx, _| {
+        let to_x = Gradient::made(move |dx| {
             with_both(&x, &dy, |x, dy| {
-                let inputs = x.par_chunks(BLOCK).zip(dy.par_chunks(BLOCK));
-                let parts = dx.par_chunks_mut(BLOCK).zip(inputs);
-                parts.for_each(|(dx, (x, dy))| {
+                added_in_parts(dx, x.len(), BLOCK, |first, dx| {
                     vectorized(
                         #[inline(always)]
                         || {
-                            for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
+                            let values = x[first..].iter().zip(&dy[first..]);
+                            for (dx, (x, dy)) in dx.iter_mut().zip(values) {
                                 let s = sigmoid(*x);
                                 *dx += dy * s * (1.0 + x * (1.0 - s));
                             }
                         },
                     )
-                });
+                })
             })
         });
         Ok(vec![Some(to_x)])
@@ -120,24 +118,27 @@ fn gated(x: &Tensor, c: usize) -> Result<Vec<f32>> {
 /// The gradient to `x` from that to [`gated`].
 fn gated_gradient(x: &Tensor, dy: &Tensor, c: usize) -> Result<Gradient> {
     let (x, dy) = (x.clone(), dy.contiguous()?);
-    Ok(Gradient::values(move |dx, _| {
+    Ok(Gradient::made(move |dx| {
         with_both(&x, &dy, |x, dy| {
-            each_row(
-                dx,
-                2 * c,
-                (x, 2 * c),
-                (dy, c),
-                #[inline(always)]
-                |dx, x, dy| {
-                    let ((dv, dg), (value, gate)) = (dx.split_at_mut(c), x.split_at(c));
-                    let gradients = dv.iter_mut().zip(dg).zip(dy);
-                    for (((dv, dg), dy), (v, g)) in gradients.zip(value.iter().zip(gate)) {
-                        let cdf = normal_cdf(*g);
-                        *dv += dy * g * cdf;
-                        *dg += dy * v * (cdf + g * normal_pdf(*g));
-                    }
-                },
-            );
+            added_in_parts(dx, x.len(), rows_of(2 * c), |first, dx| {
+                let inputs = x[first..]
+                    .chunks_exact(2 * c)
+                    .zip(dy[first / 2..].chunks_exact(c));
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        for (dx, (x, dy)) in dx.chunks_exact_mut(2 * c).zip(inputs) {
+                            let ((dv, dg), (value, gate)) = (dx.split_at_mut(c), x.split_at(c));
+                            let gradients = dv.iter_mut().zip(dg).zip(dy);
+                            for (((dv, dg), dy), (v, g)) in gradients.zip(value.iter().zip(gate)) {
+                                let cdf = normal_cdf(*g);
+                                *dv += dy * g * cdf;
+                                *dg += dy * v * (cdf + g * normal_pdf(*g));
+                            }
+                        }
+                    },
+                );
+            })
         })
     }))
 }
@@ -166,37 +167,4 @@ fn composed_geglu(x: &Tensor) -> Result<Tensor> {
     };
     let (gradients, again) = (Box::new(gradients), Arc::new(again));
     repeatable("geglu", &[x], value, gradients, Some(again))
-}
-
-/// Calls `body` with each row of `out` and the rows of `a` and `b` that belong to it; their widths
-/// stand beside them.
-fn each_row(
-    out: &mut [f32],
-    width: usize,
-    (a, a_width): (&[f32], usize),
-    (b, b_width): (&[f32], usize),
-    body: impl Fn(&mut [f32], &[f32], &[f32]) + Sync,
-) {
-    let rows = (BLOCK / width).max(1);
-    let run = |out: &mut [f32], a: &[f32], b: &[f32]| {
-        vectorized(
-            #[inline(always)]
-            || {
-                let inputs = a.chunks_exact(a_width).zip(b.chunks_exact(b_width));
-                for (out, (a, b)) in out.chunks_exact_mut(width).zip(inputs) {
-                    body(out, a, b);
-                }
-            },
-        );
-    };
-    let inputs = a
-        .par_chunks(rows * a_width)
-        .zip(b.par_chunks(rows * b_width));
-    match out.len() <= rows * width {
-        true => run(out, a, b),
-        false => out
-            .par_chunks_mut(rows * width)
-            .zip(inputs)
-            .for_each(|(out, (a, b))| run(out, a, b)),
-    }
 }

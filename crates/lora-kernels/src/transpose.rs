@@ -1,9 +1,8 @@
 //! Channels and pixels change places. candle copies one value after the other, on one thread.
 
 use candle_core::{Result, Tensor};
-use rayon::prelude::*;
 
-use crate::buffer::{in_parts, with};
+use crate::buffer::{added_in_parts, in_parts, with};
 use crate::fast;
 use crate::gradient::Gradient;
 use crate::math::vectorized;
@@ -33,12 +32,11 @@ pub fn transpose(x: &Tensor) -> Result<Tensor> {
     })?;
     let gradients = move |dy: &Tensor| {
         let dy = dy.contiguous()?;
-        let to_x = Gradient::values(move |dx, _| {
+        let to_x = Gradient::made(move |dx| {
             with(&dy, |dy| {
-                let parts = dx.par_chunks_mut((ROWS * b).max(1)).enumerate();
-                parts.for_each(|(part, dx)| {
-                    each_turned(dx, dy, part * ROWS * b, (b, a), |dx, dy| *dx += dy);
-                });
+                added_in_parts(dx, dy.len(), ROWS * b, |first, dx| {
+                    each_turned(dx, dy, first, (b, a), |dx, dy| *dx += dy);
+                })
             })
         });
         Ok(vec![Some(to_x)])

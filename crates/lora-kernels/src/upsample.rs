@@ -2,9 +2,8 @@
 //! gradient already collected for its input instead of adding to it.
 
 use candle_core::{Result, Tensor};
-use rayon::prelude::*;
 
-use crate::buffer::{in_parts, with};
+use crate::buffer::{added_in_parts, in_parts, with};
 use crate::gradient::Gradient;
 use crate::node::{Value, node};
 use crate::{fast, plain};
@@ -32,26 +31,28 @@ pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     })?;
     let gradients = move |dy: &Tensor| {
         let dy = dy.contiguous()?;
-        let to_x = Gradient::values(move |dx, _| with(&dy, |dy| add_squares(dx, dy, (h, w))));
+        let to_x = Gradient::made(move |dx| {
+            with(&dy, |dy| {
+                added_in_parts(dx, dy.len() / 4, h * w, |first, dx| {
+                    add_squares(dx, &dy[4 * first..], w);
+                })
+            })
+        });
         Ok(vec![Some(to_x)])
     };
     let value = Value::cpu(y, (n, c, 2 * h, 2 * w));
     node("upsample_nearest2x", &[x], value, Box::new(gradients))
 }
 
-/// Adds the sum of each 2x2 square of `dy` to the pixel of `dx` in its place; planes of `dx` have
-/// the given size.
-fn add_squares(dx: &mut [f32], dy: &[f32], (h, w): (usize, usize)) {
-    let plane = (h * w).max(1);
-    let planes = dx.par_chunks_mut(plane).zip(dy.par_chunks(4 * plane));
-    planes.for_each(|(dx, dy)| {
-        let pairs = dy.chunks_exact((4 * w).max(1));
-        for (dx, pair) in dx.chunks_exact_mut(w.max(1)).zip(pairs) {
-            let (top, bottom) = pair.split_at(2 * w);
-            let columns = top.chunks_exact(2).zip(bottom.chunks_exact(2));
-            for (dx, (t, b)) in dx.iter_mut().zip(columns) {
-                *dx += (t[0] + t[1]) + (b[0] + b[1]);
-            }
+/// Adds the sum of each 2x2 square of `dy` to the pixel of `dx` in its place; lines of `dx` have `w`
+/// pixels.
+fn add_squares(dx: &mut [f32], dy: &[f32], w: usize) {
+    let pairs = dy.chunks_exact((4 * w).max(1));
+    for (dx, pair) in dx.chunks_exact_mut(w.max(1)).zip(pairs) {
+        let (top, bottom) = pair.split_at(2 * w);
+        let columns = top.chunks_exact(2).zip(bottom.chunks_exact(2));
+        for (dx, (t, b)) in dx.iter_mut().zip(columns) {
+            *dx += (t[0] + t[1]) + (b[0] + b[1]);
         }
-    });
+    }
 }

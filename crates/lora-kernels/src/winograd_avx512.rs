@@ -501,10 +501,11 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
         let (c, depth) = (self.conv.c, self.depth());
         let outputs = u.len() / depth;
         let mut kernels = [[_mm512_setzero_ps(); TAPS]; 2];
-        for channel in (0..c).step_by(S::VALUES * SIDE) {
-            let word = channel / S::VALUES;
-            if !self.conv.transposed {
-                for output in 0..outputs {
+        let blocks = (0..c).step_by(S::VALUES * SIDE);
+        if !self.conv.transposed {
+            // In the order that they are stored in.
+            for output in 0..outputs {
+                for channel in blocks.clone() {
                     let from = ((first + output) * c + channel) * TAPS;
                     let values = &w[from..][..S::VALUES * SIDE * TAPS];
                     let parts = values.chunks_exact(SIDE * TAPS);
@@ -512,16 +513,26 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
                         // SAFETY: the caller's word; there are sixteen kernels.
                         unsafe { T::taps(part.as_ptr(), taps) };
                     }
-                    let out = &mut u[output * depth + word..];
+                    let out = &mut u[output * depth + channel / S::VALUES..];
                     // SAFETY: the caller's word.
                     unsafe { self.transform_kernels(&kernels, out) };
                 }
-                continue;
             }
-            let taps = self.conv.taps(w, first, outputs);
-            taps.check();
+            return;
+        }
+        let taps = self.conv.taps(w, first, outputs);
+        taps.check();
+        for channel in blocks {
+            let word = channel / S::VALUES;
             let mut parts = [[_mm512_setzero_si512(); SIDE]; 2];
             for column in (0..outputs * TAPS).step_by(SIDE) {
+                if column.is_multiple_of(2 * SIDE) {
+                    // What the next channels have here, which lies far apart.
+                    let columns = column..(column + 2 * SIDE).min(outputs * TAPS);
+                    for next in (0..S::VALUES).map(|part| channel + (S::VALUES + part) * SIDE) {
+                        taps.fetch::<F32>(columns.start, columns.end, next);
+                    }
+                }
                 for (part, words) in parts.iter_mut().enumerate().take(S::VALUES) {
                     let channel = channel + part * SIDE;
                     // SAFETY: the caller's word; column and channels are inside.
