@@ -558,7 +558,8 @@ impl<'a, T: Copy> Operand<'a, T> {
         }
     }
 
-    /// Has the caches fetch 16 words from word `w` on of these rows (or columns), where values of a
+    /// Has the second-level cache, which keeps more requests going than the first, fetch 16 words from
+    /// word `w` on of these rows (or columns), where values of a
     /// word lie apart.
     #[inline]
     #[target_feature(enable = "avx512f")]
@@ -570,7 +571,7 @@ impl<'a, T: Copy> Operand<'a, T> {
                 .as_ptr()
                 .wrapping_add(i * self.inner_stride + from);
             for byte in (0..(to - from) * size_of::<T>()).step_by(64) {
-                _mm_prefetch::<_MM_HINT_T0>(start.cast::<i8>().wrapping_add(byte));
+                _mm_prefetch::<_MM_HINT_T1>(start.cast::<i8>().wrapping_add(byte));
             }
         }
     }
