@@ -59,11 +59,7 @@ fn silu_node(x: &Tensor) -> Result<Tensor> {
                     vectorized(
                         #[inline(always)]
                         || {
-                            let values = x[first..].iter().zip(&dy[first..]);
-                            for (dx, (x, dy)) in dx.iter_mut().zip(values) {
-                                let s = sigmoid(*x);
-                                *dx += dy * s * (1.0 + x * (1.0 - s));
-                            }
+                            add_silu_gradient(dx, &x[first..], &dy[first..]);
                         },
                     )
                 })
@@ -73,6 +69,15 @@ fn silu_node(x: &Tensor) -> Result<Tensor> {
     };
     let value = Value::cpu(y, x.shape());
     node("silu", &[x], value, Box::new(gradients))
+}
+
+/// Adds the gradient of SiLU.
+#[inline(always)]
+fn add_silu_gradient(dx: &mut [f32], x: &[f32], dy: &[f32]) {
+    for (dx, (x, dy)) in dx.iter_mut().zip(x.iter().zip(dy)) {
+        let s = sigmoid(*x);
+        *dx += dy * s * (1.0 + x * (1.0 - s));
+    }
 }
 
 /// Half of the last axis, and the shape of the result.
@@ -115,6 +120,39 @@ fn gated(x: &Tensor, c: usize) -> Result<Vec<f32>> {
     })
 }
 
+/// The gradients to a value and its gate.
+#[inline(always)]
+fn gate_gradients(value: f32, gate: f32, dy: f32) -> (f32, f32) {
+    let cdf = normal_cdf(gate);
+    let slope = cdf + gate * normal_pdf(gate);
+    (dy * gate * cdf, dy * value * slope)
+}
+
+/// Adds the gradient of one row.
+#[inline(always)]
+fn add_gated_gradient(dx: &mut [f32], x: &[f32], dy: &[f32], c: usize) {
+    /// Through arrays of their own, of which the compiler knows that they lie apart from one another.
+    const LANES: usize = 16;
+    let ((dv, dg), (value, gate)) = (dx.split_at_mut(c), x.split_at(c));
+    let ((dv, dv_rest), (dg, dg_rest)) = (dv.as_chunks_mut::<LANES>(), dg.as_chunks_mut::<LANES>());
+    let ((v, v_rest), (g, g_rest)) = (value.as_chunks::<LANES>(), gate.as_chunks::<LANES>());
+    let (dy, dy_rest) = dy.as_chunks::<LANES>();
+    for (((dv, dg), dy), (v, g)) in dv.iter_mut().zip(dg).zip(dy).zip(v.iter().zip(g)) {
+        let (mut to_value, mut to_gate) = ([0f32; LANES], [0f32; LANES]);
+        for lane in 0..LANES {
+            (to_value[lane], to_gate[lane]) = gate_gradients(v[lane], g[lane], dy[lane]);
+        }
+        dv.iter_mut().zip(to_value).for_each(|(dv, v)| *dv += v);
+        dg.iter_mut().zip(to_gate).for_each(|(dg, g)| *dg += g);
+    }
+    let rest = dv_rest.iter_mut().zip(dg_rest).zip(dy_rest);
+    for (((dv, dg), dy), (v, g)) in rest.zip(v_rest.iter().zip(g_rest)) {
+        let (to_value, to_gate) = gate_gradients(*v, *g, *dy);
+        *dv += to_value;
+        *dg += to_gate;
+    }
+}
+
 /// The gradient to `x` from that to [`gated`].
 fn gated_gradient(x: &Tensor, dy: &Tensor, c: usize) -> Result<Gradient> {
     let (x, dy) = (x.clone(), dy.contiguous()?);
@@ -128,13 +166,7 @@ fn gated_gradient(x: &Tensor, dy: &Tensor, c: usize) -> Result<Gradient> {
                     #[inline(always)]
                     || {
                         for (dx, (x, dy)) in dx.chunks_exact_mut(2 * c).zip(inputs) {
-                            let ((dv, dg), (value, gate)) = (dx.split_at_mut(c), x.split_at(c));
-                            let gradients = dv.iter_mut().zip(dg).zip(dy);
-                            for (((dv, dg), dy), (v, g)) in gradients.zip(value.iter().zip(gate)) {
-                                let cdf = normal_cdf(*g);
-                                *dv += dy * g * cdf;
-                                *dg += dy * v * (cdf + g * normal_pdf(*g));
-                            }
+                            add_gated_gradient(dx, x, dy, c);
                         }
                     },
                 );
