@@ -38,9 +38,9 @@ const LARGEST_WEIGHT: f32 = 32_700.0;
 const PART: usize = 240;
 /// Most output channels per task.
 const TASK_OUTPUTS: usize = 48;
-/// Most words of weights that are transformed at once, before they are scaled (256 KB), and most
-/// output channels of these.
-const WIDE: usize = 64 << 10;
+/// Most words of weights that are transformed at once, before they are scaled (1 MB), and most
+/// output channels of these where those of one lie apart: lines of memory are read for several.
+const WIDE: usize = 256 << 10;
 const AT_ONCE: usize = 4;
 
 /// A convolution done this way.
@@ -272,7 +272,8 @@ impl Fixed {
     ) {
         u.words.resize(outputs * self.depth(), 0);
         u.steps.resize(POINTS * outputs, 0.0);
-        let at_once = (WIDE / (POINTS * self.conv.c)).clamp(1, AT_ONCE);
+        let most = if self.conv.transposed { AT_ONCE } else { 1 };
+        let at_once = (WIDE / (POINTS * self.conv.c)).clamp(1, most);
         for output in (0..outputs).step_by(at_once) {
             let now = at_once.min(outputs - output);
             u.wide.resize(now * POINTS * self.conv.c, 0);
