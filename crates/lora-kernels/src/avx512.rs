@@ -609,6 +609,66 @@ impl<'a, T: Copy> Operand<'a, T> {
     }
 }
 
+/// Memory that is fetched while something else is computed: so many lines of the caches, row by row.
+struct Ahead {
+    row: *const i8,
+    stride: usize,
+    rows: usize,
+    /// Lines of a row, and how many of the present one have been fetched.
+    lines: usize,
+    fetched: usize,
+    /// Lines at a time.
+    at_once: usize,
+}
+
+impl Ahead {
+    /// What [`Operand::panel`] reads for `columns` columns from the given one on and the words of a part.
+    fn of<S: Arithmetic, T: Copy>(
+        b: &Operand<'_, T>,
+        (column, columns): (usize, usize),
+        (first, depth): (usize, usize),
+    ) -> Self {
+        let along = S::VALUES * first..(S::VALUES * (first + depth)).min(b.inner);
+        let (rows, stride, values) = match b.inner_stride {
+            1 => (columns, b.outer_stride, along.len()),
+            _ => (along.len(), b.inner_stride, columns),
+        };
+        let start = column * b.outer_stride + along.start * b.inner_stride;
+        Self {
+            row: b.data.as_ptr().wrapping_add(start).cast(),
+            stride: stride * size_of::<T>(),
+            rows,
+            lines: values * size_of::<T>() / 64 + 1,
+            fetched: 0,
+            at_once: 0,
+        }
+    }
+
+    /// All of it in so many times.
+    fn in_times(self, times: usize) -> Self {
+        let at_once = (self.rows * self.lines).div_ceil(times.max(1));
+        Self { at_once, ..self }
+    }
+
+    /// What is not there is not fetched.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn fetch(&mut self) {
+        for _ in 0..self.at_once {
+            if self.rows == 0 {
+                return;
+            }
+            _mm_prefetch::<_MM_HINT_T1>(self.row.wrapping_add(64 * self.fetched));
+            self.fetched += 1;
+            if self.fetched == self.lines {
+                self.fetched = 0;
+                self.rows -= 1;
+                self.row = self.row.wrapping_add(self.stride);
+            }
+        }
+    }
+}
+
 /// At least `length` words; what they are does not matter.
 fn grow(out: &mut Vec<u32>, length: usize) {
     if out.len() < length {
@@ -679,6 +739,8 @@ struct Output {
     /// Whether sums are added to what is there.
     add: bool,
     begin: Begin,
+    /// What is fetched meanwhile; null for nothing. It belongs to the task that has this copy.
+    ahead: *mut Ahead,
 }
 
 /// What the sums of an [`Output`], of a [`Part`] of it, or of a [`Tile`], begin with, beside what
@@ -727,17 +789,23 @@ impl Begin {
 }
 
 impl Output {
+    /// The same, with something fetched meanwhile.
+    fn fetching(self, ahead: &mut Ahead) -> Self {
+        Self { ahead, ..self }
+    }
+
     /// The same, to be added to once more.
     fn adding(self) -> Self {
         Self {
             add: true,
             begin: Begin::NOTHING,
+            ahead: std::ptr::null_mut(),
             ..self
         }
     }
 }
 
-// SAFETY: tasks write disjoint elements.
+// SAFETY: tasks write disjoint elements, and what is fetched ahead is set by a task for itself.
 unsafe impl Send for Output {}
 // SAFETY: as above.
 unsafe impl Sync for Output {}
@@ -781,6 +849,7 @@ pub(crate) fn multiply<S: Arithmetic, A: Element<S>, B: Element<S>>(
         columns: n,
         add: accumulate,
         begin: Begin::NOTHING,
+        ahead: std::ptr::null_mut(),
     };
     // SAFETY: the assertion above, and the values of `dst` are there.
     unsafe { product(out, a, b, &[], &mut [], parallel) };
@@ -822,6 +891,7 @@ where
         columns: n,
         add,
         begin,
+        ahead: std::ptr::null_mut(),
     };
     // SAFETY: sizes are those asserted and checked above; values are there if they are added to.
     unsafe { product(out, a, b, more, chains, parallel) };
@@ -935,6 +1005,7 @@ unsafe fn turned<S: Arithmetic, A: Element<S>, B: Element<S>>(
         columns: m,
         add: false,
         begin: Begin::NOTHING,
+        ahead: std::ptr::null_mut(),
     };
     // SAFETY: operands are checked, and there are as many sums.
     unsafe { by_columns::<S, B, A>(sums, b, a, &[], parallel) };
@@ -1086,6 +1157,7 @@ unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
                 columns: p.columns,
                 add: false,
                 begin: Begin::NOTHING,
+                ahead: std::ptr::null_mut(),
             };
             for number in 0..p.columns.div_ceil(PANEL) {
                 let (rows, column) = ((0, rows.1), number * PANEL);
@@ -1159,45 +1231,48 @@ unsafe fn by_columns<S: Arithmetic, A: Element<S>, B: Element<S>>(
     };
     let panels = b.outer.div_ceil(PANEL);
     let per_task = TASK_PANELS.min(panels.div_ceil(4)).max(1);
-    each(
-        panels.div_ceil(per_task),
-        parallel,
-        |buffer: &mut Vec<u32>, task| {
-            let numbers = task * per_task..((task + 1) * per_task).min(panels);
-            for (first, depth) in parts(words) {
-                let length = PANEL * depth.next_multiple_of(16);
-                grow(buffer, numbers.len() * length);
-                for (number, out) in numbers.clone().zip(buffer.chunks_mut(length)) {
-                    // SAFETY: the caller's word, and columns are inside.
-                    unsafe { b.panel::<S>(number * PANEL, first, depth, out) };
-                }
-                // They are added to blocks that are in the cache.
-                let more = if first + depth == words { more } else { &[] };
-                for row in (0..a.outer).step_by(TASK_ROWS) {
-                    let rows = TASK_ROWS.min(a.outer - row);
-                    for (number, panel) in numbers.clone().zip(buffer.chunks(length)) {
-                        let column = number * PANEL;
-                        // SAFETY: rows and columns are inside.
-                        unsafe {
-                            block::<S>(out, row, rows, column, left, row, panel, first, depth);
-                            for (left, panels) in more {
-                                let (rows, left) = ((row, rows), (left.at(0, 0), row));
-                                let panel = panels.panel(number);
-                                whole_panel::<S>(
-                                    out.adding(),
-                                    rows,
-                                    column,
-                                    left,
-                                    panel,
-                                    panels.words,
-                                );
-                            }
+    let parts: Vec<_> = parts(words).collect();
+    let numbers = |task: usize| task * per_task..((task + 1) * per_task).min(panels);
+    let run = |buffer: &mut Vec<u32>, task: usize| {
+        let own = numbers(task);
+        for (part, (first, depth)) in parts.iter().copied().enumerate() {
+            let length = PANEL * depth.next_multiple_of(16);
+            grow(buffer, own.len() * length);
+            for (number, out) in own.clone().zip(buffer.chunks_mut(length)) {
+                // SAFETY: the caller's word, and columns are inside.
+                unsafe { b.panel::<S>(number * PANEL, first, depth, out) };
+            }
+            // What this thread lays out next, most probably.
+            let (task, part) = match part + 1 < parts.len() {
+                true => (task, part + 1),
+                false => (task + 1, 0),
+            };
+            let columns = (numbers(task).start * PANEL).min(b.outer);
+            let beyond = (numbers(task).end * PANEL).min(b.outer);
+            let times = a.outer.div_ceil(TILE) * own.len() * depth.div_ceil(LINE);
+            let columns = (columns, beyond.saturating_sub(columns));
+            let mut ahead = Ahead::of::<S, B>(&b, columns, parts[part]).in_times(times);
+            // They are added to blocks that are in the cache.
+            let more = if first + depth == words { more } else { &[] };
+            for row in (0..a.outer).step_by(TASK_ROWS) {
+                let rows = TASK_ROWS.min(a.outer - row);
+                for (number, panel) in own.clone().zip(buffer.chunks(length)) {
+                    let column = number * PANEL;
+                    let out = out.fetching(&mut ahead);
+                    // SAFETY: rows and columns are inside.
+                    unsafe {
+                        block::<S>(out, row, rows, column, left, row, panel, first, depth);
+                        for (left, panels) in more {
+                            let (rows, left) = ((row, rows), (left.at(0, 0), row));
+                            let panel = panels.panel(number);
+                            whole_panel::<S>(out.adding(), rows, column, left, panel, panels.words);
                         }
                     }
                 }
             }
-        },
-    );
+        }
+    };
+    each(panels.div_ceil(per_task), parallel, run);
 }
 
 /// A left operand, laid out; zeros after the last row and value.
@@ -1309,6 +1384,7 @@ impl<S: Arithmetic> Panels<S> {
             columns: self.columns,
             add: false,
             begin: Begin::of(start),
+            ahead: std::ptr::null_mut(),
         };
         for number in 0..self.columns.div_ceil(PANEL) {
             let (column, panel) = (number * PANEL, self.panel(number));
@@ -1339,6 +1415,7 @@ impl<S: Arithmetic> Panels<S> {
             columns: self.columns,
             add,
             begin: Begin::NOTHING,
+            ahead: std::ptr::null_mut(),
         };
         let panels = self.values.chunks(self.length.max(1));
         for (column, panel) in (0..self.columns).step_by(PANEL).zip(panels) {
@@ -1367,6 +1444,7 @@ pub(crate) fn multiply_panel<S: Arithmetic>(
         columns,
         add,
         begin: Begin::NOTHING,
+        ahead: std::ptr::null_mut(),
     };
     // SAFETY: the processor is able; rows and columns are inside.
     unsafe { block::<S>(out, 0, rows, 0, a, 0, panel, 0, panel.len() / PANEL) };
@@ -1425,6 +1503,7 @@ unsafe fn finish_tiles<S: Arithmetic, F: Finish>(
                 a: a.halves.as_ptr().add(row * a.stride),
                 a_stride: a.stride,
                 b: panel.as_ptr(),
+                ahead: std::ptr::null_mut(),
             };
             let sums = buffer.as_ptr().wrapping_add(row * PANEL);
             match (rows - row, buffer.is_empty()) {
@@ -1513,6 +1592,7 @@ unsafe fn block<S: Arithmetic>(
                 0 => out.begin.from(row, column, out.stride),
                 _ => Begin::NOTHING,
             },
+            ahead: out.ahead,
         };
         if S::MATRIX && crate::matrix_registers() {
             whole.begun().sum_in_matrices::<S>();
@@ -1538,6 +1618,7 @@ struct Part {
     c_stride: usize,
     add: bool,
     begin: Begin,
+    ahead: *mut Ahead,
 }
 
 impl Part {
@@ -1606,6 +1687,7 @@ impl Part {
                     a: self.a.add(r * self.a_stride),
                     a_stride: self.a_stride,
                     b: self.b,
+                    ahead: self.ahead,
                 };
                 let to = Target {
                     c: self.c.add(r * self.c_stride),
@@ -1679,6 +1761,8 @@ struct Tile {
     a: *const u16,
     a_stride: usize,
     b: *const u32,
+    /// Null, or fetched with each 16 words; the task's own.
+    ahead: *mut Ahead,
 }
 
 /// Where sums are written.
@@ -1745,6 +1829,10 @@ impl Tile {
     ) -> [[__m512; V]; R] {
         let mut sums = [[_mm512_setzero_ps(); V]; R];
         for part in (0..self.depth).step_by(LINE) {
+            // SAFETY: the caller's word: where there is something, it is this task's.
+            if let Some(ahead) = unsafe { self.ahead.as_mut() } {
+                ahead.fetch();
+            }
             for r in R..2 * R {
                 // Rows that are multiplied next; what is not there is not fetched.
                 let line = self.a.wrapping_add(r * self.a_stride + 2 * part);
