@@ -15,7 +15,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::amx;
-use crate::buffer::{Onto, Start, zeros};
+use crate::buffer::{Onto, Start, share, zeros};
 use crate::conv3x3::TAPS;
 use crate::matrix::{PANEL, PARALLEL_PRODUCTS};
 
@@ -1137,9 +1137,13 @@ unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
 {
     let words = a.words::<S>();
     let own = in_place::<S, A>(a);
+    let per_task = match parallel {
+        true => share(a.outer, TASK_ROWS, TILE),
+        false => TASK_ROWS,
+    };
     let task = |(buffer, middles): &mut (Vec<u32>, Vec<Rows>), task: usize| {
-        let from = task * TASK_ROWS;
-        let rows = (from, TASK_ROWS.min(a.outer - from));
+        let from = task * per_task;
+        let rows = (from, per_task.min(a.outer - from));
         let left = match own {
             Some(left) => (left, from),
             None => {
@@ -1185,7 +1189,7 @@ unsafe fn by_panels<S: Arithmetic, A: Element<S>>(
             }
         }
     };
-    each(a.outer.div_ceil(TASK_ROWS), parallel, task);
+    each(a.outer.div_ceil(per_task), parallel, task);
 }
 
 /// The output's rows, from the first one on as many, by one panel: all parts of the inner dimension,

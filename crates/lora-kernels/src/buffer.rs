@@ -200,6 +200,20 @@ pub(crate) fn copied<T: Copy + Default + Send + Sync>(values: &[T]) -> Vec<T> {
     })
 }
 
+/// How much of `total` a task takes, in whole units and at most `most`, so that threads have about as much
+/// as one another. What tasks compute must not depend on it.
+pub(crate) fn share(total: usize, most: usize, unit: usize) -> usize {
+    let threads = rayon::current_num_threads();
+    // What the thread with most has: tasks of the same size, and a last one that is smaller.
+    let load = |size: usize| match (total / size, total % size) {
+        (whole, rest) if whole.is_multiple_of(threads) => whole / threads * size + rest,
+        (whole, _) => whole.div_ceil(threads) * size,
+    };
+    let sizes = (1..=most / unit).rev().map(|units| units * unit);
+    let sizes = sizes.take_while(|size| 2 * size >= most);
+    sizes.min_by_key(|size| load(*size)).unwrap_or(most)
+}
+
 /// Values per task that are whole rows of `width`.
 pub(crate) fn rows_of(width: usize) -> usize {
     width.max(1) * (PART / width.max(1)).max(1)

@@ -7,8 +7,8 @@ use crate::{Added, Compute, layer_norm, linear_added};
 #[cfg(target_arch = "x86_64")]
 use {
     crate::added::with_weight,
-    crate::avx512::{self, Arithmetic, Bf16, Element, F32, Operand, Panels, Rows},
-    crate::buffer::{Start, in_parts, maybe_with, with, with_both},
+    crate::avx512::{self, Arithmetic, Bf16, Element, F32, Operand, Panels, Rows, TILE},
+    crate::buffer::{Start, in_parts, maybe_with, share, with, with_both},
     crate::math::vectorized,
     crate::matrix::{PANEL, Values, native_products},
     crate::pointwise::gate,
@@ -76,7 +76,7 @@ pub fn feed_forward(x: &Tensor, layers: &FeedForward<'_>) -> Result<Tensor> {
     linear_added(&gated, out.0, out.1, compute, &added)
 }
 
-/// Rows of a task.
+/// Most rows of a task.
 #[cfg(target_arch = "x86_64")]
 const ROWS: usize = 96;
 
@@ -190,7 +190,8 @@ impl FeedForward<'_> {
             with_both(self.norm.0, self.norm.1, |w, b| {
                 maybe_with(self.proj.1, |to_proj| {
                     maybe_with(self.out.1, |to_out| {
-                        in_parts(x.len(), ROWS * c, |first, y: &mut [f32]| {
+                        let rows = share(x.len() / c, ROWS, TILE);
+                        in_parts(x.len(), rows * c, |first, y: &mut [f32]| {
                             let again = spare.lock().ok().and_then(|mut all| all.pop());
                             let mut work: Work = again.unwrap_or_default();
                             let x = &x[first..first + y.len()];

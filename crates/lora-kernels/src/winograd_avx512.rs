@@ -22,7 +22,7 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use crate::avx512::{self, Arithmetic, F32, Shared, TILE, Taps};
-use crate::buffer::Start;
+use crate::buffer::{Start, share};
 use crate::conv3x3::{Conv3x3, TAPS, Way};
 use crate::matrix::{PANEL, PARALLEL_PRODUCTS, Values};
 
@@ -243,7 +243,7 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
         let mut v = Vec::new();
         let task = Task {
             begin,
-            outputs: self.outputs_per_task(TASK_OUTPUTS),
+            outputs: share(self.conv.o, TASK_OUTPUTS, TILE),
             buffers: Mutex::default(),
         };
         for panels in self.at_once(&panels(&runs), self.panel()) {
@@ -343,12 +343,6 @@ impl<S: Arithmetic, A: Algorithm> Winograd<S, A> {
         } else {
             (0..tasks).into_par_iter().with_max_len(1).for_each(run);
         }
-    }
-
-    /// Output channels per task, at most about so many, as even as whole tiles of six allow.
-    pub(crate) fn outputs_per_task(&self, most: usize) -> usize {
-        let even = self.conv.o.div_ceil(self.conv.o.div_ceil(most));
-        even.next_multiple_of(TILE)
     }
 
     /// All tiles, in their order.

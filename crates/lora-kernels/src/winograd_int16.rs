@@ -17,8 +17,8 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-use crate::avx512::{self, Arithmetic, F32, Finish, Int16, Shared, Taps, VECTORS};
-use crate::buffer::Start;
+use crate::avx512::{self, Arithmetic, F32, Finish, Int16, Shared, TILE, Taps, VECTORS};
+use crate::buffer::{Start, share};
 use crate::conv3x3::{Conv3x3, TAPS, Way};
 use crate::matrix::{PANEL, Values};
 use crate::winograd_avx512::{
@@ -133,7 +133,7 @@ impl Fixed {
         let (mut v, mut steps) = (Vec::new(), Vec::new());
         let task = Task {
             begin,
-            outputs: self.wide.outputs_per_task(TASK_OUTPUTS),
+            outputs: share(self.conv.o, TASK_OUTPUTS, TILE),
             buffers: Mutex::default(),
         };
         for panels in self.wide.at_once(&panels(&runs), self.panel()) {
