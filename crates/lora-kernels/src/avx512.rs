@@ -591,8 +591,7 @@ impl<'a, T: Copy> Operand<'a, T> {
     }
 
     /// Has the second-level cache, which keeps more requests going than the first, fetch 16 words from
-    /// word `w` on of these rows (or columns), where values of a
-    /// word lie apart.
+    /// word `w` on of these rows (or columns), where values of a word lie apart.
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(crate) fn fetch<S: Arithmetic>(&self, from: usize, to: usize, w: usize) {
