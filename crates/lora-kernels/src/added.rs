@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use crate::buffer::{Onto, Start, maybe_with, with, with_both, written, zeros};
 use crate::channels::plane_sums;
 use crate::conv2d::Geometry;
-use crate::gradient::Gradient;
+use crate::gradient::{self, Gradient};
 use crate::joined::add;
 use crate::matrix::{Chain, Values, View, multiply_in, multiply_onto, reads_narrow};
 use crate::node::{Saved, Value, node};
@@ -193,12 +193,7 @@ pub fn linear_added(
             let r = up.dim(1)?;
             let to_middle = wanted[0].then(|| {
                 let (dy, up) = (dy.clone(), up.clone());
-                Gradient::made(move |dm| {
-                    with_both(&dy, &up, |dy, up| {
-                        let (dy, up) = (View::rows(dy, rows, o, o), View::rows(up, o, r, r));
-                        added_or_new(compute, dm, (rows, r), (dy, up), &mut [])
-                    })
-                })
+                Gradient::made(move |dm| to_middle(compute, &dy, &up, dm))
             });
             let to_up = wanted[1].then(|| {
                 let (dy, middle) = (dy.clone(), middle.clone());
@@ -219,7 +214,7 @@ pub fn linear_added(
                         let values = back.to_factor(&dy, &now, number, which)?;
                         Ok(match sum {
                             Some(sum) => {
-                                sum.iter_mut().zip(values).for_each(|(sum, v)| *sum += v);
+                                gradient::add(sum, &values);
                                 Vec::new()
                             }
                             None => values,
@@ -235,6 +230,21 @@ pub fn linear_added(
     };
     let args: Vec<&Tensor> = std::iter::once(x).chain(added.tensors()).collect();
     node("linear", &args, Value::cpu(y, out), Box::new(gradients))
+}
+
+/// The gradient to what `up` `[o, r]` multiplies, added or new, from that to a linear layer's result.
+fn to_middle(
+    compute: Compute,
+    dy: &Tensor,
+    up: &Tensor,
+    sum: Option<&mut [f32]>,
+) -> Result<Vec<f32>> {
+    let (o, r) = up.dims2()?;
+    let rows = dy.elem_count() / o.max(1);
+    with_both(dy, up, |dy, up| {
+        let (dy, up) = (View::rows(dy, rows, o, o), View::rows(up, o, r, r));
+        added_or_new(compute, sum, (rows, r), (dy, up), &mut [])
+    })
 }
 
 /// Room for what the first factor of each pair makes of `rows` rows.
@@ -373,10 +383,7 @@ impl LinearGradients {
                 let of_middle = match of_middle {
                     Some(there) => there,
                     None => {
-                        own = with_both(dy, up, |dy, up| {
-                            let (dy, up) = (View::rows(dy, rows, o, o), View::rows(up, o, r, r));
-                            added_or_new(compute, None, (rows, r), (dy, up), &mut [])
-                        })?;
+                        own = to_middle(compute, dy, up, None)?;
                         &own
                     }
                 };

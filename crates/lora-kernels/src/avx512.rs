@@ -630,6 +630,7 @@ impl Ahead {
         let along = S::VALUES * first..(S::VALUES * (first + depth)).min(b.inner);
         let (rows, stride, values) = match b.inner_stride {
             1 => (columns, b.outer_stride, along.len()),
+            _ if columns == 0 => (0, 0, 0),
             _ => (along.len(), b.inner_stride, columns),
         };
         let start = column * b.outer_stride + along.start * b.inner_stride;
@@ -942,13 +943,15 @@ unsafe fn product<S: Arithmetic, A: Element<S>, B: Element<S>>(
         return unsafe { turned::<S, A, B>(out, a, b, parallel) };
     }
     let chains = chains.iter_mut().filter(|chain| chain.p.outer > 0);
+    let chains: Vec<_> = chains.collect();
     // SAFETY: the processor is able, both operands are checked, and the caller's word.
     unsafe {
-        let alone = more.is_empty() && chains.size_hint().1 == Some(0);
+        let alone = more.is_empty() && chains.is_empty();
         if let Some(panel) = panel_in_place::<S, B>(b).filter(|_| alone) {
             by_panels::<S, A>(out, a, panel, panel.len(), &[], &[], parallel);
         } else if m >= n {
             let chains: Vec<_> = chains
+                .into_iter()
                 .map(|chain| Links {
                     p: Panels::of(chain.p, parallel),
                     q: Panels::of(chain.q, parallel),

@@ -148,7 +148,7 @@ impl InplaceOp1 for AddGradient {
 }
 
 /// Adds `values` to `sum`.
-fn add(sum: &mut [f32], values: &[f32]) {
+pub(crate) fn add(sum: &mut [f32], values: &[f32]) {
     const PART: usize = 1 << 15;
     let parts = sum.par_chunks_mut(PART).zip(values.par_chunks(PART));
     parts.for_each(|(sum, values)| sum.iter_mut().zip(values).for_each(|(sum, v)| *sum += v));

@@ -43,8 +43,8 @@ pub(crate) fn trained(
         Some(last) if *last == i && bias.is_none_or(|b| b.dims() == [o]) => *last = o,
         _ => candle_core::bail!("linear: input {dims:?} and bias do not fit weight [{o}, {i}]"),
     }
-    let (input, w) = (x.detach().contiguous()?, weight.detach().contiguous()?);
-    let saved = Saved::of(x)?;
+    let (input, w) = (x.contiguous()?, weight.detach().contiguous()?);
+    let (saved, input) = (Saved::of(&input)?, input.detach());
     let rows = x.elem_count() / i.max(1);
     let mut y = maybe_with(bias, |bias| {
         in_parts(rows * o, rows_of(o), |_, y: &mut [f32]| {
